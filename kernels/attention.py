@@ -1,0 +1,45 @@
+"""Reference body of attention over a store: the meaning of ``effcompile::attend``, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effcompile.kernels.program import Predicate
+
+
+def allowed(predicate: Predicate, queries: int, length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys each query may see: bool ``[B or 1, 1, T, S]`` with ``S = length``.
+
+    Query ``i`` stands at position ``length - T + i``: the queries are the last tokens of the store.
+    """
+    key = torch.arange(length, device=device)
+    position = torch.arange(length - queries, length, device=device)[:, None]
+    keep = torch.ones(queries, length, dtype=torch.bool, device=device)
+    if predicate.causal:
+        keep &= key <= position
+    if predicate.window is not None:
+        keep &= key > position - predicate.window
+    keep = keep[None, None]
+    if key_mask is not None:
+        keep = keep & key_mask[:, None, None, :length]
+    return keep
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention with grouped heads, in fp32.
+
+    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]``, ``value`` ``[B, G, S, E]``, ``keep`` bool broadcastable to
+    ``[B, 1, T, S]``. Returns ``o`` ``[B, H, T, E]`` in the query's dtype and ``lse`` ``[B, H, T]`` fp32, the natural
+    logarithm of the sum of exponentials. A row that may see no key gives 0 and -inf.
+    """
+    batch, heads, rows, size = query.shape
+    groups = key.shape[1]
+    q = query.float().reshape(batch, groups, heads // groups, rows, size)
+    scores = torch.einsum("bgrtd,bgsd->bgrts", q, key.float()) * scale
+    scores = scores.masked_fill(~keep.unsqueeze(2), float("-inf"))
+    lse = scores.logsumexp(-1)
+    # exp(-inf - -inf) would be nan: a row without keys gets weight 0 everywhere.
+    weights = (scores - torch.where(lse.isinf(), torch.zeros_like(lse), lse).unsqueeze(-1)).exp()
+    out = torch.einsum("bgrts,bgse->bgrte", weights, value.float())
+    return out.reshape(batch, heads, rows, -1).to(query.dtype), lse.reshape(batch, heads, rows)

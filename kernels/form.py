@@ -1,0 +1,160 @@
+"""How one attention layer keeps its keys and values: the form, its buffers and its bytes.
+
+Letters used in every shape: ``B`` batch, ``H`` query heads, ``G`` key/value heads, ``T`` query length, ``S`` key
+length, ``C`` capacity in tokens, ``D`` key head size, ``E`` value head size, ``g`` quantisation group, ``W`` tail slots.
+
+A side (keys, or values) is either *dense*, one buffer in the model's dtype, or *packed*: integer codes with an fp16
+scale and zero per group, and a ring of the last tokens in the model's dtype.
+
+========== ======================================== ======================================
+buffer     keys (per channel, ``g`` tokens a group)  values (per token, ``g`` channels)
+========== ======================================== ======================================
+dense      ``[B, G, C, D]`` model dtype              ``[B, G, C, E]`` model dtype
+codes      ``[B, G, C/g, D*bits/8, g]`` uint8        ``[B, G, C, E*bits/8]`` uint8
+scales     ``[B, G, C/g, 2, D]`` fp16                ``[B, G, C, 2, E/g]`` fp16
+tail       ``[B, G, W, D]`` model dtype              ``[B, G, W, E]`` model dtype
+========== ======================================== ======================================
+
+``scales[..., 0, :]`` is the scale, ``scales[..., 1, :]`` the zero: ``x = code * scale + zero``. With 4 bits a byte holds
+channel ``r`` in its low half and channel ``r + D/2`` in its high half. Token ``p`` of the tail lives in slot ``p % W``
+with ``W = residual + g``, so a group is contiguous in the ring and no live token is ever overwritten.
+
+Source: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision residual.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+import torch
+
+BITS = (16, 8, 4)
+"""Bit widths on offer; 16 means unquantised, in the model's dtype."""
+
+Kind = Literal["key", "value"]
+
+
+class FormError(ValueError):
+    """A compressed form that cannot be built: bits not offered, or a group that does not divide."""
+
+
+def packed_length(length: int, group: int, residual: int) -> int:
+    """Tokens of the first ``length`` that are packed: ``g * floor(max(0, length - residual) / g)``.
+
+    A pure function of the length, so any way of cutting a prompt into chunks packs the same groups.
+    """
+    return group * (max(0, length - residual) // group)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVForm:
+    """Bits, group and residual of one layer's cache.
+
+    Parameters
+    ----------
+    key_bits, value_bits
+        16, 8 or 4, chosen separately. 16 keeps that side dense in the model's dtype.
+    group
+        Tokens in a key group and channels in a value group. A multiple of 16.
+    residual
+        The newest tokens that stay in the model's dtype. A multiple of ``group``, 0 allowed.
+
+    Raises
+    ------
+    FormError
+        If a value is not on offer.
+
+    >>> KVForm(4, 4).name
+    'k4v4g32r128'
+    >>> KVForm.parse('k8v4g32r0')
+    KVForm(key_bits=8, value_bits=4, group=32, residual=0)
+    """
+
+    key_bits: int = 4
+    value_bits: int = 4
+    group: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(self, name)
+            if isinstance(bits, bool) or bits not in BITS:
+                raise FormError(f"{name}={bits!r} is not offered; choose one of {', '.join(map(str, BITS))}.")
+        if not isinstance(self.group, int) or self.group < 16 or self.group % 16:
+            raise FormError(f"group_size={self.group!r} is not offered; choose a multiple of 16, such as 32.")
+        if not isinstance(self.residual, int) or self.residual < 0 or self.residual % self.group:
+            raise FormError(
+                f"residual={self.residual!r} does not hold whole groups; choose a multiple of group_size={self.group}, or 0."
+            )
+
+    @property
+    def name(self) -> str:
+        """The form as one word; it travels in graphs as an operator argument and so reaches every cache key."""
+        return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}"
+
+    @classmethod
+    def parse(cls, name: str) -> KVForm:
+        """The form whose :attr:`name` is ``name``. Raises :class:`FormError` for anything else."""
+        found = re.fullmatch(r"k(\d+)v(\d+)g(\d+)r(\d+)", name)
+        if not found:
+            raise FormError(f"{name!r} is not the name of a form; expected for example 'k4v4g32r128'.")
+        return cls(*map(int, found.groups()))
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is quantised."""
+        return self.key_bits == 16 and self.value_bits == 16
+
+    @property
+    def slots(self) -> int:
+        """``W``, the ring slots of a packed side's tail."""
+        return self.residual + self.group
+
+    def bits(self, kind: Kind) -> int:
+        """Bits of the keys or of the values."""
+        return self.key_bits if kind == "key" else self.value_bits
+
+    def packed(self, length: int) -> int:
+        """:func:`packed_length` of this form."""
+        return packed_length(length, self.group, self.residual)
+
+    def check_head(self, kind: Kind, size: int) -> None:
+        """Raise :class:`FormError` if a head of ``size`` channels cannot be packed with this form."""
+        bits = self.bits(kind)
+        if bits == 16:
+            return
+        if kind == "value" and size % self.group:
+            raise FormError(
+                f"value heads of {size} channels do not divide into groups of {self.group}; choose a group_size that "
+                f"divides {size}, or value_bits=16."
+            )
+        if size % 2:
+            raise FormError(f"{kind} heads of {size} channels cannot be packed in pairs; use {kind}_bits=16.")
+
+    def buffers(
+        self, kind: Kind, batch: int, heads: int, capacity: int, size: int, dtype: torch.dtype
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of one side's buffers, in operator order: dense, or codes, scales, tail."""
+        bits = self.bits(kind)
+        if bits == 16:
+            return [((batch, heads, capacity, size), dtype)]
+        self.check_head(kind, size)
+        if capacity % self.group:
+            raise FormError(f"capacity {capacity} does not hold whole groups of {self.group} tokens.")
+        row = size * bits // 8
+        if kind == "key":
+            groups = capacity // self.group
+            codes, scales = (batch, heads, groups, row, self.group), (batch, heads, groups, 2, size)
+        else:
+            codes, scales = (batch, heads, capacity, row), (batch, heads, capacity, 2, size // self.group)
+        return [(codes, torch.uint8), (scales, torch.float16), ((batch, heads, self.slots, size), dtype)]
+
+    def nbytes(self, batch: int, heads: int, capacity: int, key_size: int, value_size: int, dtype: torch.dtype) -> int:
+        """Bytes of all buffers of one layer; equal to what is allocated, exactly."""
+        total = 0
+        for kind, size in (("key", key_size), ("value", value_size)):
+            for shape, kind_dtype in self.buffers(kind, batch, heads, capacity, size, dtype):  # type: ignore[arg-type]
+                total += torch.Size(shape).numel() * kind_dtype.itemsize
+        return total

@@ -1,0 +1,183 @@
+"""The ``effcompile::`` operators: schemas, fake kernels, reference bodies, and the table of launchers.
+
+An operator *means* its reference body. :mod:`effcompile.lowering` registers launchers, which run a generated kernel for
+the same arguments or decline; a declined call runs the reference body. State is explicit: every buffer is an argument.
+
+``state`` below stands for six tensors: ``k0, k1, k2, v0, v1, v2``, a dense side using only the first of its three
+(:mod:`effcompile.kernels.form`). ``length`` is an int64 0-d tensor on the same device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcompile.kernels import attention, quantize
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import Predicate
+
+log = logging.getLogger(__name__)
+
+library = torch.library.Library("effcompile", "DEF")
+
+_STATE = ", ".join(f"Tensor{{}} {s}{i}" if i == 0 else f"Tensor{{}}? {s}{i}" for s in "kv" for i in range(3))
+_MUTATED = _STATE.format(*(f"({c}!)" for c in "abcdef"))
+_READ = _STATE.format(*[""] * 6)
+
+library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form) -> ()")
+library.define(f"kv_load({_READ}, Tensor length, str form) -> (Tensor, Tensor)")
+library.define(
+    f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window) "
+    "-> (Tensor, Tensor)"
+)
+
+Launcher = Callable[..., Any]
+_launchers: dict[tuple[str, str], Launcher] = {}
+_reference_only = False
+
+
+class KernelUnavailable(Exception):
+    """Raised by a launcher that has no kernel for these arguments; the text says why."""
+
+
+class CapacityError(IndexError):
+    """More tokens than the cache has room for. Nothing has been written."""
+
+
+def register_launcher(op: str, device_type: str, launcher: Launcher) -> None:
+    """Let ``launcher`` serve operator ``op`` (such as ``"attend"``) on ``device_type``.
+
+    The launcher gets the operator's arguments and returns its results, or raises :class:`KernelUnavailable`.
+    """
+    _launchers[op, device_type] = launcher
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Within this context every operator runs its reference body: the oracle for tests and for ``verify``."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
+_warned: set[str] = set()
+
+
+def _launch(op: str, device_type: str, *args: Any) -> Any:
+    """Run the launcher of ``op``, or raise :class:`KernelUnavailable`; a reason is warned about once."""
+    launcher = None if _reference_only else _launchers.get((op, device_type))
+    if launcher is None:
+        raise KernelUnavailable(f"no kernels are registered for {device_type!r}")
+    try:
+        return launcher(*args)
+    except KernelUnavailable as why:
+        if str(why) not in _warned:
+            _warned.add(str(why))
+            warnings.warn(f"effcompile::{op} runs its PyTorch reference body (slow, same result): {why}", stacklevel=3)
+        raise
+
+
+def split_state(state: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """The six state arguments as two lists without the absent ones: keys, values."""
+    keys, values = state[:3], state[3:]
+    return [t for t in keys if t is not None], [t for t in values if t is not None]
+
+
+def capacity_of(keys: list[Tensor], form: KVForm) -> int:
+    """Tokens that fit, from the key side's first buffer."""
+    return keys[0].shape[2] * (1 if form.key_bits == 16 else form.group)
+
+
+def _kv_store(*args: Any) -> None:
+    *state, length, key, value, name = args
+    try:
+        _launch("kv_store", key.device.type, *args)
+        return
+    except KernelUnavailable:
+        form = KVForm.parse(name)
+        keys, values = split_state(tuple(state))
+        n = int(length)
+        if n + key.shape[2] > capacity_of(keys, form):
+            raise CapacityError(
+                f"{n} tokens are cached and {key.shape[2]} more were given, but the capacity is "
+                f"{capacity_of(keys, form)}; make the cache with a larger capacity."
+            ) from None
+        quantize.store_side(keys, n, key, form, "key")
+        quantize.store_side(values, n, value, form, "value")
+
+
+def _kv_load(*args: Any) -> tuple[Tensor, Tensor]:
+    *state, length, name = args
+    try:
+        result: tuple[Tensor, Tensor] = _launch("kv_load", state[0].device.type, *args)
+        return result
+    except KernelUnavailable:
+        form = KVForm.parse(name)
+        sides = split_state(tuple(state))
+        n, outs = int(length), _empty_dense(state, form)
+        for out, side, kind in zip(outs, sides, ("key", "value")):
+            out[:, :, :n] = quantize.load_side(side, n, form, kind)  # type: ignore[arg-type]
+            out[:, :, n:] = 0
+        return outs
+
+
+def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *state, length, key_mask, name, scale, causal, window = args
+    try:
+        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args)
+        return result
+    except KernelUnavailable:
+        form, n = KVForm.parse(name), int(length)
+        keys, values = split_state(tuple(state))
+        predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
+        keep = attention.allowed(predicate, query.shape[2], n, key_mask, query.device)
+        key = quantize.load_side(keys, n, form, "key")
+        value = quantize.load_side(values, n, form, "value")
+        out, lse = attention.attend(query, key, value, keep, scale)
+        return out.contiguous(), lse.contiguous()
+
+
+def _empty_dense(state: Any, form: KVForm) -> tuple[Tensor, Tensor]:
+    """Uninitialised dense keys and values ``[B, G, C, D]`` in the model's dtype."""
+    k0, _, k_tail, v0, _, v_tail = state
+    key_like = k0 if form.key_bits == 16 else k_tail
+    value_like = v0 if form.value_bits == 16 else v_tail
+    capacity = k0.shape[2] * (1 if form.key_bits == 16 else form.group)
+    batch, heads = k0.shape[:2]
+    return (
+        key_like.new_empty(batch, heads, capacity, key_like.shape[3]),
+        value_like.new_empty(batch, heads, capacity, value_like.shape[3]),
+    )
+
+
+def _fake_kv_load(*args: Any) -> tuple[Tensor, Tensor]:
+    *state, _length, name = args
+    return _empty_dense(state, KVForm.parse(name))
+
+
+def _fake_attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *state, _length, _mask, name, _scale, _causal, _window = args
+    value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
+    batch, heads, rows = query.shape[:3]
+    return (
+        query.new_empty(batch, heads, rows, value.shape[3]),
+        query.new_empty(batch, heads, rows, dtype=torch.float32),
+    )
+
+
+for _name, _body, _fake in (
+    ("kv_store", _kv_store, lambda *args: None),
+    ("kv_load", _kv_load, _fake_kv_load),
+    ("attend", _attend, _fake_attend),
+):
+    library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"effcompile::{_name}", _fake, lib=library)

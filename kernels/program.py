@@ -1,0 +1,90 @@
+"""The attention program: which parts one kernel is assembled from. A value, compared and cached by value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+from effcompile.kernels.form import KVForm
+
+Phase = Literal["decode", "prefill"]
+
+DECODE_ROWS = 16
+"""Query rows per key/value head up to which the decode skeleton is used (rows = query length x heads per group)."""
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+HEAD_SIZES = range(16, 257)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicate:
+    """Which keys a query may see, as a rule instead of a tensor.
+
+    Parameters
+    ----------
+    causal
+        Key ``j`` is visible to the query at position ``p`` only if ``j <= p``.
+    window
+        If given, only if ``j > p - window``.
+    key_mask
+        Whether a bool ``[B, C]`` operand (padding) hides further keys.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    key_mask: bool = False
+
+    @property
+    def name(self) -> str:
+        """For example ``causal``, ``causal_w4096_pad`` or ``full``."""
+        words = ["causal" if self.causal else "full"]
+        if self.window is not None:
+            words.append(f"w{self.window}")
+        if self.key_mask:
+            words.append("pad")
+        return "_".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Attention over one layer's store, as a choice of parts.
+
+    ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not part
+    of a program: one compiled program serves every step.
+    """
+
+    phase: Phase
+    form: KVForm
+    predicate: Predicate
+    dtype: torch.dtype
+    ratio: int
+    key_size: int
+    value_size: int
+
+    @property
+    def name(self) -> str:
+        """A readable identifier, the name of the generated kernel."""
+        size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
+        return f"attend_{self.phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{self.predicate.name}"
+
+    @staticmethod
+    def phase_for(queries: int, ratio: int) -> Phase:
+        """Decode while the rows that share a key/value head are few, else prefill."""
+        return "decode" if queries * ratio <= DECODE_ROWS else "prefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreProgram:
+    """Quantise-and-append for one layer's store, as a choice of parts."""
+
+    form: KVForm
+    dtype: torch.dtype
+    key_size: int
+    value_size: int
+
+    @property
+    def name(self) -> str:
+        """A readable identifier, the name of the generated kernel."""
+        return f"store_{self.form.name}_d{self.key_size}e{self.value_size}_{DTYPES[self.dtype]}"

@@ -1,0 +1,102 @@
+"""Reference bodies of packing: quantise a group once, pack codes, append to a store, read it back densely.
+
+Plain PyTorch, and the meaning of the ``effcompile::kv_store`` and ``effcompile::kv_load`` operators. Kernels agree with
+these functions; they never define behaviour. Layouts are in :mod:`effcompile.kernels.form`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effcompile.kernels.form import KVForm, Kind
+
+FP16_MAX = 65504.0
+
+
+def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric round-to-nearest of every group of ``x`` along ``dim``, a whole group being one slice of ``dim``.
+
+    Returns codes (uint8, shape of ``x``), scale and zero (fp16, ``dim`` kept with size 1). Codes are found from the
+    *stored* fp16 scale and zero, so the error of a value is at most half a step plus the rounding of the zero.
+    """
+    x = x.float()
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    levels = float(2**bits - 1)
+    scale = ((high - low) / levels).clamp(max=FP16_MAX).half()
+    zero = low.clamp(-FP16_MAX, FP16_MAX).half()
+    step = scale.float()
+    # A constant group has scale 0: all codes are 0 and the value is the zero itself.
+    codes = ((x - zero.float()) / torch.where(step > 0, step, torch.ones_like(step))).round().clamp(0, levels)
+    codes = torch.where(step > 0, codes, torch.zeros_like(codes))
+    return codes.to(torch.uint8), scale, zero
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """``code * scale + zero`` in fp32."""
+    return codes.float() * scale.float() + zero.float()
+
+
+def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Codes to bytes along ``dim``: 8 bits unchanged; 4 bits put ``r`` low and ``r + n/2`` high in one byte."""
+    if bits == 8:
+        return codes
+    low, high = codes.chunk(2, dim)
+    return low | (high << 4)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """The inverse of :func:`pack`."""
+    if bits == 8:
+        return packed
+    return torch.cat([packed & 15, packed >> 4], dim)
+
+
+def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind: Kind) -> None:
+    """Append ``new`` ``[B, G, T, D]`` to one side's buffers, in place, at token ``length``.
+
+    Groups that become complete (older than ``residual`` tokens) are quantised now, once, from the tail and the new tokens
+    as they were given; then the newest tokens go to the tail.
+    """
+    total = length + new.shape[2]
+    if form.bits(kind) == 16:
+        state[0][:, :, length:total] = new
+        return
+    codes, scales, tail = state
+    start, stop = form.packed(length), form.packed(total)
+    if stop > start:
+        old = torch.arange(start, min(length, stop), device=new.device) % form.slots
+        fresh = torch.cat([tail[:, :, old], new[:, :, max(0, start - length) : max(0, stop - length)]], dim=2)
+        batch, heads, count, size = fresh.shape
+        g, bits = form.group, form.bits(kind)
+        if kind == "key":
+            grouped = fresh.reshape(batch, heads, count // g, g, size)
+            q, scale, zero = quantize(grouped, bits, dim=3)
+            codes[:, :, start // g : stop // g] = pack(q, bits, dim=4).transpose(3, 4)
+            scales[:, :, start // g : stop // g] = torch.cat([scale, zero], dim=3)
+        else:
+            grouped = fresh.reshape(batch, heads, count, size // g, g)
+            q, scale, zero = quantize(grouped, bits, dim=4)
+            codes[:, :, start:stop] = pack(q.flatten(3), bits, dim=3)
+            scales[:, :, start:stop] = torch.stack([scale.squeeze(4), zero.squeeze(4)], dim=3)
+    first = max(length, total - form.slots)
+    tail[:, :, torch.arange(first, total, device=new.device) % form.slots] = new[:, :, first - length :]
+
+
+def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind) -> Tensor:
+    """The first ``length`` tokens of one side, dequantised: ``[B, G, length, D]``, fp32 if packed, else as stored."""
+    if form.bits(kind) == 16:
+        return state[0][:, :, :length]
+    codes, scales, tail = state
+    bits, g = form.bits(kind), form.group
+    stop = form.packed(length)
+    if kind == "key":
+        q = unpack(codes[:, :, : stop // g].transpose(3, 4), bits, dim=4)
+        scale, zero = scales[:, :, : stop // g].split(1, dim=3)
+        body = dequantize(q, scale, zero).flatten(2, 3)
+    else:
+        q = unpack(codes[:, :, :stop], bits, dim=3).unflatten(3, (-1, g))
+        scale, zero = scales[:, :, :stop].unsqueeze(5).unbind(3)
+        body = dequantize(q, scale, zero).flatten(3)
+    slots = torch.arange(stop, length, device=tail.device) % form.slots
+    return torch.cat([body, tail[:, :, slots].float()], dim=2)
