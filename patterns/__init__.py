@@ -1,1 +1,1 @@
-""""""
+"""One vocabulary for graphs, and the sites found in them."""

@@ -1,0 +1,215 @@
+"""Hooks that hand an :class:`~effcompile.runtime.cache.Cache` to a transformers model.
+
+They stand on the *instance*: a forward pre-hook that Dynamo does not trace, and two methods that ``generate`` calls.
+All are module-level functions, so a ``deepcopy`` of the model carries them to the copy's own weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from effcompile.kernels.form import KVForm
+
+if TYPE_CHECKING:
+    from effcompile.runtime.cache import Cache
+
+FORM = "_effcompile_form"
+"""Instance attribute with the form that a decorator chose for a module and all below it."""
+HOOK = "_effcompile_hook"
+"""Instance attribute with the handle of the forward pre-hook."""
+_METHODS = ("_prepare_cache_for_generation", "create_masks_for_generate")
+
+
+def set_form(module: nn.Module, form: KVForm) -> None:
+    """Choose the form for ``module`` and below, and attach the hooks if it is a whole transformers model."""
+    module.__dict__[FORM] = form
+    attach_hooks(module)
+
+
+def form_of(module: nn.Module) -> KVForm | None:
+    """The form chosen on exactly this module."""
+    return module.__dict__.get(FORM)
+
+
+def layer_forms(model: nn.Module, default: KVForm, count: int) -> list[KVForm]:
+    """The form of each cache layer: that of the deepest decorated module around the module with that ``layer_idx``."""
+    forms = [form_of(model) or default] * count
+    chosen = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
+    for path, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index < count:
+            above = [p for p in chosen if p == "" or path == p or path.startswith(p + ".")]
+            # A decorated part below the module that owns the index (a projection, say) does not decide for it.
+            if above:
+                forms[index] = chosen[max(above, key=len)]
+    return forms
+
+
+def attach_hooks(module: nn.Module) -> None:
+    """Put the hooks on a transformers model, once; other modules are left alone."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel) or HOOK in module.__dict__:
+        return
+    module.__dict__[HOOK] = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    if hasattr(module, "generate"):
+        module.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, module)
+        module.__dict__["create_masks_for_generate"] = types.MethodType(_create_masks_for_generate, module)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`set_form` and :func:`attach_hooks` on exactly this module."""
+    module.__dict__.pop(FORM, None)
+    handle = module.__dict__.pop(HOOK, None)
+    if handle is None:
+        return
+    # After a deepcopy the handle points at the original's hooks, so the hook is looked up by what it is.
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _before_forward:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for name in _METHODS:
+        module.__dict__.pop(name, None)
+
+
+def _is_cache(value: Any) -> bool:
+    from effcompile.runtime.cache import Cache
+
+    return isinstance(value, Cache)
+
+
+@functools.cache
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of a class's forward parameters, without ``self``."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Give the model its cache, check it, and bring the padding mask to a shape that no step changes."""
+    names = _parameters(type(module))
+    if "past_key_values" not in names:
+        return None
+    given = dict(zip(names, args)) | kwargs
+    cache = given.get("past_key_values")
+    inputs = given.get("inputs_embeds")
+    inputs = given.get("input_ids") if inputs is None else inputs
+    if inputs is None:
+        return None
+    if cache is None:
+        cache = _new_cache(module, given)
+    if not _is_cache(cache):
+        return None
+    if not cache.belongs_to(module):
+        from effcompile.runtime.cache import CacheError
+
+        raise CacheError(
+            f"this cache was made for another model than the {type(module).__name__} that was called; make one with "
+            "ec.Cache(model)."
+        )
+    first = next(module.parameters())
+    cache.prepare(inputs.shape[0], inputs.shape[1], first.dtype)
+    given["past_key_values"] = cache
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        given["attention_mask"] = _padding(mask, cache)
+    positional = {name: given.pop(name) for name in names[: len(args)]}
+    return tuple(positional.values()), given
+
+
+def _new_cache(module: nn.Module, given: dict[str, Any]) -> Cache | None:
+    """The cache a decorated model makes for itself where transformers would make one in ``forward``."""
+    from effcompile.runtime.cache import Cache
+
+    form = form_of(module)
+    config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    wanted = given.get("use_cache")
+    if form is None or not (getattr(config, "use_cache", False) if wanted is None else wanted):
+        return None
+    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        warnings.warn(
+            "compress_kv: gradients are enabled, and a compressed cache has none, so this call keeps the model's own cache. "
+            "Call under torch.no_grad() or torch.inference_mode() to compress, or pass use_cache=False.",
+            stacklevel=2,
+        )
+        return None
+    return make_cache(module, form, None)
+
+
+def make_cache(module: Any, form: KVForm, capacity: int | None) -> Cache:
+    """A cache of ``form`` for ``module``."""
+    from effcompile.runtime.cache import Cache
+
+    bits = {"key_bits": form.key_bits, "value_bits": form.value_bits}
+    return Cache(module, capacity, **bits, group_size=form.group, residual=form.residual)
+
+
+def _padding(mask: Tensor, cache: Cache) -> Tensor | None:
+    """The 2-D padding mask as the graphs want it: absent when nothing is hidden, else as long as the keys.
+
+    Dropping an all-ones mask keeps the operand out of the graph; padding it to the capacity keeps its shape, so that one
+    compiled graph serves every step. Keys past the length are hidden by causality.
+    """
+    # Once a row has padding it keeps it, and asking the device again at every step would only cost time.
+    if not cache._padded and bool(mask.all()):
+        return None
+    cache._padded = True
+    if cache.compressed[0].fresh:
+        return mask
+    short = cache.capacity - mask.shape[1]
+    return nn.functional.pad(mask, (0, short)) if short > 0 else mask
+
+
+def _prepare_cache_for_generation(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any
+) -> None:
+    """Let ``generate`` prepare its cache, then put an :class:`Cache` in place of one that it made itself."""
+    given = model_kwargs.get("past_key_values")
+    type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch, length, *rest)
+    if _is_cache(given):
+        if given.growing:
+            given.reserve(length + 1)
+        return
+    form = form_of(self)
+    made = model_kwargs.get("past_key_values")
+    if form is None or given is not None or made is None:
+        return
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        warnings.warn(
+            f"compress_kv: generate was asked for cache_implementation={generation_config.cache_implementation!r}, which "
+            "wins over the decorator; leave it out to compress the cache.",
+            stacklevel=2,
+        )
+        return
+    if self._compiled_call_impl is None and not self.__dict__.get("_effcompile_told_eager"):
+        self.__dict__["_effcompile_told_eager"] = True
+        warnings.warn(
+            "compress_kv: generate() runs this model eagerly, which is right but slow. Use model.compile(backend="
+            "'effcompile'); torch.compile(model, ...) is for calls such as fast(**inputs), its generate() is the eager one.",
+            stacklevel=2,
+        )
+    # One token more than generate asks for: a deferred stop check may run one step past the end.
+    cache = make_cache(self, form, length + 1)
+    cache.growing = True
+    model_kwargs["past_key_values"] = cache
+
+
+def _create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep the 2-D mask for our cache: about a ready-made 4-D mask nothing could be proved inside the graph."""
+    if _is_cache(kwargs.get("past_key_values")):
+        return kwargs.get("attention_mask")
+    usual = getattr(type(self), "create_masks_for_generate", None)
+    if usual is None:
+        from transformers.masking_utils import create_masks_for_generate
+
+        return create_masks_for_generate(*args, **kwargs)
+    # Models override it as a static method or a plain one; getattr on the class gives the function in both cases.
+    static = isinstance(inspect.getattr_static(type(self), "create_masks_for_generate"), staticmethod)
+    return usual(*args, **kwargs) if static else usual(self, *args, **kwargs)

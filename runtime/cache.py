@@ -1,0 +1,352 @@
+"""The cache: one store per attention layer, as a ``transformers`` Cache.
+
+``update()`` emits ``effcompile::kv_store``, which writes, and hands back ``effcompile::kv_load``, the whole store read
+densely, so any attention works on it; the back end fuses the load into the attention that follows. The first call on an
+empty cache attends to the fresh keys and values, later calls to the store.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+
+from effcompile.kernels import ops
+from effcompile.kernels.form import KVForm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEP = 512
+"""Capacity comes in multiples of this up to ``LINEAR_UNTIL``, then in powers of two: few capacities, few recompiles."""
+LINEAR_UNTIL = 8192
+
+
+class CacheError(ValueError):
+    """A cache that does not fit the call: another model's, another batch, another shape, dtype or device."""
+
+
+class GradientError(RuntimeError):
+    """Gradients were asked for through a compressed cache, which has none."""
+
+
+def bucket(tokens: int) -> int:
+    """The capacity used for at least ``tokens`` tokens.
+
+    >>> bucket(1), bucket(7064), bucket(8193)
+    (512, 7168, 16384)
+    """
+    if tokens <= LINEAR_UNTIL:
+        return max(1, -(-tokens // STEP)) * STEP
+    return int(1 << (tokens - 1).bit_length())
+
+
+class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+    """One layer's store. Buffers and their shapes are those of :class:`~effcompile.kernels.form.KVForm`.
+
+    Attributes
+    ----------
+    state
+        The six buffers in operator order, ``None`` where a dense side needs fewer.
+    length
+        Tokens in the store, int64 0-d, one tensor shared by all layers of a cache.
+    fresh
+        True until the first ``update``: that call attends to what it was given.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, form: KVForm, capacity: int, length: Tensor, index: int, last: bool) -> None:
+        super().__init__()
+        self.form = form
+        self.form_name = form.name
+        self.capacity = capacity
+        self.length = length
+        self.index = index
+        self.last = last
+        self.fresh = True
+        self.state: tuple[Tensor | None, ...] = ()
+
+    def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
+        """Make the buffers, zeroed, at addresses that stay. Raises ``FormError`` if the head size does not divide."""
+        state: list[Tensor | None] = []
+        for kind, size in (("key", key_size), ("value", value_size)):
+            shapes = self.form.buffers(kind, batch, heads, self.capacity, size, dtype)  # type: ignore[arg-type]
+            buffers: list[Tensor | None] = [torch.zeros(s, dtype=d, device=self.length.device) for s, d in shapes]
+            state += buffers + [None] * (3 - len(buffers))
+        self.state = tuple(state)
+        self.shape = (batch, heads, key_size, value_size)
+        self.dtype, self.device = dtype, self.length.device
+        self.is_initialized = True
+        if not torch.compiler.is_compiling():
+            for buffer in self.buffers():
+                torch._dynamo.mark_static_address(buffer)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate from the first keys and values, where the config did not tell their shape."""
+        batch, heads, _, key_size = key_states.shape
+        self.allocate(batch, heads, key_size, value_states.shape[3], key_states.dtype)
+
+    def buffers(self) -> list[Tensor]:
+        """The buffers that exist."""
+        return [t for t in self.state if t is not None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys ``[B, G, T, D]`` and values ``[B, G, T, E]``; return what this call attends to.
+
+        That is the arguments on an empty cache, else the store: ``[B, G, C, D]`` and ``[B, G, C, E]``, zero past the length.
+
+        Raises
+        ------
+        CacheError
+            If the shape, dtype or device is not the one this layer was made for.
+        GradientError
+            If the keys or values require gradients.
+        CapacityError
+            If they do not fit; nothing has been written.
+        """
+        if not self.is_initialized or (self.fresh and self._mismatch(key_states, value_states)):
+            self.lazy_initialization(key_states, value_states)
+        if problem := self._mismatch(key_states, value_states):
+            raise CacheError(f"layer {self.index}: {problem}")
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise GradientError(
+                f"layer {self.index}: gradients are needed here, and a compressed cache has none. Call the model under "
+                "torch.no_grad() or torch.inference_mode(), or with use_cache=False."
+            )
+        count = key_states.shape[2]
+        torch.ops.effcompile.kv_store(*self.state, self.length, key_states, value_states, self.form_name)
+        if self.fresh:
+            result = key_states, value_states
+        else:
+            result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name)
+        if self.last:
+            self.length.add_(count)
+        self.fresh = False
+        return result
+
+    def _mismatch(self, key: Tensor, value: Tensor) -> str:
+        """What is wrong with the shape, dtype or device of new keys and values, or ''."""
+        batch, heads, key_size, value_size = self.shape
+        if key.shape[0] != batch:
+            return (
+                f"the cache holds a batch of {batch} and this call has {key.shape[0]}; make a new cache, or call reset() and "
+                "keep the batch."
+            )
+        found = (key.shape[1], key.shape[3], value.shape[3])
+        if found != (heads, key_size, value_size):
+            return (
+                f"the cache was made for {heads} heads of {key_size} and {value_size} channels, and the model gives "
+                f"{found[0]} of {found[1]} and {found[2]}; make the cache with the model that uses it."
+            )
+        if key.dtype != self.dtype or value.dtype != self.dtype:
+            return f"the cache was made for {self.dtype} and the model gives {key.dtype}; make a new cache."
+        if key.device != self.device:
+            return f"the cache lives on {self.device} and the model's keys on {key.device}; make a new cache."
+        return ""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset for the mask: the fresh keys on an empty cache, else the capacity."""
+        return (query_length if self.fresh else self.capacity), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens in the store: 0 when empty, else the 0-d tensor (transformers adds it to an arange)."""
+        return 0 if self.fresh else cast(int, self.length)
+
+    def get_max_length(self) -> int:
+        """The capacity in tokens."""
+        return self.capacity
+
+    def reset(self) -> None:
+        """Forget all tokens; buffers and addresses stay."""
+        self.fresh = True
+        self.length.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the batch, codes and all, without dequantising."""
+        for buffer in self.buffers():
+            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: packed groups cannot be un-packed without loss."""
+        raise CacheError("a compressed cache cannot be cropped; start again from reset(), or use key_bits=value_bits=16.")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: the batch of a cache with fixed buffers does not change."""
+        raise CacheError("a compressed cache keeps its batch; make one with the expanded batch instead.")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused: the batch of a cache with fixed buffers does not change."""
+        raise CacheError("a compressed cache keeps its batch; make one with the selected batch instead.")
+
+    def grow(self, capacity: int) -> None:
+        """Move to larger buffers, keeping all tokens."""
+        old = self.state
+        self.capacity = capacity
+        if not self.is_initialized:
+            return
+        batch, heads, key_size, value_size = self.shape
+        self.allocate(batch, heads, key_size, value_size, self.dtype)
+        for before, after in zip(old, self.state):
+            if before is not None and after is not None:
+                after[:, :, : before.shape[2]] = before
+
+
+class Cache(cache_utils.Cache):  # type: ignore[misc]
+    """A compressed key/value cache for ``model``: pass it as ``past_key_values``.
+
+    Layers whose ``config.layer_types`` is not full attention keep the cache that transformers gives them.
+    Making a cache attaches the hooks it needs to the model (capacity check, padding mask); :func:`effcompile.remove` takes
+    them off.
+
+    Parameters
+    ----------
+    model
+        The transformers model that will use the cache.
+    capacity
+        Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as needed.
+    key_bits, value_bits, group_size, residual
+        As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
+    batch_size
+        Rows, if the buffers are to be allocated now; else the first call decides.
+
+    Raises
+    ------
+    FormError
+        Bits not offered, or a group that does not divide.
+    CacheError
+        A model without a transformers config, or one with no full-attention layer.
+
+    Examples
+    --------
+    >>> cache = Cache(model, capacity=4096, key_bits=8, value_bits=4)      # doctest: +SKIP
+    >>> model.generate(ids, past_key_values=cache)                         # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int | None = None,
+        *,
+        key_bits: int = 4,
+        value_bits: int = 4,
+        group_size: int = 32,
+        residual: int = 128,
+        batch_size: int | None = None,
+    ) -> None:
+        from effcompile.runtime import adapter
+
+        if not hasattr(model, "config"):
+            raise CacheError(f"{type(model).__name__} has no transformers config; ec.Cache serves transformers models.")
+        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+            raise CacheError(f"capacity={capacity!r}: expected a positive number of tokens, or None to grow as needed.")
+        self.config = model.config.get_text_config(decoder=True)
+        self.growing = capacity is None
+        self.capacity = bucket(capacity or 1)
+        device = next(model.parameters()).device
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self.length)
+        default = KVForm(key_bits, value_bits, group_size, residual)
+        layers = cache_utils.StaticCache(config=self.config, max_cache_len=self.capacity).layers
+        full = [i for i, layer in enumerate(layers) if type(layer) is cache_utils.StaticLayer]
+        if not full:
+            raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
+        forms = adapter.layer_forms(model, default, len(layers))
+        for i in full:
+            layers[i] = CompressedLayer(forms[i], self.capacity, self.length, i, last=i == full[-1])
+        super().__init__(layers=layers)
+        self._model = weakref.ref(model)
+        self._padded = False
+        self._seen = 0
+        adapter.attach_hooks(model)
+        if batch_size is not None:
+            self.prepare(batch_size, 0, next(model.parameters()).dtype)
+
+    @property
+    def compressed(self) -> Sequence[CompressedLayer]:
+        """The layers that this cache compresses."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all allocated buffers of the compressed layers, and of the length."""
+        buffers = [self.length] + [b for layer in self.compressed for b in layer.buffers()]
+        return sum(b.numel() * b.element_size() for b in buffers)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache, on the host."""
+        return 0 if self.compressed[0].fresh else int(self.length)
+
+    def belongs_to(self, model: torch.nn.Module) -> bool:
+        """Whether ``model`` is, or contains, or lies within, the model this cache was made for."""
+        owner = self._model()
+        return owner is not None and (
+            owner is model or any(m is model for m in owner.modules()) or any(m is owner for m in model.modules())
+        )
+
+    def prepare(self, batch: int, count: int, dtype: torch.dtype) -> None:
+        """Before a call that appends ``count`` tokens: allocate if needed, check batch and capacity, or grow.
+
+        Runs on the host, outside any graph, before anything is written.
+
+        Raises
+        ------
+        CapacityError
+            If the tokens do not fit in the capacity that the user gave.
+        CacheError
+            If the batch changed.
+        """
+        first = self.compressed[0]
+        # On an accelerator reading the length waits for the device, so a host count of all tokens sent is kept beside it
+        # and the device is asked only when that count says "full".
+        seen = 0 if first.fresh else (int(self.length) if self.length.device.type == "cpu" else self._seen)
+        if seen + count > self.capacity:
+            seen = self.tokens
+        if seen + count > self.capacity:
+            if not self.growing:
+                raise ops.CapacityError(
+                    f"{seen} tokens are cached and {count} more were given, but the capacity is {self.capacity}; make the "
+                    "cache with a larger capacity, or with capacity=None to let it grow."
+                )
+            self.reserve(seen + count)
+        for layer in self.compressed:
+            if not layer.is_initialized:
+                self._allocate(layer, batch, dtype)
+            elif layer.shape[0] != batch:
+                if not layer.fresh:
+                    raise CacheError(
+                        f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for it."
+                    )
+                layer.allocate(batch, *layer.shape[1:], layer.dtype)
+        self._seen = seen + count
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` tokens in all; what is cached stays. Does nothing if they fit already."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = bucket(tokens)
+        for layer in self.compressed:
+            layer.grow(self.capacity)
+
+    def _allocate(self, layer: CompressedLayer, batch: int, dtype: torch.dtype) -> None:
+        """Allocate from the config, where it tells the heads; else the first ``update`` does."""
+        heads = getattr(self.config, "num_key_value_heads", None) or getattr(self.config, "num_attention_heads", None)
+        width = getattr(self.config, "hidden_size", None)
+        size = getattr(self.config, "head_dim", None) or (
+            width // self.config.num_attention_heads if width and heads else None
+        )
+        if heads and size:
+            layer.allocate(batch, heads, size, size, dtype)
+
+    def reset(self) -> None:
+        """Forget all tokens; buffers, addresses and compiled code stay valid."""
+        super().reset()
+        self._padded = False
+        self._seen = 0
