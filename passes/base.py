@@ -1,0 +1,105 @@
+"""What a pass is, and the registry from which options, decorators, command line, docs and tests derive.
+
+A pass is a frozen dataclass whose fields are its options, with the names and defaults of the paper. Adding one is a
+file in this folder and one line in :data:`REGISTRY`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from effcompile.kernels.reason import Reason
+
+REGISTRY: dict[str, str] = {
+    "compress_kv": "effcompile.passes.compress_kv:CompressKV",
+}
+"""Every pass: its name, and where its class is. A class is imported when it is first asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One method: its options as fields, and what it does to a site.
+
+    On entry to :meth:`match` the graph is valid and normalised, and a pass never changes it: it answers with a value.
+    The driver rewrites, verifies, times and counts. A subclass is a frozen dataclass which checks its values in
+    ``__post_init__`` (raising ``ValueError``), so that an impossible choice cannot be built.
+    """
+
+    name: ClassVar[str]
+    """The word for this pass everywhere: option key, decorator, file, test id."""
+    paper: ClassVar[str]
+    """Title, authors, venue, and the sections that were followed."""
+    summary: ClassVar[str]
+    """One line for tables."""
+    phases: ClassVar[tuple[str, ...]]
+    """Where it works: ``("prefill", "decode")`` or one of them."""
+    limit: ClassVar[Mapping[str, Any]] = {}
+    """The option values at which the pass is exact; the conformance test compares with eager there."""
+
+    def match(self, site: Any) -> Any:
+        """The form this pass gives to ``site``, or the :class:`~effcompile.kernels.reason.Reason` why it does not."""
+        return Reason("pass-without-match", f"{type(self).__name__} does not say which sites it takes.")
+
+    def on_decorate(self, module: nn.Module) -> None:
+        """Called when a decorator puts these options on ``module``; attaches what must live outside the graph."""
+
+    def on_remove(self, module: nn.Module) -> None:
+        """Called when these options leave ``module``; undoes :meth:`on_decorate`."""
+
+    @property
+    def text(self) -> str:
+        """The options as canonical JSON: equal options give equal text in every process."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in dataclasses.asdict(self).items())})"
+
+
+def get(name: str) -> type[Pass]:
+    """The class of the pass ``name``. Raises ``KeyError`` for a name that is not registered."""
+    module, _, attribute = REGISTRY[name].partition(":")
+    found: type[Pass] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def fields_of(cls: type[Pass]) -> dict[str, tuple[Any, Any]]:
+    """The options of a pass in order: name -> (type, default)."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+
+
+def accepts(value: object, hint: Any) -> bool:
+    """Whether ``value`` is of the annotated type; a bool is not an int, an int is a float.
+
+    >>> accepts(4, int), accepts(True, int), accepts(1, float), accepts(None, int | None), accepts("4", int)
+    (True, False, True, True, False)
+    """
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts(value, part) for part in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(accepts(item, typing.get_args(hint)[0]) for item in value)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def type_name(hint: Any) -> str:
+    """A type as a user would write it: ``int``, ``int | None``, ``'key' | 'value'``."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
