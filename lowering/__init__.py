@@ -1,1 +1,3 @@
-""""""
+"""Lowerings: importing this package registers the launchers of every operator that has generated kernels."""
+
+from effcompile.lowering import cpp  # noqa: F401

@@ -1,0 +1,42 @@
+// What crosses from Python: one struct of 8-byte fields per entry point, in the order lowering/cpp.py packs them.
+// Strides are in elements; a last dimension always has stride 1; state buffers are contiguous.
+#pragma once
+#include <cstdint>
+
+namespace ec {
+
+struct State {
+  void* k[3];  // dense, or codes, scales, tail
+  void* v[3];
+  const int64_t* length;
+};
+
+struct AttendArgs {
+  State state;
+  const void* query;    // [B, H, T, D]
+  const bool* mask;     // [B, >= length] or null
+  void* out;            // [B, H, T, E]
+  float* lse;           // [B, H, T]
+  int64_t batch, groups, queries, capacity;
+  int64_t query_stride[3];  // batch, head, token
+  int64_t mask_stride;
+  int64_t threads;
+  double scale;
+};
+
+struct StoreArgs {
+  State state;
+  const void* fresh[2];  // keys [B, G, T, D], values [B, G, T, E]
+  int64_t batch, groups, tokens, capacity;
+  int64_t stride[2][3];  // of keys, of values: batch, head, token
+  int64_t threads;
+};
+
+struct LoadArgs {
+  State state;
+  void* out[2];  // keys [B, G, C, D], values [B, G, C, E]
+  int64_t batch, groups, capacity;
+  int64_t threads;
+};
+
+}  // namespace ec

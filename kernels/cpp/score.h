@@ -1,0 +1,105 @@
+// Decode: scores of a few query rows against a run of keys.
+#pragma once
+#include "side.h"
+
+namespace ec {
+
+// s[row * ld + token] for RB rows and the packed keys [t, t + n), n a multiple of the group. Lanes are tokens.
+//
+// q . (c * scale + zero) = sum_d (q_d * scale_d) c_d  +  sum_d q_d * zero_d: the query takes the group's scale once, the
+// second sum is one number for all tokens of the group, and a code costs one conversion for all rows.
+template <class P, int RB>
+inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, const float* q, float* s, int64_t ld) {
+  using S = Side<P, Kind::key>;
+  constexpr int64_t D = S::size, DP = round_up(D, VL), g = S::g;
+  // Two accumulators for each (row, vector of tokens) where they fit, so that consecutive FMAs do not wait for another.
+  constexpr int64_t TV = 2 * RB * 2 <= ACCUMULATORS && g % (2 * VL) == 0 ? 2 : 1;
+  constexpr int CHAINS = 2 * RB * TV <= ACCUMULATORS ? 2 : 1;
+  alignas(64) float scaled[RB * DP];
+  for (int64_t first = 0; first < n; first += g) {
+    const uint8_t* codes = keys.code_at(t + first);
+    const Half* scale = keys.scale_at(t + first);
+    Vec offset[RB];
+    for (int r = 0; r < RB; ++r) offset[r] = Vec(0.f);
+    for (int64_t d = 0; d < D; d += VL) {
+      const Vec step = load_f32(scale + d, D - d);
+      const Vec zero = at::vec::fmadd(step, Vec(CENTER<S::bits>), load_f32(scale + D + d, D - d));
+      for (int r = 0; r < RB; ++r) {
+        const Vec x = Vec::loadu(q + r * DP + d);
+        (x * step).store(scaled + r * DP + d);
+        offset[r] = at::vec::fmadd(x, zero, offset[r]);
+      }
+    }
+    float base[RB];
+    for (int r = 0; r < RB; ++r) base[r] = offset[r].reduce_add();
+    for (int64_t i = 0; i < g; i += TV * VL) {
+      Vec acc[CHAINS][RB][TV];
+      for (int c = 0; c < CHAINS; ++c)
+        for (int r = 0; r < RB; ++r)
+          for (int64_t v = 0; v < TV; ++v) acc[c][r][v] = Vec(c == 0 ? base[r] : 0.f);
+      if constexpr (S::bits == 4) {
+        for (int64_t d = 0; d < D / 2; ++d) {
+          for (int64_t v = 0; v < TV; ++v) {
+            Vec low, high;
+            unpack4(codes + d * g + i + v * VL, low, high);
+            for (int r = 0; r < RB; ++r) {
+              acc[0][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d]), low, acc[0][r][v]);
+              acc[CHAINS - 1][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d + D / 2]), high, acc[CHAINS - 1][r][v]);
+            }
+          }
+        }
+      } else {
+        for (int64_t d = 0; d < D; d += 2) {
+          for (int c = 0; c < 2; ++c) {
+            for (int64_t v = 0; v < TV; ++v) {
+              const Vec x = unpack8(codes + (d + c) * g + i + v * VL);
+              for (int r = 0; r < RB; ++r)
+                acc[c % CHAINS][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d + c]), x, acc[c % CHAINS][r][v]);
+            }
+          }
+        }
+      }
+      for (int r = 0; r < RB; ++r)
+        for (int64_t v = 0; v < TV; ++v)
+          (CHAINS == 2 ? acc[0][r][v] + acc[CHAINS - 1][r][v] : acc[0][r][v]).store(s + r * ld + first + i + v * VL);
+    }
+  }
+}
+
+// The same for J tokens in model dtype. Lanes are channels.
+template <class T, int64_t D, int RB, int J>
+inline void score_tokens(const T* k, const float* q, float* s, int64_t ld) {
+  constexpr int64_t DP = round_up(D, VL);
+  Vec acc[RB][J];
+  for (int r = 0; r < RB; ++r)
+    for (int j = 0; j < J; ++j) acc[r][j] = Vec(0.f);
+  const auto channels = [&](int64_t d, int64_t count) {
+    for (int j = 0; j < J; ++j) {
+      const Vec x = load_f32(k + j * D + d, count);
+      for (int r = 0; r < RB; ++r) acc[r][j] = at::vec::fmadd(Vec::loadu(q + r * DP + d), x, acc[r][j]);
+    }
+  };
+  for (int64_t d = 0; d + VL <= D; d += VL) channels(d, VL);
+  if constexpr (D % VL) channels(D / VL * VL, D % VL);
+  for (int r = 0; r < RB; ++r)
+    for (int j = 0; j < J; ++j) s[r * ld + j] = acc[r][j].reduce_add();
+}
+
+template <class T, int64_t D, int RB>
+inline void score_dense(const T* k, int64_t n, const float* q, float* s, int64_t ld) {
+  constexpr int J = static_cast<int>(most(1, least(4, ACCUMULATORS / RB)));
+  int64_t i = 0;
+  for (; i + J <= n; i += J) score_tokens<T, D, RB, J>(k + i * D, q, s + i, ld);
+  for (; i < n; ++i) score_tokens<T, D, RB, 1>(k + i * D, q, s + i, ld);
+}
+
+template <class P, int RB>
+inline void score(const Side<P, Kind::key>& keys, int64_t t, int64_t n, bool tail, const float* q, float* s, int64_t ld) {
+  using S = Side<P, Kind::key>;
+  if constexpr (S::packed) {
+    if (!tail) return score_packed<P, RB>(keys, t, n, q, s, ld);
+  }
+  score_dense<typename P::scalar, S::size, RB>(keys.rows(t), n, q, s, ld);
+}
+
+}  // namespace ec

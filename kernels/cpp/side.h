@@ -1,0 +1,120 @@
+// Where one side (keys or values) of one batch entry and head lies, and how to read tiles of it as fp32.
+// Layouts: effcompile/kernels/form.py. P is the program: a struct of constexprs written by lowering/cpp.py.
+#pragma once
+#include "args.h"
+#include "vec.h"
+
+namespace ec {
+
+enum class Kind { key, value };
+
+// Tokens of the first n that are packed.
+template <class P>
+inline int64_t packed_length(int64_t n) {
+  if constexpr (P::key_bits == 16 && P::value_bits == 16) return n;
+  return n > P::residual ? (n - P::residual) / P::group * P::group : 0;
+}
+
+template <class P, Kind kind>
+struct Side {
+  using T = typename P::scalar;
+  static constexpr int bits = kind == Kind::key ? P::key_bits : P::value_bits;
+  static constexpr int64_t size = kind == Kind::key ? P::key_size : P::value_size;
+  static constexpr int64_t g = P::group, slots = P::residual + P::group;
+  static constexpr bool packed = bits != 16;
+  static constexpr int64_t row = size * bits / 8;  // code bytes of one token
+  static constexpr int64_t groups = size / g;      // channel groups of a value
+
+  T* dense;        // [C, size], or the tail [W, size]
+  uint8_t* codes;  // keys [C/g, row, g], values [C, row]
+  Half* scales;    // keys [C/g, 2, size], values [C, 2, size/g]
+
+  Side(const State& state, int64_t head, int64_t capacity) {
+    void* const* at = kind == Kind::key ? state.k : state.v;
+    if constexpr (packed) {
+      codes = static_cast<uint8_t*>(at[0]) + head * capacity * row;
+      scales = static_cast<Half*>(at[1]) + head * (kind == Kind::key ? capacity / g * 2 * size : capacity * 2 * groups);
+      dense = static_cast<T*>(at[2]) + head * slots * size;
+    } else {
+      codes = nullptr;
+      scales = nullptr;
+      dense = static_cast<T*>(at[0]) + head * capacity * size;
+    }
+  }
+
+  // Rows of model dtype from token t on: in the ring for a packed side. A run never crosses the end of the ring.
+  T* rows(int64_t t) const { return dense + (packed ? t % slots : t) * size; }
+  uint8_t* code_at(int64_t t) const { return codes + t * row; }  // of keys: t is a multiple of g
+  Half* scale_at(int64_t t) const { return scales + (kind == Kind::key ? t / g * 2 * size : t * 2 * groups); }
+};
+
+// Calls body(first, count, in_tail) for runs of tokens that cover [from, to), each at most `block` long and contiguous in
+// every buffer. Runs in the packed part are multiples of the group when `from` is.
+template <class P, class Body>
+inline void for_runs(int64_t from, int64_t to, int64_t stop, int64_t block, Body&& body) {
+  constexpr bool ring = P::key_bits != 16 || P::value_bits != 16;
+  constexpr int64_t slots = P::residual + P::group;
+  for (int64_t t = from; t < to;) {
+    int64_t n = least(block, to - t);
+    const bool tail = ring && t >= stop;
+    if (tail)
+      n = least(n, slots - t % slots);
+    else
+      n = least(n, stop - t);
+    body(t, n, tail);
+    t += n;
+  }
+}
+
+// One group of packed keys as fp32, transposed: out[channel][token], row length ld. As the reference rounds it:
+// a product, then a sum.
+template <class S>
+inline void key_group_transposed(const S& side, int64_t t, float* out, int64_t ld) {
+  const uint8_t* codes = side.code_at(t);
+  const Half* scale = side.scale_at(t);
+  for (int64_t r = 0; r < S::row; ++r) {
+    for (int64_t i = 0; i < S::g; i += VL) {
+      const uint8_t* p = codes + r * S::g + i;
+      if constexpr (S::bits == 4) {
+        Vec low, high;
+        unpack4(p, low, high);
+        ((low + Vec(CENTER<4>)) * Vec(float(scale[r])) + Vec(float(scale[S::size + r]))).store(out + r * ld + i);
+        const int64_t h = r + S::size / 2;
+        ((high + Vec(CENTER<4>)) * Vec(float(scale[h])) + Vec(float(scale[S::size + h]))).store(out + h * ld + i);
+      } else {
+        const Vec x = unpack8(p) + Vec(CENTER<8>);
+        (x * Vec(float(scale[r])) + Vec(float(scale[S::size + r]))).store(out + r * ld + i);
+      }
+    }
+  }
+}
+
+// One token of packed values as fp32: out[channel], padded to whole vectors by the caller.
+template <class S>
+inline void value_row(const S& side, int64_t t, float* out) {
+  const uint8_t* codes = side.code_at(t);
+  const Half* scale = side.scale_at(t);
+  constexpr int64_t half = S::size / 2;
+  if constexpr (S::bits == 4 && half % VL == 0) {
+    for (int64_t i = 0; i < half; i += VL) {
+      Vec low, high;
+      unpack4(codes + i, low, high);
+      const int64_t a = i / S::g, b = (i + half) / S::g;
+      ((low + Vec(CENTER<4>)) * Vec(float(scale[a])) + Vec(float(scale[S::groups + a]))).store(out + i);
+      ((high + Vec(CENTER<4>)) * Vec(float(scale[b])) + Vec(float(scale[S::groups + b]))).store(out + i + half);
+    }
+  } else if constexpr (S::bits == 8) {
+    for (int64_t i = 0; i < S::size; i += VL) {
+      const int64_t a = i / S::g;
+      const Vec x = unpack8(codes + i) + Vec(CENTER<8>);
+      (x * Vec(float(scale[a])) + Vec(float(scale[S::groups + a]))).store(out + i);
+    }
+  } else {
+    for (int64_t i = 0; i < S::size; ++i) {
+      const int code = i < half ? codes[i] & 15 : codes[i - half] >> 4;
+      out[i] = float(code) * float(scale[i / S::g]) + float(scale[S::groups + i / S::g]);
+    }
+  }
+}
+
+}  // namespace ec

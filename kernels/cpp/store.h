@@ -1,0 +1,219 @@
+// Quantise and append, and read back. Bit for bit what effcompile/kernels/quantize.py says.
+#pragma once
+#include <omp.h>
+
+#include "side.h"
+
+namespace ec {
+
+inline constexpr float FP16_MAX = 65504.f;
+
+// Scale, zero and levels of one group from its extremes; NaN passes through as in the reference.
+template <int bits>
+struct Step {
+  Half scale, zero;
+  Step(float low, float high) {
+    constexpr float levels = (1 << bits) - 1;
+    const float width = (high - low) / levels;
+    scale = Half(width > FP16_MAX ? FP16_MAX : width);
+    zero = Half(low > FP16_MAX ? FP16_MAX : low < -FP16_MAX ? -FP16_MAX : low);
+  }
+};
+
+// Codes as fp32 integers: round half to even of (x - zero) / scale, clamped; 0 where the scale is not positive.
+template <int bits>
+inline Vec quantized(Vec x, Vec scale, Vec zero) {
+  const Vec positive = scale > Vec(0.f);
+  const Vec step = Vec::blendv(Vec(1.f), scale, positive);
+  const Vec code = ((x - zero) / step).round();
+  return at::vec::clamp(code, Vec(0.f), Vec(static_cast<float>((1 << bits) - 1))) & positive;
+}
+
+inline void to_bytes(Vec x, uint8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+#else
+  float lanes[VL];
+  x.store(lanes);
+  for (int64_t i = 0; i < VL; ++i) p[i] = static_cast<uint8_t>(lanes[i]);
+#endif
+}
+
+// Where tokens come from: old ones from the ring, new ones from the caller's tensor.
+template <class P, Kind kind>
+struct Source {
+  using S = Side<P, kind>;
+  using T = typename P::scalar;
+  S side;
+  const T* fresh;
+  int64_t stride, length;
+  const T* at(int64_t t) const { return t < length ? side.rows(t) : fresh + (t - length) * stride; }
+};
+
+template <class P>
+inline void pack_group(const Source<P, Kind::key>& from, int64_t t) {
+  using S = Side<P, Kind::key>;
+  constexpr int64_t D = S::size, DP = round_up(D, VL), g = S::g;
+  struct Codes;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch<Codes>(g * DP / 4));
+  Half* scales = from.side.scale_at(t);
+  for (int64_t d = 0; d < D; d += VL) {
+    Vec low = load_f32(from.at(t) + d, D - d), high = low;
+    for (int64_t i = 1; i < g; ++i) {
+      const Vec x = load_f32(from.at(t + i) + d, D - d);
+      low = at::vec::minimum(low, x);
+      high = at::vec::maximum(high, x);
+    }
+    alignas(64) float lows[VL], highs[VL];
+    low.store(lows);
+    high.store(highs);
+    for (int64_t j = 0; j < least(VL, D - d); ++j) {
+      const Step<S::bits> step(lows[j], highs[j]);
+      scales[d + j] = step.scale;
+      scales[D + d + j] = step.zero;
+    }
+    const Vec scale = load_f32(scales + d, D - d), zero = load_f32(scales + D + d, D - d);
+    for (int64_t i = 0; i < g; ++i)
+      to_bytes(quantized<S::bits>(load_f32(from.at(t + i) + d, D - d), scale, zero), codes + i * DP + d);
+  }
+  uint8_t* out = from.side.code_at(t);
+  for (int64_t r = 0; r < S::row; ++r)
+    for (int64_t i = 0; i < g; ++i)
+      out[r * g + i] = S::bits == 8 ? codes[i * DP + r] : codes[i * DP + r] | codes[i * DP + r + D / 2] << 4;
+}
+
+template <class P>
+inline void pack_group(const Source<P, Kind::value>& from, int64_t first) {
+  using S = Side<P, Kind::value>;
+  constexpr int64_t E = S::size, g = S::g, half = E / 2;
+  for (int64_t t = first; t < first + g; ++t) {
+    alignas(64) uint8_t codes[E];
+    Half* scales = from.side.scale_at(t);
+    for (int64_t j = 0; j < S::groups; ++j) {
+      const auto* x = from.at(t) + j * g;
+      Vec low = load_f32(x), high = low;
+      for (int64_t e = VL; e < g; e += VL) {
+        low = at::vec::minimum(low, load_f32(x + e));
+        high = at::vec::maximum(high, load_f32(x + e));
+      }
+      const Step<S::bits> step(min_of(low), max_of(high));
+      scales[j] = step.scale;
+      scales[S::groups + j] = step.zero;
+      for (int64_t e = 0; e < g; e += VL)
+        to_bytes(quantized<S::bits>(load_f32(x + e), Vec(float(step.scale)), Vec(float(step.zero))), codes + j * g + e);
+    }
+    uint8_t* out = from.side.code_at(t);
+    for (int64_t r = 0; r < S::row; ++r) out[r] = S::bits == 8 ? codes[r] : codes[r] | codes[r + half] << 4;
+  }
+}
+
+template <class P, Kind kind>
+inline Source<P, kind> source(const StoreArgs& a, int64_t head, int64_t length) {
+  constexpr int k = kind == Kind::key ? 0 : 1;
+  const auto* fresh = static_cast<const typename P::scalar*>(a.fresh[k]) + head / a.groups * a.stride[k][0] +
+                      head % a.groups * a.stride[k][1];
+  return {Side<P, kind>(a.state, head, a.capacity), fresh, a.stride[k][2], length};
+}
+
+// Packs group t of one head, then (another call, later) copies rows: a group may still lie in ring slots that the new
+// tokens take over, so all packing comes first.
+template <class P, Kind kind>
+inline void pack(const StoreArgs& a, int64_t head, int64_t length, int64_t t) {
+  if constexpr (Side<P, kind>::packed) pack_group(source<P, kind>(a, head, length), t);
+}
+
+template <class P, Kind kind>
+inline void copy_rows(const StoreArgs& a, int64_t head, int64_t length) {
+  using S = Side<P, kind>;
+  const auto from = source<P, kind>(a, head, length);
+  const int64_t total = length + a.tokens, first = S::packed ? most(length, total - S::slots) : length;
+  for (int64_t t = first; t < total; ++t)
+    std::memcpy(from.side.rows(t), from.at(t), S::size * sizeof(typename P::scalar));
+}
+
+// Returns 1, having written nothing, if the tokens do not fit.
+template <class P>
+int64_t append(const StoreArgs& a) {
+  const int64_t length = *a.state.length, total = length + a.tokens, heads = a.batch * a.groups;
+  if (length < 0 || total > a.capacity) return 1;
+  const bool ring = P::key_bits != 16 || P::value_bits != 16;
+  const int64_t start = ring ? packed_length<P>(length) : 0, stop = ring ? packed_length<P>(total) : 0;
+  const int64_t groups = (stop - start) / P::group;
+  const int64_t threads = heads * a.tokens < 256 && groups * heads < 4 ? 1 : a.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < 2 * heads * groups; ++item) {
+      const int64_t head = item / 2 / groups, t = start + item / 2 % groups * P::group;
+      item % 2 ? pack<P, Kind::value>(a, head, length, t) : pack<P, Kind::key>(a, head, length, t);
+    }
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < 2 * heads; ++item)
+      item % 2 ? copy_rows<P, Kind::value>(a, item / 2, length) : copy_rows<P, Kind::key>(a, item / 2, length);
+  }
+  return 0;
+}
+
+// fp32 rows in model dtype, n values.
+template <class T>
+inline void convert_row(const float* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += VL) store_f32(to + i, load_f32(from + i, n - i), n - i);
+}
+
+template <class P, Kind kind>
+inline void read_back(const LoadArgs& a, int64_t head, int64_t t, int64_t n, bool tail) {
+  using S = Side<P, kind>;
+  using T = typename P::scalar;
+  const S side(a.state, head, a.capacity);
+  T* out = static_cast<T*>(a.out[kind == Kind::key ? 0 : 1]) + (head * a.capacity + t) * S::size;
+  if constexpr (S::packed) {
+    if (!tail) {
+      struct Tile;
+      constexpr int64_t g = S::g, padded = round_up(S::size, VL);
+      float* tile = scratch<Tile>((g + VL) * padded);
+      for (int64_t first = 0; first < n; first += g) {
+        if constexpr (kind == Kind::key) {
+          float* row = tile + g * padded;
+          key_group_transposed(side, t + first, tile, g);
+          for (int64_t i = 0; i < g; ++i) {
+            for (int64_t d = 0; d < S::size; ++d) row[d] = tile[d * g + i];
+            convert_row(row, out + (first + i) * S::size, S::size);
+          }
+        } else {
+          for (int64_t i = 0; i < g; ++i) {
+            value_row(side, t + first + i, tile);
+            convert_row(tile, out + (first + i) * S::size, S::size);
+          }
+        }
+      }
+      return;
+    }
+  }
+  std::memcpy(out, side.rows(t), n * S::size * sizeof(T));
+}
+
+// The first `length` tokens densely, zeros behind them.
+template <class P>
+int64_t read(const LoadArgs& a) {
+  using T = typename P::scalar;
+  constexpr int64_t BK = P::group * most(1, 128 / P::group);
+  const int64_t length = *a.state.length, stop = packed_length<P>(length), heads = a.batch * a.groups;
+  if (length > a.capacity) return 1;
+  const int64_t blocks = (a.capacity + BK - 1) / BK;
+  const int64_t threads = heads * blocks < 4 ? 1 : a.threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t item = 0; item < heads * blocks; ++item) {
+    const int64_t head = item / blocks, from = item % blocks * BK, to = least(a.capacity, from + BK);
+    const int64_t end = most(from, least(length, to));
+    for_runs<P>(from, end, stop, BK, [&](int64_t t, int64_t n, bool tail) {
+      read_back<P, Kind::key>(a, head, t, n, tail);
+      read_back<P, Kind::value>(a, head, t, n, tail);
+    });
+    const int64_t row = head * a.capacity + end;
+    std::memset(static_cast<T*>(a.out[0]) + row * P::key_size, 0, (to - end) * P::key_size * sizeof(T));
+    std::memset(static_cast<T*>(a.out[1]) + row * P::value_size, 0, (to - end) * P::value_size * sizeof(T));
+  }
+  return 0;
+}
+
+}  // namespace ec

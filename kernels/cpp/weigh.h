@@ -1,0 +1,142 @@
+// Decode: o = alpha * o + p . V for a few rows of weights and a run of values. Lanes are channels.
+#pragma once
+#include "side.h"
+
+namespace ec {
+
+// p[row * ld + token]; o[row * EP + channel], EP the size rounded up to whole vectors.
+template <class T, int64_t E, int RB>
+inline void weigh_dense(const T* v, int64_t stride, int64_t n, const float* p, int64_t ld, const float* alpha, float* o) {
+  constexpr int64_t EP = round_up(E, VL), vectors = EP / VL;
+  constexpr int64_t NC = most(1, least(vectors, ACCUMULATORS / RB));
+  for (int64_t c = 0; c < vectors; c += NC) {
+    const auto columns = [&](auto whole) {
+      Vec acc[RB][NC];
+      for (int r = 0; r < RB; ++r)
+        for (int64_t j = 0; j < NC; ++j)
+          acc[r][j] = Vec::loadu(o + r * EP + least(c + j, vectors - 1) * VL) * Vec(alpha[r]);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < NC; ++j) {
+          if constexpr (!decltype(whole)::value)
+            if (c + j >= vectors) break;
+          const T* at = v + i * stride + (c + j) * VL;
+          const Vec x = decltype(whole)::value ? load_f32(at) : load_f32(at, E - (c + j) * VL);
+          for (int r = 0; r < RB; ++r) acc[r][j] = at::vec::fmadd(Vec(p[r * ld + i]), x, acc[r][j]);
+        }
+      }
+      for (int r = 0; r < RB; ++r)
+        for (int64_t j = 0; j < NC && c + j < vectors; ++j) acc[r][j].store(o + r * EP + (c + j) * VL);
+    };
+    if ((c + NC) * VL <= E)
+      columns(std::true_type{});
+    else
+      columns(std::false_type{});
+  }
+}
+
+// sum_t p_t (c_t s_t + z_t), per channel group: the weight takes the token's scale, the zeros sum to one number a group.
+// w[row][token][2 * groups] = p * (scales, zeros) as they lie in memory; sums[row][2 * groups] over tokens.
+template <class P, int RB>
+inline void scaled_weights(const Half* scales, int64_t n, const float* p, int64_t ld, float* w, int64_t wld, float* sums) {
+  constexpr int64_t N = 2 * Side<P, Kind::value>::groups;
+  if constexpr (N <= VL && VL % N == 0) {
+    constexpr int64_t step = VL / N;
+    for (int r = 0; r < RB; ++r) {
+      Vec total(0.f);
+      for (int64_t i = 0; i < n; i += step) {
+        // Beyond n the weights are 0, and so are the scales that load_f32() puts there.
+        const Vec x = repeat<N>(p + r * ld + i) * load_f32(scales + i * N, (n - i) * N);
+        x.store(w + r * wld + i * N);
+        total = total + x;
+      }
+      alignas(64) float lanes[VL];
+      total.store(lanes);
+      for (int64_t j = 0; j < N; ++j) {
+        float sum = 0.f;
+        for (int64_t i = j; i < VL; i += N) sum += lanes[i];
+        sums[r * N + j] = sum;
+      }
+    }
+  } else {
+    for (int r = 0; r < RB; ++r) {
+      for (int64_t j = 0; j < N; ++j) sums[r * N + j] = 0.f;
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < N; ++j) {
+          const float x = p[r * ld + i] * float(scales[i * N + j]);
+          w[r * wld + i * N + j] = x;
+          sums[r * N + j] += x;
+        }
+      }
+    }
+  }
+}
+
+template <class P, int RB>
+inline void weigh_packed(const Side<P, Kind::value>& values, int64_t t, int64_t n, const float* p, int64_t ld,
+                         const float* alpha, float* o) {
+  using S = Side<P, Kind::value>;
+  constexpr int64_t E = S::size, g = S::g, N = 2 * S::groups, half = E / 2;
+  constexpr int64_t chunks = S::row / VL;  // vectors of bytes in a token
+  constexpr int per = S::bits == 4 ? 2 : 1;  // vectors of values in one vector of bytes
+  constexpr int64_t fit = most(1, ACCUMULATORS / (RB * per));
+  constexpr int64_t NC = chunks % least(fit, chunks) == 0 ? least(fit, chunks) : chunks % 2 == 0 && fit >= 2 ? 2 : 1;
+  struct Weights;
+  const int64_t wld = round_up(n * N, VL);
+  float* w = scratch<Weights>(RB * wld);
+  float sums[RB * N];
+  const uint8_t* codes = values.code_at(t);
+  scaled_weights<P, RB>(values.scale_at(t), n, p, ld, w, wld, sums);
+  for (int64_t c = 0; c < chunks; c += NC) {
+    Vec acc[RB][NC][per];
+    int64_t group[NC][per];
+    for (int64_t j = 0; j < NC; ++j) {
+      for (int u = 0; u < per; ++u) {
+        const int64_t channel = (c + j) * VL + u * half;
+        group[j][u] = channel / g;
+        for (int r = 0; r < RB; ++r) {
+          const float offset = sums[r * N + S::groups + group[j][u]] + CENTER<S::bits> * sums[r * N + group[j][u]];
+          acc[r][j][u] = at::vec::fmadd(Vec::loadu(o + r * E + channel), Vec(alpha[r]), Vec(offset));
+        }
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < NC; ++j) {
+        Vec x[2];
+        if constexpr (S::bits == 4)
+          unpack4(codes + i * S::row + (c + j) * VL, x[0], x[1]);
+        else
+          x[0] = unpack8(codes + i * S::row + (c + j) * VL);
+        for (int u = 0; u < per; ++u)
+          for (int r = 0; r < RB; ++r)
+            acc[r][j][u] = at::vec::fmadd(Vec(w[r * wld + i * N + group[j][u]]), x[u], acc[r][j][u]);
+      }
+    }
+    for (int r = 0; r < RB; ++r)
+      for (int64_t j = 0; j < NC; ++j)
+        for (int u = 0; u < per; ++u) acc[r][j][u].store(o + r * E + (c + j) * VL + u * half);
+  }
+}
+
+template <class P, int RB>
+inline void weigh(const Side<P, Kind::value>& values, int64_t t, int64_t n, bool tail, const float* p, int64_t ld,
+                  const float* alpha, float* o) {
+  using S = Side<P, Kind::value>;
+  constexpr int64_t E = S::size;
+  if constexpr (S::packed) {
+    if (!tail) {
+      if constexpr (S::row % VL == 0) {
+        return weigh_packed<P, RB>(values, t, n, p, ld, alpha, o);
+      } else {
+        // A vector of bytes would straddle the two halves: read the run densely first.
+        struct Dense;
+        constexpr int64_t EP = round_up(E, VL);
+        float* tile = scratch<Dense>(n * EP);
+        for (int64_t i = 0; i < n; ++i) value_row(values, t + i, tile + i * EP);
+        return weigh_dense<float, E, RB>(tile, EP, n, p, ld, alpha, o);
+      }
+    }
+  }
+  weigh_dense<typename P::scalar, E, RB>(values.rows(t), E, n, p, ld, alpha, o);
+}
+
+}  // namespace ec
