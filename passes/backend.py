@@ -1,0 +1,216 @@
+"""The driver: what ``torch.compile(model, backend="effcompile")`` calls with each graph.
+
+``Dynamo graph -> normalise -> find sites -> passes -> effcompile operators -> compile_fx``. A pass answers with values; the
+driver rewrites, verifies, times and reports. With no rewritten site the original graph goes to ``compile_fx`` untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from effcompile import kernels, lowering
+from effcompile.kernels.reason import Reason
+from effcompile.passes import base, options as choices, report
+from effcompile.passes.rewrite import Rewrite
+from effcompile.patterns.attention import AttentionSite, find_attention
+from effcompile.patterns.normalize import normalize
+from effcompile.patterns.walk import mutated_arguments, root
+
+log = logging.getLogger(__name__)
+
+
+def effcompile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. Not called by hand: ``model.compile(backend="effcompile", options={...})``.
+
+    Parameters
+    ----------
+    mode
+        As in ``torch.compile``; passed on to Inductor.
+    options
+        ``rules`` (module pattern -> pass -> options), a pass name -> options for all sites, ``verify``, and ``inductor``
+        (settings of Inductor). See :func:`effcompile.passes.options.parse`.
+
+    Raises
+    ------
+    OptionError
+        For an option, pass or value that does not exist; lists the nearest names.
+    """
+    chosen = choices.parse(options, mode)
+    clock = _Clock()
+    graph = normalize(gm, example_inputs)
+    if isinstance(graph, Reason):
+        log.warning("compiled without rewriting: %s", graph)
+        report.record(report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph))
+        return compile_fx(gm, list(example_inputs), config_patches=chosen.inductor_patches())
+    clock.lap("normalise")
+    before = copy.deepcopy(graph)
+    decisions, replaced = _rewrite(graph, chosen)
+    clock.lap("match")
+    if not replaced:
+        log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
+        report.record(report.GraphReport(gm, before, decisions, chosen, clock.seconds))
+        return compile_fx(gm, list(example_inputs), config_patches=chosen.inductor_patches())
+    check = _verifier(graph, replaced) if chosen.verify else None
+    _clean(graph)
+    programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
+    device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
+    lowering.prebuild(programs, device)
+    record = report.GraphReport(gm, before, decisions, chosen, clock.seconds, after=copy.deepcopy(graph), programs=programs)
+    report.record(record)
+    clock.lap("report")
+    patches = chosen.inductor_patches() | _cache_key(chosen)
+    if check is not None:
+        # A wrong compile must not be kept on disk for others while it is being looked for.
+        patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    compiled = compile_fx(graph, list(example_inputs), config_patches=patches)
+    clock.lap("inductor")
+    return compiled if check is None else _Verified(compiled, check, record)
+
+
+Replaced = list[tuple[AttentionSite, Rewrite, fx.Node, fx.Node]]
+
+
+def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[report.Decision], Replaced]:
+    """Ask every pass about every site, and put the replacements in; the old nodes stay until :func:`_clean`."""
+    decisions: list[report.Decision] = []
+    replaced: Replaced = []
+    for index, site in enumerate(find_attention(gm)):
+        if isinstance(site, Reason):
+            decisions.append(report.left(index, None, "", site))
+            continue
+        for name in base.REGISTRY:
+            resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen)
+            answer, rule = _ask(name, resolved, site)
+            if isinstance(answer, Reason):
+                decisions.append(report.left(index, site, rule, answer))
+                continue
+            with gm.graph.inserting_before(site.output):
+                new = answer.emit(gm.graph)
+            for key, item in site.output.meta.items():
+                new.meta.setdefault(key, item)
+            site.output.replace_all_uses_with(new, delete_user_cb=lambda user, made=new: user is not made)
+            replaced.append((site, answer, site.output, new))
+            decisions.append(report.rewritten(index, site, rule, answer))
+    gm.graph.lint()
+    gm.recompile()
+    return decisions, replaced
+
+
+def _ask(name: str, resolved: choices.Resolved, site: AttentionSite) -> tuple[Rewrite | Reason, str]:
+    """One pass's answer for one site, and the choice of the user that led to it."""
+    method = base.get(name)
+    if resolved.options is None and resolved.rule:
+        return Reason("switched-off", f"{name} is switched off here by {resolved.rule}", site.source), resolved.rule
+    if resolved.options is not None:
+        return resolved.options.match(site), resolved.rule
+    # Nobody asked by name, but a compressed cache may have been passed: its form is the choice.
+    if site.store is not None:
+        return method().match(site), "ec.Cache"
+    return Reason("not-asked", f"no decorator, rule or option asks for {name} here", site.source), ""
+
+
+def _clean(gm: fx.GraphModule) -> None:
+    """Remove what the replacements left without users; whatever writes stays."""
+    gm.graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or n.is_impure() or next(mutated_arguments(n), None) is not None
+    )
+    gm.graph.lint()
+    gm.recompile()
+
+
+class _SourceKey(CustomGraphPass):  # type: ignore[misc]
+    """Does nothing to a graph; its uuid puts kernel sources, version and options into Inductor's cache key.
+
+    Node metadata is not in that key, and neither is the body of an operator.
+    """
+
+    def __init__(self, text: str, inner: Any) -> None:
+        self.text, self.inner = text, inner
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.inner is not None:
+            self.inner(graph)
+
+    def uuid(self) -> Any:
+        """The key, or None (do not cache) if the user's own pass has none."""
+        if self.inner is None:
+            return self.text
+        inner = self.inner.uuid() if hasattr(self.inner, "uuid") else None
+        return None if inner is None else (self.text, inner)
+
+
+def _cache_key(chosen: choices.BackendOptions) -> dict[str, Any]:
+    digest = hashlib.sha256(get_hash_for_files(lowering.sources()))
+    digest.update(f"{torch.__version__} {kernels.__name__} {chosen.text}".encode())
+    own = dict(chosen.inductor).get("post_grad_custom_post_pass", torch._inductor.config.post_grad_custom_post_pass)
+    return {"post_grad_custom_post_pass": _SourceKey(digest.hexdigest(), own)}
+
+
+class _Clock:
+    """Seconds spent in each of our own steps and in Inductor."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _verifier(gm: fx.GraphModule, replaced: Replaced) -> Callable[[Sequence[Any]], list[float]]:
+    """A function that runs every replaced subgraph beside its replacement, on copies of the state."""
+    both = copy.deepcopy(gm)
+    by_name = {node.name: node for node in both.graph.nodes}
+    pairs = [(by_name[old.name], by_name[new.name]) for _, _, old, new in replaced]
+    output = both.graph.output_node()
+    output.args = (tuple(pairs),)
+    both.graph.lint()
+    both.recompile()
+    written = {root(a) for n in both.graph.nodes for a in mutated_arguments(n)}
+    slots = [i for i, p in enumerate(both.graph.find_nodes(op="placeholder")) if p in written]
+
+    def check(args: Sequence[Any]) -> list[float]:
+        own = list(args)
+        for i in slots:
+            own[i] = own[i].clone()
+        with torch.no_grad():
+            return [_difference(new, old) for old, new in both(*own)]
+
+    return check
+
+
+def _difference(new: Tensor, old: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    scale = old.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((new.float() - old.float()).abs().max() / scale)
+
+
+class _Verified:
+    """The compiled graph, which checks its replacements on the first call."""
+
+    def __init__(self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[float]], record: Any) -> None:
+        self.compiled, self.check, self.record = compiled, check, record
+
+    def __call__(self, *args: Any) -> Any:
+        if self.check is not None:
+            self.record.set_errors(self.check(args))
+            self.check = None  # type: ignore[assignment]
+        return self.compiled(*args)

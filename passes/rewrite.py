@@ -1,0 +1,29 @@
+"""What a pass answers when it takes a site: a description, and how to emit the replacement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import fx
+
+from effcompile.kernels.program import Program, StoreProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """A replacement for the output of a site.
+
+    Parameters
+    ----------
+    form
+        The name of what is put there, for the report.
+    emit
+        Called by the driver with the graph's insertion point before the site's output; returns the new output node.
+    programs
+        Kernels that the replacement will launch; their builds can start while Inductor works.
+    """
+
+    form: str
+    emit: Callable[[fx.Graph], fx.Node]
+    programs: tuple[Program | StoreProgram, ...] = ()
