@@ -1,0 +1,207 @@
+"""What attention over a store must move and compute, in sympy: bytes and FLOPs as functions of the sizes.
+
+The letters are those of :mod:`effcompile.kernels.form`: :data:`B` batch, :data:`H` query heads, :data:`G` key/value
+heads, :data:`T` query length, :data:`S` key length after this call, :data:`C` capacity, :data:`D` and :data:`E` head
+sizes.
+
+*Bytes* are the compulsory traffic of one call: each operand read once, each result written once, whatever a kernel
+reads again because its caches are too small. *FLOPs* are two for each multiply-add of the two products, over the pairs
+of query and key that the predicate lets through, and two for each value that is dequantised; the exponentials are left
+out.
+
+>>> attend(KVForm(4, 4), Predicate(), 4).at(B=1, H=9, G=3, T=1, S=8192, C=8192, D=64, E=64)
+Cost(bytes=2136612, flops=25067520)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from sympy import Expr, Integer, Max, Min, Symbol, ceiling, floor
+
+from effcompile.kernels.form import Kind, KVForm
+from effcompile.kernels.program import Predicate
+
+
+def _size(name: str) -> Any:
+    return Symbol(name, integer=True, positive=True)
+
+
+B, H, G, T, S, C, D, E = (_size(name) for name in "BHGTSCDE")
+_LETTERS = {symbol.name: symbol for symbol in (B, H, G, T, S, C, D, E)}
+
+_KINDS: tuple[Kind, Kind] = ("key", "value")
+SCALE_BYTES = 2 * 2
+"""An fp16 scale and an fp16 zero: what one quantised group carries besides its codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Bytes moved and floating-point operations: sympy expressions, or integers once every size is known."""
+
+    bytes: Any
+    flops: Any
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def at(self, **sizes: Any) -> Cost:
+        """This cost with sizes put in by letter, such as ``cost.at(B=1, S=8192)``; integers if no letter is left.
+
+        Raises
+        ------
+        TypeError
+            For a name that is no size.
+        """
+        return Cost(at(self.bytes, **sizes), at(self.flops, **sizes))
+
+
+def at(expression: Any, **sizes: Any) -> Any:
+    """``expression`` with sizes put in by letter; an ``int`` if that leaves a number."""
+    if unknown := sizes.keys() - _LETTERS.keys():
+        raise TypeError(f"{sorted(unknown)} are no sizes of an attention; the letters are {', '.join(_LETTERS)}.")
+    expression = sympy.sympify(expression)
+    if {symbol.name for symbol in expression.free_symbols} <= {k for k, v in sizes.items() if type(v) is int}:
+        value = _number(expression, sizes)
+        return int(value) if value.denominator == 1 else value
+    value = expression.subs({_LETTERS[name]: size for name, size in sizes.items()}, simultaneous=True)
+    return int(value) if value.is_Integer else value
+
+
+_EXACT: dict[Any, Any] = {
+    sympy.Add: lambda *terms: sum(terms),
+    sympy.Mul: lambda *factors: math.prod(factors),
+    sympy.Pow: lambda base, exponent: base ** int(exponent),
+    Max: max,
+    Min: min,
+    floor: math.floor,
+    ceiling: math.ceil,
+}
+
+
+def _number(expression: Any, sizes: dict[str, int]) -> Fraction:
+    """``expression`` at whole sizes, exactly; a hundred times faster than ``subs``."""
+    if expression.is_Symbol:
+        return Fraction(sizes[expression.name])
+    if expression.is_Rational:
+        return Fraction(int(expression.p), int(expression.q))
+    return Fraction(_EXACT[expression.func](*(_number(part, sizes) for part in expression.args)))
+
+
+def packed_length(form: KVForm, length: Any) -> Expr:
+    """Tokens of the first ``length`` that are packed; the formula of :func:`effcompile.kernels.form.packed_length`."""
+    return form.group * floor(Max(0, length - form.residual) / form.group)
+
+
+def pairs(predicate: Predicate) -> Expr:
+    """Pairs of query and key that ``predicate`` lets through, for one head: at most ``T * S``.
+
+    Query ``i`` stands at position ``S - T + i``. Causality hides the keys after it, a window those before
+    ``S - T + i - window + 1``. Padding is data, so it is not counted.
+    """
+    seen = T * S
+    if predicate.causal:
+        seen -= T * (T - 1) / 2
+    if predicate.window is not None:
+        # The sum over i of max(0, first + i), where first is what the window hides from the first query.
+        first = S - T - predicate.window + 1
+        start = Min(T, Max(0, -first))
+        seen -= (T - start) * first + (T * (T - 1) - start * (start - 1)) / 2
+    return seen
+
+
+def tokens_read(predicate: Predicate) -> Expr:
+    """Tokens of the store that some query can see."""
+    return S if predicate.window is None else Min(S, predicate.window + T - 1)
+
+
+def _side_allocation(form: KVForm, kind: Kind, itemsize: int) -> Expr:
+    size, bits = (D, form.key_bits) if kind == "key" else (E, form.value_bits)
+    if bits == 16:
+        return B * G * C * size * itemsize
+    codes = C * size * bits / 8
+    groups = C / form.group * size if kind == "key" else C * size / form.group
+    return B * G * (codes + groups * SCALE_BYTES + form.slots * size * itemsize)
+
+
+@functools.cache
+def allocation(form: KVForm, itemsize: int) -> Expr:
+    """Bytes of all buffers of one layer, in ``B, G, C, D, E``; :meth:`KVForm.nbytes` as a formula."""
+    return sympy.expand(_side_allocation(form, "key", itemsize) + _side_allocation(form, "value", itemsize))
+
+
+def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any) -> Cost:
+    """Reading the newest ``count`` of ``length`` tokens of one side: codes, scales, tail, and dequantisation."""
+    size, bits = (D, form.key_bits) if kind == "key" else (E, form.value_bits)
+    if bits == 16:
+        return Cost(B * G * count * size * itemsize, Integer(0))
+    tail = length - packed_length(form, length)
+    packed = Max(0, count - tail)
+    groups = ceiling(packed / form.group) * size if kind == "key" else packed * size / form.group
+    moved = packed * size * bits / 8 + groups * SCALE_BYTES + Min(count, tail) * size * itemsize
+    return Cost(B * G * moved, 2 * B * G * packed * size)
+
+
+def _store_read(form: KVForm, itemsize: int, count: Expr, length: Any) -> Cost:
+    key, value = (_side_read(form, kind, itemsize, count, length) for kind in _KINDS)
+    return key + value
+
+
+def _ends(itemsize: int, lse: bool) -> Expr:
+    """Bytes of the query and of the results."""
+    return B * H * T * (D * itemsize + E * itemsize + (4 if lse else 0))
+
+
+@functools.cache
+def attend(form: KVForm, predicate: Predicate, itemsize: int) -> Cost:
+    """``effcompile::attend``: attention that reads the store itself, tail included; in decode and prefill alike."""
+    read = _store_read(form, itemsize, tokens_read(predicate), S)
+    mask = B * tokens_read(predicate) if predicate.key_mask else Integer(0)
+    return Cost(_ends(itemsize, True) + read.bytes + mask, B * H * pairs(predicate) * 2 * (D + E) + read.flops)
+
+
+@functools.cache
+def dense(predicate: Predicate, itemsize: int) -> Cost:
+    """The strong baseline: attention over a dense cache in the model's dtype, stopping at the real length."""
+    read = B * G * tokens_read(predicate) * (D + E) * itemsize
+    mask = B * tokens_read(predicate) if predicate.key_mask else Integer(0)
+    return Cost(_ends(itemsize, False) + read + mask, B * H * pairs(predicate) * 2 * (D + E))
+
+
+@functools.cache
+def unfused(form: KVForm, itemsize: int, mask_itemsize: int = 1) -> Cost:
+    """The same site before a rewrite: ``kv_load`` to dense keys and values, then attention over the whole capacity.
+
+    ``kv_load`` writes all ``C`` tokens; SDPA reads them and a mask ``[B, 1, T, C]`` of ``mask_itemsize`` bytes, and
+    computes every pair, hidden or not.
+    """
+    read = _store_read(form, itemsize, S, S)
+    loaded = B * G * C * (D + E) * itemsize
+    mask = B * T * C * mask_itemsize
+    return Cost(read.bytes + 2 * loaded + mask + _ends(itemsize, False), read.flops + 2 * B * H * T * C * (D + E))
+
+
+@functools.cache
+def store(form: KVForm, itemsize: int) -> Cost:
+    """``effcompile::kv_store`` of ``T`` tokens after which ``S`` are cached.
+
+    Reads the new tokens and those that leave the tail, writes the groups that became complete and the newest tokens.
+    Quantising is counted as two FLOPs a value.
+    """
+    total = Cost(Integer(0), Integer(0))
+    for size, bits, kind in ((D, form.key_bits, "key"), (E, form.value_bits, "value")):
+        if bits == 16:
+            total += Cost(2 * B * G * T * size * itemsize, Integer(0))
+            continue
+        start, stop = packed_length(form, S - T), packed_length(form, S)
+        packed = stop - start
+        groups = packed / form.group * size if kind == "key" else packed * size / form.group
+        from_tail = Min(packed, S - T - start)
+        moved = (T + from_tail + Min(T, form.slots)) * size * itemsize + packed * size * bits / 8 + groups * SCALE_BYTES
+        total += Cost(B * G * moved, 2 * B * G * packed * size)
+    return total
