@@ -313,12 +313,8 @@ def test_wrong_options_of_a_decorator(args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def test_parse_copies_and_freezes() -> None:
-    given = {
-        "rules": {"layers.*": {"toy": {"bits": 8}}},
-        "toy": {"bits": 2},
-        "verify": True,
-        "inductor": {"debug": True},
-    }
+    rules = {"layers.*": {"toy": {"bits": 8}}}
+    given: dict[str, Any] = {"rules": rules, "toy": {"bits": 2}, "verify": True, "inductor": {"debug": True}}
     before = copy.deepcopy(given)
     parsed = parse(given)
     assert given == before
