@@ -1,0 +1,28 @@
+"""What every test shares: no network, and the same random numbers each time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """The same seed before each test, and no compiled code left over from the one before."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer; decorate a ``copy.deepcopy`` of the model, never this one."""
+    from effcompile import smollm2 as home
+
+    return home.load()
