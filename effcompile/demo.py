@@ -192,8 +192,8 @@ def _side(console: Console, name: str, prepare: Callable[[Any], dict[str, Any]],
 def _table(rows: list[Row], tokens: int) -> Table:
     table = Table(
         title=f"SmolLM2-135M-Instruct, fp32, a prompt of about {tokens:,} tokens, {os.cpu_count()} cores",
-        caption=f"Perplexity: {PERPLEXITY_TOKENS - PERPLEXITY_CONTEXT} tokens of prose after {PERPLEXITY_CONTEXT}, each through "
-        f"the cache. The hidden pass key is {KEY}. Compiling is not part of prefill.",
+        caption=f"Perplexity: {PERPLEXITY_TOKENS - PERPLEXITY_CONTEXT} tokens of prose after {PERPLEXITY_CONTEXT}, "
+        f"each through the cache. The hidden pass key is {KEY}. Compiling is not part of prefill.",
     )
     table.add_column("")
     for heading in ("prefill s", "ms a token", "cache MiB", "perplexity", "compiling s"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -130,7 +131,7 @@ def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Genera
             **options,
         )
     times = stamps.stamps
-    gaps = [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times[1:])]
     return Generation(out.sequences[:, ids.shape[1] :], out.past_key_values, first, clock.seconds, gaps)
 
 
@@ -149,8 +150,8 @@ def cache_nbytes(cache: Any) -> int:
 def stepwise_perplexity(model: Any, text: Tensor, context: int, cache: Any) -> float:
     """Perplexity of ``text[:, context:]``, token by token through ``generate`` and its cache.
 
-    The context is read without compiled code, so that the measurement adds no graph for its length; every token after it
-    goes through the same decode step as a user's. ``cache`` must be empty and big enough.
+    The context is read without compiled code, so that the measurement adds no graph for its length; every token after
+    it goes through the same decode step as a user's. ``cache`` must be empty and big enough.
     """
     common: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "past_key_values": cache}
     with torch.no_grad():

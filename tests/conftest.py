@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,11 +12,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> Iterator[None]:
+def _same_start() -> None:
     """The same seed before each test, and no compiled code left over from the one before."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    yield
 
 
 @pytest.fixture(scope="session")
