@@ -1,5 +1,6 @@
 // Decode: o = alpha * o + p . V for a few rows of weights and a run of values. Lanes are channels.
 #pragma once
+#include "matmul.h"
 #include "side.h"
 
 namespace ec {
@@ -8,30 +9,8 @@ namespace ec {
 template <class T, int64_t E, int RB>
 inline void weigh_dense(const T* v, int64_t stride, int64_t n, const float* p, int64_t ld, const float* alpha, float* o) {
   constexpr int64_t EP = round_up(E, VL), vectors = EP / VL;
-  constexpr int64_t NC = most(1, least(vectors, ACCUMULATORS / RB));
-  for (int64_t c = 0; c < vectors; c += NC) {
-    const auto columns = [&](auto whole) {
-      Vec acc[RB][NC];
-      for (int r = 0; r < RB; ++r)
-        for (int64_t j = 0; j < NC; ++j)
-          acc[r][j] = Vec::loadu(o + r * EP + least(c + j, vectors - 1) * VL) * Vec(alpha[r]);
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < NC; ++j) {
-          if constexpr (!decltype(whole)::value)
-            if (c + j >= vectors) break;
-          const T* at = v + i * stride + (c + j) * VL;
-          const Vec x = decltype(whole)::value ? load_f32(at) : load_f32(at, E - (c + j) * VL);
-          for (int r = 0; r < RB; ++r) acc[r][j] = at::vec::fmadd(Vec(p[r * ld + i]), x, acc[r][j]);
-        }
-      }
-      for (int r = 0; r < RB; ++r)
-        for (int64_t j = 0; j < NC && c + j < vectors; ++j) acc[r][j].store(o + r * EP + (c + j) * VL);
-    };
-    if ((c + NC) * VL <= E)
-      columns(std::true_type{});
-    else
-      columns(std::false_type{});
-  }
+  constexpr int NC = static_cast<int>(most(1, least(vectors, ACCUMULATORS / RB)));
+  multiply<T, RB, NC>(RB, E, n, p, ld, v, stride, alpha, o, EP);
 }
 
 // sum_t p_t (c_t s_t + z_t), per channel group: the weight takes the token's scale, the zeros sum to one number a group.
