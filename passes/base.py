@@ -52,7 +52,7 @@ class Pass:
         """Called when a decorator puts these options on ``module``; attaches what must live outside the graph."""
 
     def on_remove(self, module: nn.Module) -> None:
-        """Called when these options leave ``module``; undoes :meth:`on_decorate`."""
+        """Called when these options leave ``module``; undoes :meth:`on_decorate`, if there is anything to undo."""
 
     @property
     def text(self) -> str:

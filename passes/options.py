@@ -240,6 +240,9 @@ def remove(module: M) -> M:
     for inner in _target(module, "remove").modules():
         for key in annotations_of(inner):
             _take_off(inner, key.removeprefix(PREFIX))
+        # What a pass put there without a decorator, as a cache attaches the hooks it needs.
+        for name in REGISTRY:
+            get(name)().on_remove(inner)
     return module
 
 

@@ -54,7 +54,7 @@ class Toy(Pass):
         module.__dict__["attached"] = self
 
     def on_remove(self, module: nn.Module) -> None:
-        assert module.__dict__.pop("attached") is not None
+        module.__dict__.pop("attached", None)
 
 
 @dataclasses.dataclass(frozen=True)
