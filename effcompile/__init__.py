@@ -1,1 +1,79 @@
-"""effcompile."""
+"""A torch.compile back end that rewrites transformers into efficient forms, and says what it did and why.
+
+>>> import effcompile as ec
+>>> model = ec.compress_kv(key_bits=4, value_bits=4)(model)      # doctest: +SKIP
+>>> model.compile(backend="effcompile")                          # doctest: +SKIP
+>>> model.generate(ids)                                          # doctest: +SKIP
+>>> print(ec.inspect(model))                                     # doctest: +SKIP
+
+Names are imported when they are first used: ``import effcompile`` alone loads neither torch nor transformers, and torch
+itself may import this package for ``TORCH_LOGS`` before it is ready.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from effcompile.kernels.form import FormError
+    from effcompile.kernels.ops import CapacityError
+    from effcompile.passes.compress_kv import CompressKV
+    from effcompile.passes.options import DecorationError, OptionError, decorator, options_of, remove
+    from effcompile.passes.report import InspectError, Report, inspect
+    from effcompile.runtime.cache import Cache, CacheError, GradientError
+
+    compress_kv = decorator(CompressKV)
+    __version__: str
+else:
+    # Where each name is. Decorators are not listed: they come from the registry of passes.
+    _HOMES = {
+        "Cache": "runtime.cache",
+        "CacheError": "runtime.cache",
+        "CapacityError": "kernels.ops",
+        "DecorationError": "passes.options",
+        "FormError": "kernels.form",
+        "GradientError": "runtime.cache",
+        "InspectError": "passes.report",
+        "OptionError": "passes.options",
+        "Report": "passes.report",
+        "inspect": "passes.report",
+        "options_of": "passes.options",
+        "remove": "passes.options",
+    }
+
+    def __getattr__(name):
+        import importlib
+
+        if name == "__version__":
+            import importlib.metadata
+
+            found = importlib.metadata.version("effcompile")
+        elif name in _HOMES:
+            found = getattr(importlib.import_module(f"effcompile.{_HOMES[name]}"), name)
+        elif not name.startswith("_") and name in importlib.import_module("effcompile.passes.base").REGISTRY:
+            found = importlib.import_module("effcompile.passes.options").decorator_of(name)
+        else:
+            raise AttributeError(f"module 'effcompile' has no attribute {name!r}; it offers {', '.join(__all__)}.")
+        globals()[name] = found
+        return found
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
+
+__all__ = [
+    "Cache",
+    "CacheError",
+    "CapacityError",
+    "DecorationError",
+    "FormError",
+    "GradientError",
+    "InspectError",
+    "OptionError",
+    "Report",
+    "__version__",
+    "compress_kv",
+    "inspect",
+    "options_of",
+    "remove",
+]
