@@ -1,8 +1,8 @@
 """Builds and loads one generated C++ file with Inductor's toolchain, cached across processes by content.
 
-A build lives in ``<Inductor's cache>/effcompile/cpp/<key>/<name>.cpp`` and ``.so``, where the key covers the source, the
-headers of :mod:`effcompile.kernels.cpp`, the torch version, the compiler setting and the CPU's capabilities. A warm start
-loads the library without asking for a compiler at all.
+A build lives in ``<Inductor's cache>/effcompile/cpp/<key>/<name>.cpp`` and ``.so``, where the key covers the source,
+the headers of :mod:`effcompile.kernels.cpp`, the torch version, the compiler settings and the CPU's capabilities. A
+warm start loads the library without asking for a compiler at all.
 """
 
 from __future__ import annotations

@@ -47,8 +47,10 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   });
 }
 
+// Returns 1, having written nothing, if the length is not within the capacity.
 template <class P>
 int64_t decode(const AttendArgs& a) {
+  if (*a.state.length < 0 || *a.state.length > a.capacity) return 1;
   constexpr int64_t EP = round_up(P::value_size, VL), BK = P::group * most(1, 128 / P::group);
   const int64_t length = *a.state.length, rows = a.queries * P::ratio, heads = a.batch * a.groups;
   const int64_t stop = packed_length<P>(length);

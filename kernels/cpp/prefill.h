@@ -80,8 +80,10 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
     write_row<P>(a, row_index<P>(a, head, first * P::ratio + row), o + row * EP, max[row], sum[row]);
 }
 
+// Returns 1, having written nothing, if the length is not within the capacity.
 template <class P>
 int64_t prefill(const AttendArgs& a) {
+  if (*a.state.length < 0 || *a.state.length > a.capacity) return 1;
   const int64_t heads = a.batch * a.groups, stop = packed_length<P>(*a.state.length);
   // Large tiles reuse a tile of keys more often; small ones keep all threads busy when there is little to do.
   const int64_t whole = most(1, 192 / P::ratio), least_tokens = most(1, 48 / P::ratio);

@@ -198,7 +198,7 @@ int64_t read(const LoadArgs& a) {
   using T = typename P::scalar;
   constexpr int64_t BK = P::group * most(1, 128 / P::group);
   const int64_t length = *a.state.length, stop = packed_length<P>(length), heads = a.batch * a.groups;
-  if (length > a.capacity) return 1;
+  if (length < 0 || length > a.capacity) return 1;
   const int64_t blocks = (a.capacity + BK - 1) / BK;
   const int64_t threads = heads * blocks < 4 ? 1 : a.threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
