@@ -46,7 +46,8 @@ class DecorationError(TypeError):
     """A decorator was put on something that is not a module instance with a ``forward``."""
 
 
-def _unknown(what: str, name: object, offered: Iterable[str], where: str) -> OptionError:
+def unknown(what: str, name: object, offered: Iterable[str], where: str) -> OptionError:
+    """The error for a name that is not offered: the nearest ones, or all."""
     offered = list(offered)
     near = difflib.get_close_matches(str(name), offered, n=3, cutoff=0.5)
     if near:
@@ -60,7 +61,7 @@ def build(cls: type[Pass], given: Mapping[str, Any], where: str) -> Pass:
     known, values = fields_of(cls), {}
     for name, value in given.items():
         if name not in known:
-            raise _unknown(f"option of {cls.name}", name, known, where)
+            raise unknown(f"option of {cls.name}", name, known, where)
         hint, default = known[name]
         value = tuple(value) if isinstance(value, list) else value
         if not accepts(value, hint):
@@ -376,10 +377,10 @@ def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> 
         elif key in REGISTRY:
             chosen[key] = _choice(key, value, where)
         else:
-            raise _unknown("option", key, ["rules", "verify", "mode", "inductor", *REGISTRY], "options")
+            raise unknown("option", key, ["rules", "verify", "mode", "inductor", *REGISTRY], "options")
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
-        raise _unknown("mode", mode, modes, "mode")
+        raise unknown("mode", mode, modes, "mode")
     return BackendOptions(
         rules=tuple(rules),
         globals=tuple(sorted(chosen.items())),
@@ -403,7 +404,7 @@ def _parse_rules(value: object, where: str) -> list[Rule]:
             raise OptionError(f"{here}: {passes!r} is {type(passes).__name__}; give a dict of pass -> options.")
         for name, options in passes.items():
             if name not in REGISTRY:
-                raise _unknown("pass", name, REGISTRY, here)
+                raise unknown("pass", name, REGISTRY, here)
             rules.append(Rule(pattern, name, _choice(name, options, f"{here}[{name!r}]")))
     return rules
 
@@ -416,7 +417,7 @@ def _parse_inductor(value: object, where: str) -> dict[str, Any]:
     for name, setting in value.items():
         name = str(name).replace("-", "_")
         if name not in known:
-            raise _unknown("Inductor setting", name, known, where)
+            raise unknown("Inductor setting", name, known, where)
         hint = torch._inductor.config.get_type(name)  # type: ignore[attr-defined]
         if isinstance(hint, type) and not typing.get_origin(hint) and not isinstance(setting, hint):
             raise OptionError(
