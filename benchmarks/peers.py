@@ -1,0 +1,103 @@
+"""What else a user could pick: transformers' quantised caches, kvpress, OpenVINO GenAI. Each in an environment of its own.
+
+``python benchmarks/peers.py --setup`` makes those environments under ``build/peers`` (about a gigabyte, some minutes).
+A peer that is not installed is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from common import HERE, Measured, Worker, console, ratio_of_rounds, say, shared
+
+from effcompile import smollm2
+
+ENVIRONMENTS = HERE.parent / "build" / "peers"
+OURS = "effcompile K4V4"
+PEERS = {
+    "eager": None,
+    OURS: None,
+    "quanto 4 bits": "quantized",
+    "hqq 4 bits": "quantized",
+    "kvpress SnapKV 0.5": "kvpress",
+    "openvino-genai": "openvino",
+}
+"""Name, and the environment that it runs in; None is this one."""
+
+
+def python_of(environment: str | None) -> Path:
+    """The interpreter of an environment, there or not."""
+    return Path(sys.executable) if environment is None else ENVIRONMENTS / environment / "bin" / "python"
+
+
+def setup() -> None:
+    """Make the environments that are not there yet."""
+    for name in sorted({name for name in PEERS.values() if name}):
+        python = python_of(name)
+        if not python.exists():
+            say(f"environment {name}")
+            subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENTS / name)], check=True)
+        requirements = HERE / "requirements" / f"{name}.txt"
+        say(f"installing {requirements.name}")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+
+
+def installed() -> Iterable[str]:
+    """The peers that can run; says how to get the others."""
+    for name, environment in PEERS.items():
+        if python_of(environment).exists():
+            yield name
+        else:
+            say(f"{name} is left out, it has no environment; make it with: python benchmarks/peers.py --setup")
+
+
+def run(quick: bool = False) -> list[Measured]:
+    """Seconds of prefill, milliseconds a token and bytes of each peer; answers are shown, right or wrong."""
+    tokens, rounds = (1500, 1) if quick else (7000, 3)
+    _, tokenizer = shared()
+    ids = smollm2.passkey(tokenizer, tokens, smollm2.DEPTHS[1])[0].tolist()
+    workers: dict[str, Worker] = {}
+    times: dict[str, list[float]] = {}
+    last: dict[str, dict[str, float]] = {}
+    answers: dict[str, str] = {}
+    try:
+        for name in installed():
+            where = (str(smollm2.folder()), str(smollm2.gguf_file()))
+            workers[name] = Worker("peer_worker.py", name, *where, python=str(python_of(PEERS[name])))
+            say(f"peers, warm-up: {name}")
+            try:
+                answer = workers[name].ask(ids=ids, new=8)
+            except (RuntimeError, BrokenPipeError) as problem:
+                console.print(f"[yellow]{name} is left out: {problem}")
+                workers.pop(name).close()
+                continue
+            answers[name] = str(tokenizer.decode(answer["ids"])).strip()
+            times[name] = []
+        for turn in range(rounds):
+            for name in list(workers) if turn % 2 else list(workers)[::-1]:
+                last[name] = answer = workers[name].ask(ids=ids, new=24)
+                times[name].append(answer["milliseconds"])
+                say(f"  round {turn + 1}: {name} {answer['milliseconds']:.1f} ms")
+    finally:
+        for worker in workers.values():
+            worker.close()
+    rows = []
+    for name, medians in times.items():
+        slower = ratio_of_rounds(medians, times[OURS]) if OURS in times else 0.0
+        size = f", cache {last[name]['bytes'] / 2**20:.0f} MiB" if last[name]["bytes"] else ""
+        note = f"{slower:.2f} times {OURS}; prefill {last[name]['prefill']:.1f} s{size}; said: {answers[name][:24]}"
+        rows.append(Measured(f"{name}, {tokens} tokens", statistics.median(medians), " ms", note=note))
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--setup"]:
+        setup()
+    else:
+        sys.exit(
+            "python benchmarks/peers.py --setup makes the environments; python benchmarks/run.py --only peers measures."
+        )
