@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -169,8 +170,9 @@ class Worker:
 
     def __init__(self, *command: str, python: str = sys.executable, env: dict[str, str] | None = None) -> None:
         self.name = " ".join(Path(part).name for part in command)
+        quiet = {**(env or os.environ), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [python, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=HERE
+            [python, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet, cwd=HERE
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

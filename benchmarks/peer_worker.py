@@ -7,6 +7,7 @@ eager and effcompile need effcompile to be installed there.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 Answer = dict[str, Any]
 Handler = Callable[[list[int], int], Answer]
+Quantized = tuple[str, dict[str, Any]]
 
 
 def shared_measure() -> Any:
@@ -52,9 +54,7 @@ def dense_model(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
 
 
-def hugging(
-    folder: str, bits: tuple[int, int] | None = None, quantized: tuple[str, dict[str, Any]] | None = None
-) -> Handler:
+def hugging(folder: str, bits: tuple[int, int] | None = None, quantized: Quantized | None = None) -> Handler:
     """``generate`` of transformers: eager, decorated by effcompile, or with a quantised cache of transformers."""
     import torch
 
@@ -110,7 +110,7 @@ def kvpress(folder: str, ratio: float) -> Handler:
                 step = logits[:, -1:].argmax(-1)
                 said.append(int(step))
                 stamps.append(time.perf_counter())
-        gaps = [after - before for before, after in zip(stamps[1:], stamps[2:])]
+        gaps = [after - before for before, after in itertools.pairwise(stamps[1:])]
         return {
             "prefill": stamps[1] - stamps[0],
             "milliseconds": 1000 * statistics.median(gaps),
@@ -145,7 +145,7 @@ def openvino(gguf: str) -> Handler:
         result = pipeline.generate(tokens, config)
         # Stamps in milliseconds, one for each token.
         times = list(result.perf_metrics.raw_metrics.m_new_token_times)
-        gaps = [after - before for before, after in zip(times, times[1:])]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
         return {
             "prefill": result.perf_metrics.get_ttft().mean / 1000,
             "milliseconds": statistics.median(gaps),

@@ -1,4 +1,4 @@
-"""What else a user could pick: transformers' quantised caches, kvpress, OpenVINO GenAI. Each in an environment of its own.
+"""What else a user could pick: quantised caches of transformers, kvpress, OpenVINO GenAI, each in its own environment.
 
 ``python benchmarks/peers.py --setup`` makes those environments under ``build/peers`` (about a gigabyte, some minutes).
 A peer that is not installed is left out, and said so.
@@ -87,9 +87,9 @@ def run(quick: bool = False) -> list[Measured]:
             worker.close()
     rows = []
     for name, medians in times.items():
-        slower = ratio_of_rounds(medians, times[OURS]) if OURS in times else 0.0
+        slower = f"{ratio_of_rounds(medians, times[OURS]):.2f} times {OURS}; " if OURS in times else ""
         size = f", cache {last[name]['bytes'] / 2**20:.0f} MiB" if last[name]["bytes"] else ""
-        note = f"{slower:.2f} times {OURS}; prefill {last[name]['prefill']:.1f} s{size}; said: {answers[name][:24]}"
+        note = f"{slower}prefill {last[name]['prefill']:.1f} s{size}; said: {answers[name][:24]}"
         rows.append(Measured(f"{name}, {tokens} tokens", statistics.median(medians), " ms", note=note))
     return rows
 
@@ -98,6 +98,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--setup"]:
         setup()
     else:
-        sys.exit(
-            "python benchmarks/peers.py --setup makes the environments; python benchmarks/run.py --only peers measures."
-        )
+        sys.exit("peers.py --setup makes the environments; run.py --only peers measures")
