@@ -117,7 +117,8 @@ def _run(console: Console, tokens: int, key_bits: int, value_bits: int, skip_ind
 
     with console.status("starting torch.compile"):
         measure.warm_up()
-    rows, report = [], None
+    rows: list[Row] = []
+    report: Any = None
     for name, prepare in sides.items():
         row, model = _side(console, name, prepare, tokens)
         rows.append(row)
@@ -126,22 +127,24 @@ def _run(console: Console, tokens: int, key_bits: int, value_bits: int, skip_ind
         del model
         gc.collect()
 
-    rewritten = sum(site.rewritten for site in report.sites)
-    found = len(report.sites)
+    sites = [_sites(graph) for graph in report.graphs]
     if as_json:
         content = {
             "model": "SmolLM2-135M-Instruct",
             "prompt_tokens": tokens,
             "key": KEY,
             "rows": [dataclasses.asdict(row) for row in rows],
-            "sites": {"found": found, "rewritten": rewritten},
+            "graphs": sites,
         }
         json.dump(content, sys.stdout, indent=2)
         print()
     else:
         console.print(_table(rows, tokens))
-        console.print(f"Attention sites: {found} found, {rewritten} rewritten.", highlight=False)
-    if not rewritten:
+        for graph in sites:
+            console.print(
+                "{graph}: {rewritten} of {sites} attention sites rewritten{why}".format(**graph), highlight=False
+            )
+    if not any(site.rewritten for site in report.sites):
         console.print("[red]No attention site was rewritten; the report says why:")
         console.print(report)
         return NOTHING_REWRITTEN
@@ -187,6 +190,17 @@ def _side(console: Console, name: str, prepare: Callable[[Any], dict[str, Any]],
     )
     console.print(f"{name}: done in {time.perf_counter() - began:.0f} s", highlight=False, style="dim")
     return row, model
+
+
+def _sites(graph: Any) -> dict[str, Any]:
+    """How many sites of one compiled graph were rewritten, and why the others were not."""
+    left = sorted({d.reason.text for d in graph.decisions if d.reason is not None})
+    return {
+        "graph": graph.label,
+        "sites": len({d.site for d in graph.decisions}),
+        "rewritten": len({d.site for d in graph.decisions if d.action == "rewritten"}),
+        "why": f"; the others: {'; '.join(left)}" if left else "",
+    }
 
 
 def _table(rows: list[Row], tokens: int) -> Table:
