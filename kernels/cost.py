@@ -21,7 +21,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 from sympy import Expr, Integer, Max, Min, Symbol, ceiling, floor
 
 from effcompile.kernels.form import Kind, KVForm
