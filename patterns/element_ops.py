@@ -1,0 +1,442 @@
+"""The elements of ATen operations that masks are built from: one handler for each family.
+
+A handler gets the node, its arguments by name and the index of an element of the result. An index of a cut or padded
+tensor may point outside of an operand where a condition excludes it: that condition decides, whatever the value there.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from effcompile.patterns.elements import (
+    Data,
+    Element,
+    Elements,
+    Integer,
+    Real,
+    Truth,
+    describes,
+    number,
+    operator_name,
+)
+from effcompile.patterns.index_algebra import Cnf, Index, Opaque
+from effcompile.patterns.walk import value
+
+Args = dict[str, Any]
+
+
+# Creation
+
+
+@describes("arange")
+def _arange(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    # start + step * i
+    start = of.size(args.get("start") or 0)
+    return _typed(of, Integer(start + of.size(args.get("step") or 1) * index[0]), node)
+
+
+_FILLS = {"zeros": 0, "new_zeros": 0, "zeros_like": 0, "zero": 0, "ones": 1, "new_ones": 1, "ones_like": 1}
+
+
+@describes(*_FILLS)
+def _fill(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    return number(_FILLS[operator_name(node)], value(node).dtype)
+
+
+@describes("full", "new_full", "full_like", "fill", "scalar_tensor")
+def _full(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    given = args.get("fill_value", args.get("value", args.get("s")))
+    return of.cast(of.operand(given, node, index), value(node).dtype)
+
+
+# Copies and casts
+
+
+@describes("to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh")
+@describes("expand", "expand_as", "broadcast_to")
+def _copy(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    return _typed(of, of.operand(args["self"] if "self" in args else args["input"], node, index), node)
+
+
+@describes("copy")
+def _copy_in(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    return _typed(of, of.operand(args["src"], node, index), node)
+
+
+# Views: only the index changes
+
+
+@describes("unsqueeze")
+def _unsqueeze(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    dim = args["dim"] % len(index)
+    return of.at(args["self"], index[:dim] + index[dim + 1 :], node)
+
+
+@describes("squeeze")
+def _squeeze(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    sizes, dims = of.shape(args["self"]), args.get("dim")
+    dims = list(range(len(sizes))) if dims is None else [dims] if isinstance(dims, int) else dims
+    chosen = [d % len(sizes) for d in dims]
+    gone = {d for d in chosen if of.one(sizes[d])}
+    return of.at(args["self"], _with_zeros(len(sizes), gone, index), node)
+
+
+@describes("view", "reshape", "_unsafe_view", "view_as", "reshape_as")
+def _reshape(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    # Dimensions of size 1 come and go; the others must stay as they are, in order.
+    before, after = of.shape(args["self"]), of.shape(node)
+    ones = {d for d, s in enumerate(before) if of.one(s)}
+    rest = [(s, part) for s, part in zip(after, index) if not of.one(s)]
+    kept = [s for d, s in enumerate(before) if d not in ones]
+    if len(kept) != len(rest) or not all(of.domain.same(s, r[0]) for s, r in zip(kept, rest)):
+        raise Opaque("a reshape that mixes dimensions")
+    return of.at(args["self"], _with_zeros(len(before), ones, tuple(part for _, part in rest)), node)
+
+
+@describes("permute", "transpose", "t", "mT", "swapaxes", "movedim")
+def _permute(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    rank, name = len(index), operator_name(node)
+    order = list(range(rank))
+    if name == "permute":
+        order = [d % rank for d in args["dims"]]
+    elif name in ("transpose", "t", "mT") and ("dim0" in args or name != "transpose"):
+        a, b = (args["dim0"] % rank, args["dim1"] % rank) if name == "transpose" else (rank - 2, rank - 1)
+        if rank > 1:
+            order[a], order[b] = order[b], order[a]
+    else:
+        raise Opaque("a permutation that is not described")
+    inverse: list[sympy.Expr] = [sympy.S.Zero] * rank
+    for position, source in enumerate(order):
+        inverse[source] = index[position]
+    return of.at(args["self"], tuple(inverse), node)
+
+
+@describes("slice", "narrow")
+def _slice(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    dim, step = args["dim"] % len(index), of.size(args.get("step", 1))
+    size = of.shape(args["self"])[dim]
+    start = of.size(args["start"] if args["start"] is not None else 0)
+    if of.domain.known(-start - 1):
+        start = start + size
+    # A start past the end gives no elements at all, so it needs no clamp; one before the beginning does.
+    if not of.domain.known(start):
+        raise Opaque("a slice whose start is not known to be positive")
+    place = sympy.expand(start + step * index[dim])
+    return of.at(args["self"], (*index[:dim], place, *index[dim + 1 :]), node)
+
+
+@describes("select")
+def _select(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    sizes = of.shape(args["self"])
+    dim = args["dim"] % len(sizes)
+    place = _wrapped(of, of.size(args["index"]), sizes[dim])
+    return of.at(args["self"], (*index[:dim], place, *index[dim:]), node)
+
+
+@describes("index")
+def _index(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    # x[i, j] at k  ->  x at (i at k, j at k): the index tensors are broadcast together.
+    source, given = args["self"], list(args["indices"])
+    sizes = of.shape(source)
+    given += [None] * (len(sizes) - len(given))
+    dims = [d for d, n in enumerate(given) if n is not None]
+    if any(value(given[d]).dtype in (torch.bool, torch.uint8) for d in dims):
+        raise Opaque("an index by a boolean mask")
+    rank = max(len(of.shape(given[d])) for d in dims)
+    together = dims == list(range(dims[0], dims[-1] + 1))
+    first = dims[0] if together else 0
+    shared, own = index[first : first + rank], list(index[:first] + index[first + rank :])
+    outer = of.shape(node)[first : first + rank]
+    places: list[sympy.Expr] = []
+    for dim, tensor in enumerate(given):
+        if tensor is None:
+            places.append(own.pop(0))
+            continue
+        element = of.at(tensor, of.broadcast(tensor, outer, shared), node)
+        if not isinstance(element, Integer):
+            raise Opaque("an index that is no affine expression")
+        places.append(_wrapped(of, element.expr, sizes[dim]))
+    return of.at(source, tuple(places), node)
+
+
+@describes("index_select")
+def _index_select(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    dim, size = args["dim"] % len(index), of.shape(args["self"])
+    element = of.at(args["index"], (index[dim],), node)
+    if not isinstance(element, Integer) or len(of.shape(args["index"])) != 1:
+        raise Opaque("an index that is no affine expression")
+    place = _wrapped(of, element.expr, size[dim])
+    return of.at(args["self"], (*index[:dim], place, *index[dim + 1 :]), node)
+
+
+@describes("repeat")
+def _repeat(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    sizes = of.shape(args["self"])
+    first = len(index) - len(sizes)
+    places = []
+    for size, outer, part in zip(sizes, of.shape(node)[first:], index[first:]):
+        # Repeated once it is itself; a dimension of size 1 is read at 0; anything else would be a remainder.
+        places.append(of.stretched(size, outer, part))
+    return of.at(args["self"], tuple(places), node)
+
+
+# Pieces: where the index falls decides
+
+
+@describes("cat", "concat", "concatenate")
+def _cat(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    parts = list(args["tensors"])
+    if any(len(of.shape(p)) != len(index) for p in parts):
+        raise Opaque("a concatenation of tensors of different rank")
+    dim = args["dim"] % len(index)
+    ends, total = [], sympy.S.Zero
+    for part in parts:
+        ends.append((total, total := sympy.expand(total + of.shape(part)[dim])))
+    result: Element | None = None
+    for part, (start, end) in reversed(list(zip(parts, ends))):
+        place = sympy.expand(index[dim] - start)
+        inside = of.domain.ge(end - 1 - index[dim])
+        # An excluded part is not looked at: its element may not even exist.
+        element = of.at(part, (*index[:dim], place, *index[dim + 1 :]), node)
+        result = element if result is None else of.select(inside, element, result)
+    if result is None:
+        raise Opaque("a concatenation of nothing")
+    return _typed(of, result, node)
+
+
+@describes("constant_pad_nd", "pad")
+def _pad(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    if args.get("mode", "constant") != "constant":
+        raise Opaque(f"padding in mode {args['mode']}")
+    sizes, widths = of.shape(args["self"]), list(args["pad"])
+    places, inside = list(index), []
+    for k in range(len(widths) // 2):
+        dim = len(sizes) - 1 - k
+        place = sympy.expand(index[dim] - of.size(widths[2 * k]))
+        places[dim] = place
+        inside += [of.domain.ge(place), of.domain.ge(sizes[dim] - 1 - place)]
+    filler = of.cast(of.operand(args["value"] if args["value"] is not None else 0, node, index), value(node).dtype)
+    return of.select(of.domain.conj(*inside), of.at(args["self"], tuple(places), node), filler)
+
+
+@describes("tril", "triu")
+def _triangle(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    # tril keeps column - row <= d, triu keeps column - row >= d
+    distance = index[-1] - index[-2] - of.size(args["diagonal"])
+    kept = of.domain.ge(-distance if operator_name(node) == "tril" else distance)
+    return of.select(kept, of.at(args["self"], index, node), number(0, value(node).dtype))
+
+
+@describes("where")
+def _where(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    if "self" not in args:
+        raise Opaque("the positions of a condition")
+    kept, other = (_typed(of, of.operand(args[name], node, index), node) for name in ("self", "other"))
+    return of.select(of.truth(of.operand(args["condition"], node, index)), kept, other)
+
+
+@describes("masked_fill")
+def _masked_fill(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    kept, filled = (_typed(of, of.operand(args[name], node, index), node) for name in ("self", "value"))
+    return of.select(of.truth(of.operand(args["mask"], node, index)), filled, kept)
+
+
+# Arithmetic
+
+
+@describes("add", "sub", "rsub", "mul")
+def _arithmetic(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    name, dtype = operator_name(node), value(node).dtype
+    a, b = (of.cast(of.operand(args[k], node, index), dtype) for k in ("self", "other"))
+    if dtype == torch.bool:
+        # On booleans + is "or" and * is "and".
+        if name not in ("add", "mul") or args.get("alpha", 1) != 1:
+            raise Opaque("a difference of booleans")
+        join = of.domain.disj if name == "add" else of.domain.conj
+        return Truth(join(of.truth(a), of.truth(b)))
+    factor = of.cast(of.operand(args.get("alpha", 1), node, index), dtype)
+    if name != "mul":
+        b = of.pairs(lambda x, y: _combine(of, operator.mul, x, y, dtype), b, factor)
+    if name == "rsub":
+        a, b = b, a
+    function = {"add": operator.add, "sub": operator.sub, "rsub": operator.sub, "mul": operator.mul}[name]
+    return of.pairs(lambda x, y: _combine(of, function, x, y, dtype), a, b)
+
+
+@describes("neg")
+def _neg(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    dtype, zero = value(node).dtype, number(0, value(node).dtype)
+    element = of.operand(args["self"], node, index)
+    return of.each(lambda x: _combine(of, operator.sub, zero, x, dtype), element)
+
+
+@describes("minimum", "maximum")
+def _extremum(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    a, b = (of.cast(of.operand(args[k], node, index), value(node).dtype) for k in ("self", "other"))
+    if operator_name(node) == "maximum":
+        a, b = b, a
+    # minimum(a, b) = a where a <= b, maximum(a, b) = b where a <= b
+    return of.pairs(lambda x, y: of.select(_at_most(of, x, y), *((x, y))), a, b)
+
+
+@describes("diff")
+def _diff(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    # y = cat(prepend, x, append);  y[k + 1] - y[k]
+    if args["n"] != 1 or args["append"] is not None:
+        raise Opaque("a repeated difference")
+    dim, source, before = args["dim"] % len(index), args["self"], args["prepend"]
+    ahead = of.shape(before)[dim] if before is not None else sympy.S.Zero
+
+    def joined(place: sympy.Expr) -> Element:
+        def of_part(part: fx.Node, at: sympy.Expr) -> Element:
+            return of.at(part, (*index[:dim], sympy.expand(at), *index[dim + 1 :]), node)
+
+        element = of_part(source, place - ahead)
+        if before is None:
+            return element
+        return of.select(of.domain.ge(ahead - 1 - place), of_part(before, place), element)
+
+    dtype = value(node).dtype
+    if dtype == torch.bool:
+        raise Opaque("a difference of booleans")
+    return of.pairs(lambda x, y: _combine(of, operator.sub, x, y, dtype), joined(index[dim] + 1), joined(index[dim]))
+
+
+@describes("cumsum")
+def _cumsum(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    # The sum of a number over 0..k is k + 1 times the number. It must be that number everywhere, so it is read at a new
+    # variable that runs over the whole dimension.
+    if not index:
+        raise Opaque("a running sum of a scalar")
+    dim, dtype = args["dim"] % len(index), value(node).dtype
+    anywhere = of.domain.variable("k", of.shape(args["self"])[dim])
+    element = of.cast(of.at(args["self"], (*index[:dim], anywhere, *index[dim + 1 :]), node), dtype)
+    if not isinstance(element, Integer) or not element.expr.is_Integer:
+        raise Opaque("a running sum of data")
+    return of.fitting(Integer(sympy.expand(element.expr * (index[dim] + 1))), dtype)
+
+
+# Conditions
+
+
+@describes("le", "lt", "ge", "gt", "eq", "ne", "less_equal", "less", "greater_equal", "greater", "not_equal")
+def _compare(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    name = operator_name(node)
+    a, b = (of.operand(args[k], node, index) for k in ("self", "other"))
+    if not isinstance(value(args["other"]), torch.Tensor):
+        b = _beside(b, value(args["self"]).dtype)
+    a, b = (of.cast(x, torch.int64) if isinstance(x, Truth) else x for x in (a, b))
+    if name in ("ge", "greater_equal", "lt", "less"):
+        a, b = b, a
+    relation = _equal if name in ("eq", "ne", "not_equal") else _at_most
+    flip = name in ("ne", "not_equal", "lt", "less", "gt", "greater")
+    result = of.truth(of.pairs(lambda x, y: Truth(relation(of, x, y)), a, b))
+    return Truth(of.domain.negate(result) if flip else result)
+
+
+@describes("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__")
+@describes("logical_and", "logical_or", "logical_xor")
+def _logical(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    name = operator_name(node).strip("_")
+    if value(node).dtype != torch.bool:
+        raise Opaque("bit operations on numbers")
+    a, b = (of.truth(of.operand(args[k], node, index)) for k in ("self", "other"))
+    if name.endswith("xor"):
+        return Truth(of.domain.choose(a, of.domain.negate(b), b))
+    return Truth(of.domain.conj(a, b) if name.endswith("and") else of.domain.disj(a, b))
+
+
+@describes("bitwise_not", "logical_not")
+def _not(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    if value(node).dtype != torch.bool:
+        raise Opaque("bit operations on numbers")
+    return Truth(of.domain.negate(of.truth(of.operand(args["self"], node, index))))
+
+
+@describes("abs")
+def _abs(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    def one(x: Element) -> Element:
+        if isinstance(x, Integer):
+            return of.select(of.domain.ge(x.expr), x, of.fitting(Integer(sympy.expand(-x.expr)), dtype))
+        raise Opaque("an absolute value of data")
+
+    dtype = value(node).dtype
+    return of.each(one, of.operand(args["self"], node, index))
+
+
+# Helpers
+
+
+def _typed(of: Elements, element: Element, node: fx.Node) -> Element:
+    """An element in the dtype of the node's result; data cannot change its dtype and stay known."""
+    if isinstance(element, Data) and value(element.node).dtype == value(node).dtype:
+        return element
+    return of.cast(element, value(node).dtype)
+
+
+def _with_zeros(rank: int, zeros: set[int], index: Index) -> Index:
+    """An index of ``rank`` places: 0 at ``zeros``, the given places elsewhere in order."""
+    rest = iter(index)
+    places = tuple(sympy.S.Zero if d in zeros else next(rest, None) for d in range(rank))
+    if None in places or next(rest, None) is not None:
+        raise Opaque("a squeeze of dimensions that are not known to be 1")
+    return places
+
+
+def _wrapped(of: Elements, place: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
+    """An index as Python means it: negative ones count from the end. The sign must be known."""
+    if of.domain.nonnegative(place):
+        return place
+    if of.domain.nonnegative(sympy.expand(-place - 1)):
+        return sympy.expand(place + size)
+    raise Opaque("an index that may be negative")
+
+
+def _beside(b: Element, dtype: torch.dtype) -> Element:
+    """A Python number compared with a tensor takes the tensor's dtype if it is of the same kind."""
+    if isinstance(b, Integer) and dtype != torch.bool and not dtype.is_floating_point:
+        if not b.expr.is_Integer:
+            return b
+        return number(int(b.expr), dtype)
+    if dtype.is_floating_point and isinstance(b, (Integer, Real)):
+        if isinstance(b, Real):
+            return number(b.value, dtype)
+        if b.expr.is_Integer:
+            return number(int(b.expr), dtype)
+    return b
+
+
+def _combine(of: Elements, function: Any, x: Element, y: Element, dtype: torch.dtype) -> Element:
+    """Arithmetic on two elements that are no choices, in ``dtype``."""
+    if isinstance(x, Integer) and isinstance(y, Integer):
+        return of.fitting(Integer(sympy.expand(function(x.expr, y.expr))), dtype)
+    if isinstance(x, Real) and isinstance(y, Real):
+        a, b = (torch.tensor(v.value, dtype=dtype) for v in (x, y))
+        return number(function(a, b).item(), dtype)
+    raise Opaque("arithmetic on data")
+
+
+def _at_most(of: Elements, x: Element, y: Element) -> Cnf:
+    """x <= y  ->  y - x >= 0."""
+    if isinstance(x, Integer) and isinstance(y, Integer):
+        return of.domain.ge(y.expr - x.expr)
+    if isinstance(x, Real) and isinstance(y, Real):
+        return of.truth(number(x.value <= y.value, torch.bool))
+    raise Opaque("a comparison of data")
+
+
+def _equal(of: Elements, x: Element, y: Element) -> Cnf:
+    """x == y; a float element compared with 0 is the element's truth."""
+    if isinstance(x, Integer) and isinstance(y, Integer):
+        return of.domain.zero(x.expr - y.expr)
+    if isinstance(x, Real) and isinstance(y, Real):
+        return of.truth(number(x.value == y.value, torch.bool))
+    for data, other in ((x, y), (y, x)):
+        if isinstance(data, Data) and isinstance(other, Real) and other.value == 0:
+            return of.is_zero(data)
+    raise Opaque("a comparison of data")
