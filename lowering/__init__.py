@@ -1,3 +1,3 @@
 """Lowerings: importing this package registers the launchers of every operator that has generated kernels."""
 
-from effcompile.lowering import cpp  # noqa: F401
+from effcompile.lowering import cpp, triton  # noqa: F401

@@ -1,0 +1,202 @@
+"""GPU launchers of ``effcompile::attend``, ``kv_store`` and ``kv_load``: generated Triton kernels.
+
+A launch makes no decision that depends on data, reads nothing back, and allocates sizes that follow from shapes alone,
+so every operator can be recorded in a CUDA graph. The length stays on the device; a write past the capacity is dropped
+there (whether there is room is checked on the host, by the runtime that owns the cache).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcompile.kernels import ops
+from effcompile.kernels.form import FormError, KVForm
+from effcompile.kernels.ops import KernelUnavailable
+from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, StoreProgram
+from effcompile.lowering.triton_build import Built, build, chip_of
+
+WAVES = 4
+"""Decode programs per multiprocessor to aim at: enough to hide latency, few enough that the merge stays small."""
+MAX_SPLITS = 128
+SPLIT_KEYS = 256
+"""Keys of capacity per split at least; a split of fewer costs more in the merge than it gains."""
+
+
+@functools.cache
+def _attend_program(
+    phase: Phase, name: str, causal: bool, window: int, masked: bool, ratio: int, key_size: int, value_size: int,
+    dtype: torch.dtype, device: torch.device,
+) -> Built:  # fmt: skip
+    if dtype not in DTYPES:
+        raise KernelUnavailable(f"no GPU kernel for {dtype}")
+    predicate = Predicate(causal, window if window >= 0 else None, masked)
+    try:
+        return build(Program(phase, KVForm.parse(name), predicate, dtype, ratio, key_size, value_size), _chip(device))
+    except FormError as error:
+        raise KernelUnavailable(str(error)) from error
+
+
+@functools.cache
+def _store_program(name: str, dtype: torch.dtype, key_size: int, value_size: int, device: torch.device) -> Built:
+    if dtype not in DTYPES:
+        raise KernelUnavailable(f"no GPU kernel for {dtype}")
+    try:
+        return build(StoreProgram(KVForm.parse(name), dtype, key_size, value_size), _chip(device))
+    except FormError as error:
+        raise KernelUnavailable(str(error)) from error
+
+
+_chip = functools.cache(chip_of)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def splits_for(heads: int, capacity: int, multiprocessors: int) -> int:
+    """Splits of the keys at decode: from static shapes alone, so that one recorded launch serves every length.
+
+    >>> splits_for(heads=8, capacity=32768, multiprocessors=132)
+    66
+    >>> splits_for(heads=8 * 64, capacity=32768, multiprocessors=132)
+    1
+    """
+    wanted = WAVES * multiprocessors // max(heads, 1)
+    return max(1, min(wanted, capacity // SPLIT_KEYS, MAX_SPLITS))
+
+
+def _buffers(state: tuple[Tensor | None, ...], name: str) -> list[Tensor]:
+    """The state's tensors, in the order of the generated arguments."""
+    found = [t for t in state if t is not None]
+    form = KVForm.parse(name)
+    expected = (1 if form.key_bits == 16 else 3) + (1 if form.value_bits == 16 else 3)
+    if len(found) != expected:
+        raise KernelUnavailable(f"the form {name} has {expected} buffers, but {len(found)} were given")
+    if not all(t.is_contiguous() for t in found):
+        raise KernelUnavailable("a buffer of the cache is not contiguous")
+    return found
+
+
+@functools.cache
+def _form(name: str) -> KVForm:
+    return KVForm.parse(name)
+
+
+def _sizes(state: tuple[Tensor | None, ...], form: KVForm) -> tuple[Tensor, Tensor, int]:
+    """A tensor ``[B, G, *, D]`` and one ``[B, G, *, E]`` in the model's dtype, and the capacity."""
+    k0, _, k2, v0, _, v2 = state
+    key = k0 if form.key_bits == 16 else k2
+    value = v0 if form.value_bits == 16 else v2
+    assert k0 is not None
+    assert key is not None
+    assert value is not None
+    return key, value, k0.shape[2] * (1 if form.key_bits == 16 else form.group)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """``x`` with channels next to each other; heads and tokens may stand in any order."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
+    *held, length, key_mask, name, scale, causal, window = args
+    state = tuple(held)
+    form = _form(name)
+    buffers = _buffers(state, name)
+    key, value, capacity = _sizes(state, form)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise KernelUnavailable(f"queries are {query.dtype}, but the cache holds {key.dtype} and {value.dtype}")
+    batch, heads, queries, size = query.shape
+    groups = key.shape[1]
+    ratio, pairs = heads // groups, batch * groups
+    if heads != ratio * groups:
+        raise KernelUnavailable(f"{heads} query heads do not divide into {groups} key/value heads")
+    phase = Program.phase_for(queries, ratio)
+    masked = key_mask is not None
+    built = _attend_program(phase, name, causal, window, masked, ratio, size, value.shape[3], query.dtype, query.device)
+    assert built.blocks is not None
+    query = _row_major(query)
+    out = query.new_empty(batch, heads, queries, value.shape[3])
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    mask_stride = 0
+    if key_mask is not None:
+        key_mask = _row_major(key_mask)
+        mask_stride = key_mask.stride(0) if key_mask.shape[0] > 1 else 0
+    common = (
+        query, *buffers, length, lse if key_mask is None else key_mask, out, lse, queries, groups, capacity,
+        query.stride(0), query.stride(1), query.stride(2), mask_stride, scale * math.log2(math.e),
+    )  # fmt: skip
+    options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
+    if phase == "prefill":
+        built.launch("", pairs * -(-queries * ratio // built.block), *common, **options)
+        return out, lse
+    splits = splits_for(pairs, capacity, _multiprocessors(query.device))
+    rows = pairs * queries * ratio
+    if splits == 1:
+        built.launch("", pairs, *common, out, lse, SPLITS=1, **options)
+        return out, lse
+    part_out = query.new_empty(rows * splits, value.shape[3], dtype=torch.float32)
+    part_lse = query.new_empty(rows * splits, dtype=torch.float32)
+    built.launch("", pairs * splits, *common, part_out, part_lse, SPLITS=splits, **options)
+    padded = 1 << (splits - 1).bit_length()
+    built.launch("merge_", rows, part_out, part_lse, out, lse, queries, SPLITS=splits, PADDED=padded, num_warps=4)
+    return out, lse
+
+
+def kv_store(*args: Any) -> None:
+    """Launch ``effcompile::kv_store``: quantise groups that become complete, then append; ``length`` is from before.
+
+    One new token needs one launch: it overwrites the slot of a token whose group was packed before. More tokens may
+    overwrite slots that this call still has to quantise, so packing and appending are two launches, in that order.
+    """
+    *held, length, key, value, name = args
+    state = tuple(held)
+    form = _form(name)
+    buffers = _buffers(state, name)
+    key_like, value_like, capacity = _sizes(state, form)
+    if key.dtype != key_like.dtype or value.dtype != value_like.dtype:
+        raise KernelUnavailable(f"new tokens are {key.dtype} and {value.dtype}, but the cache holds {key_like.dtype}")
+    built = _store_program(name, key.dtype, key.shape[3], value.shape[3], key.device)
+    key, value = _row_major(key), _row_major(value)
+    batch, groups, tokens, _ = key.shape
+    common = (
+        *buffers, length, key, value, tokens, groups, capacity,
+        key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2),
+    )  # fmt: skip
+    grid = batch * groups * -(-tokens // built.block)
+    if form.dense or tokens == 1:
+        built.launch("", grid, *common, QUANTIZE=not form.dense, APPEND=True, num_warps=4)
+        return
+    built.launch("", grid, *common, QUANTIZE=True, APPEND=False, num_warps=4)
+    built.launch("", grid, *common, QUANTIZE=False, APPEND=True, num_warps=4)
+
+
+def kv_load(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch ``effcompile::kv_load``: ``[B, G, C, D]`` and ``[B, G, C, E]`` in the model's dtype, 0 past the length."""
+    *held, length, name = args
+    state = tuple(held)
+    form = _form(name)
+    buffers = _buffers(state, name)
+    key_like, value_like, capacity = _sizes(state, form)
+    if key_like.dtype != value_like.dtype:
+        raise KernelUnavailable(f"keys are {key_like.dtype}, but values are {value_like.dtype}")
+    built = _store_program(name, key_like.dtype, key_like.shape[3], value_like.shape[3], key_like.device)
+    batch, groups = key_like.shape[:2]
+    key = key_like.new_empty(batch, groups, capacity, key_like.shape[3])
+    value = value_like.new_empty(batch, groups, capacity, value_like.shape[3])
+    grid = batch * groups * -(-capacity // built.block)
+    built.launch("load_", grid, *buffers, length, key, value, capacity, TILE=built.block, num_warps=4)
+    return key, value
+
+
+for _op, _launcher in (("attend", attend), ("kv_store", kv_store), ("kv_load", kv_load)):
+    ops.register_launcher(_op, "cuda", _launcher)

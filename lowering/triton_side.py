@@ -1,0 +1,179 @@
+"""One side of a store as Triton source, and the frame of a generated module.
+
+The parts are the functions of :mod:`effcompile.kernels.triton`. A generated module holds one program, with its sizes as
+literal numbers; batch, heads, lengths and strides stay arguments, so one module serves every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from effcompile.kernels.form import Kind, KVForm
+from effcompile.kernels.ops import KernelUnavailable
+from effcompile.kernels.program import HEAD_SIZES, Program, StoreProgram
+
+TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+GROUPS = (16, 32, 64, 128)
+"""Groups a tile can be made of: powers of two, at most one tile of keys."""
+
+
+Vendor = Literal["cuda", "hip"]
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16 for the matrix instructions, that covers ``width`` channels."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How one kernel is cut: query rows and keys per tile, keys per tile of the ring, warps, pipeline stages."""
+
+    rows: int
+    tile: int
+    ring: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a store as source text: its buffers, its operands, and the lines that load a tile of it."""
+
+    kind: Kind
+    form: KVForm
+    size: int
+    dtype: torch.dtype
+    vendor: Vendor
+
+    def __post_init__(self) -> None:
+        self.form.check_head(self.kind, self.size)
+        if self.size not in HEAD_SIZES:
+            raise KernelUnavailable(
+                f"no GPU kernel for {self.kind} heads of {self.size} channels (16 to 256 are offered)"
+            )
+        if self.bits != 16 and self.form.group not in GROUPS:
+            raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
+
+    @property
+    def bits(self) -> int:
+        return self.form.bits(self.kind)
+
+    @property
+    def width(self) -> int:
+        """Channels of one operand: half a head with 4 bits, since a byte holds one channel of each half."""
+        return self.size // 2 if self.bits == 4 else self.size
+
+    @property
+    def halves(self) -> tuple[tuple[str, int], ...]:
+        """Suffix and first channel of each operand."""
+        return (("_lo", 0), ("_hi", self.width)) if self.bits == 4 else (("", 0),)
+
+    @property
+    def buffers(self) -> list[str]:
+        """Argument names of this side's buffers."""
+        letter = self.kind[0]
+        return [f"{letter}0"] if self.bits == 16 else [f"{letter}{i}" for i in range(3)]
+
+    def offsets(self) -> list[str]:
+        """Lines that move each buffer's pointer to head ``head`` (int64)."""
+        letter, g, row = self.kind[0], self.form.group, self.size * self.bits // 8
+        if self.bits == 16:
+            return [f"{letter}0 += head * capacity * {self.size}"]
+        count = f"capacity // {g} * {2 * self.size}" if self.kind == "key" else f"capacity * {2 * (self.size // g)}"
+        return [
+            f"{letter}0 += head * capacity * {row}",
+            f"{letter}1 += head * ({count})",
+            f"{letter}2 += head * {self.form.slots * self.size}",
+        ]
+
+    def names(self, stem: str) -> str:
+        """``stem`` with each operand's suffix, separated by commas."""
+        return ", ".join(stem + suffix for suffix, _ in self.halves)
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention takes packed tiles in fp16: exact codes, one rounding, two numbers an instruction.
+
+        Also for a bf16 model, whose own dtype would keep 8 bits of each number instead of 11.
+        """
+        return self.bits != 16 and self.dtype != torch.float32
+
+    @property
+    def operand(self) -> str:
+        """dtype of this side's operands for attention over what is not in the ring."""
+        return "tl.float16" if self.fused else TYPES[self.dtype]
+
+    def body(self, exact: bool = False) -> list[str]:
+        """Lines that load tokens ``start ..`` below ``stop`` of what is not in the ring.
+
+        ``exact`` gives the reference's numbers in the model's dtype, else it is :attr:`operand`.
+        """
+        letter = self.kind[0]
+        if self.bits == 16:
+            tile = f"dense_tile({letter}0, start, stop, {self.size}, 0, {self.size}, {padded(self.size)}, TILE)"
+            return [f"{letter} = " + (f"tl.trans({tile})" if self.kind == "key" else tile)]
+        span = f"{math.gcd(self.width, self.form.group) & -math.gcd(self.width, self.form.group)}, "
+        numbers = f"{self.size}, {padded(self.width)}, {self.form.group}, "
+        numbers += span if self.kind == "value" and self.bits == 4 else ""
+        dtype = TYPES[self.dtype] if exact else self.operand
+        ptx = self.fused and self.vendor == "cuda" and not exact
+        call = f"{self.kind}s_{self.bits}({letter}0, {letter}1, start, stop, {numbers}TILE, {dtype}, {ptx})"
+        return [f"{self.names(letter)} = {call}"]
+
+    def ring(self) -> list[str]:
+        """Lines that load tokens ``start ..`` below ``stop`` of the tail (of the dense buffer, if there is no tail)."""
+        if self.bits == 16:
+            return self.body()
+        letter, lines = self.kind[0], []
+        for suffix, first in self.halves:
+            tile = (
+                f"ring_tile({letter}2, start, stop, {self.form.slots}, {self.size}, {first}, {self.width}, "
+                f"{padded(self.width)}, TILE)"
+            )
+            lines.append(f"{letter}{suffix} = " + (f"tl.trans({tile})" if self.kind == "key" else tile))
+        return lines
+
+
+def sides_of(program: Program | StoreProgram, vendor: Vendor) -> tuple[Side, Side]:
+    """Keys and values of a program."""
+    return (
+        Side("key", program.form, program.key_size, program.dtype, vendor),
+        Side("value", program.form, program.value_size, program.dtype, vendor),
+    )
+
+
+def module_text(title: str, imports: Mapping[str, Sequence[str]], functions: Sequence[list[str]]) -> str:
+    head = [f'"""{title}: written by effcompile.lowering.triton_source; one program, nothing to edit."""', ""]
+    head += ["import triton", "import triton.language as tl", ""]
+    text = "\n\n\n".join("\n".join(lines) for lines in functions)
+    for file, names in imports.items():
+        used = [name for name in sorted(names) if f"{name}(" in text]
+        if used:
+            head.append(f"from effcompile.kernels.triton.{file} import {', '.join(used)}  # noqa: E501")
+    return "\n".join(head) + "\n\n\n" + text + "\n"
+
+
+def indent(lines: Sequence[str], by: int = 4) -> list[str]:
+    return [" " * by + line if line else line for line in lines]
+
+
+LOAD_PARTS = (
+    "dense_tile",
+    "keys_4",
+    "keys_8",
+    "load_rows",
+    "packed_length",
+    "ring_tile",
+    "store_rows",
+    "values_4",
+    "values_8",
+)
+NUMBER_PARTS = ("convert", "dot", "unit_of")
+SOFTMAX_PARTS = ("log_total", "merge_rows", "merge_weights", "reciprocal", "softmax_step", "visible")
+PACK_PARTS = ("append_dense", "append_ring", "pack_keys_4", "pack_keys_8", "pack_values_4", "pack_values_8")
