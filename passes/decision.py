@@ -17,6 +17,9 @@ from effcompile.passes.options import clean_path
 
 Which = Literal["before", "after"]
 
+_OTHERWISE = ("before", "after", "cache", "fixed")
+"""Fields that JSON shows in another form."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
@@ -94,9 +97,10 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """The decision in JSON's types, costs as number and as formula."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("before", "after")}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _OTHERWISE}
         plain["reason"] = None if self.reason is None else dataclasses.asdict(self.reason)
         plain["sizes"] = dict(self.sizes)
+        plain["cache_bytes"], plain["cache_bytes_dense"] = self.cache
         sides: tuple[Which, Which] = ("before", "after")
         for which in sides:
             plain[f"bytes_{which}"] = self._number(which, "bytes")

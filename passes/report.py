@@ -81,7 +81,8 @@ class Snapshot:
     _KEPT = ("nn_module_stack", "stack_trace", "custom")
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.text: str = gm.print_readable(print_output=False)
+        printed: str = gm.print_readable(print_output=False)
+        self.text = re.sub(r"# Annotation: \{.*\} (?=File: )", "# ", printed)
         self.graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         self._constants: dict[str, Any] = {}

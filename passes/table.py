@@ -29,7 +29,10 @@ def render(report: Report) -> Group:
         parts += [Text(f"  {sentence}", style="yellow") for sentence in graph.unmatched]
     if any(d.before is not None for d in report.decisions):
         parts.append(
-            Text("Bytes and FLOPs are per site and call, at the sizes of the first call and a full cache.", "dim")
+            Text(
+                "Bytes and FLOPs of one site in one call, before > after, at the first call's sizes and a full cache.",
+                "dim",
+            )
         )
     parts.append(Text(f"{report.model}: {report.summary}", style="bold"))
     return Group(*parts)
@@ -47,9 +50,10 @@ def to_text(report: Report) -> str:
 def _table(title: str, rows: list[list[Decision]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("site", justify="right", no_wrap=True)
-    for name in ("module", "rule", "decision"):
+    short = all(len(_span_of(row)) <= 40 for row in rows)
+    table.add_column("module and source", overflow="fold", no_wrap=short)
+    for name in ("rule", "decision"):
         table.add_column(name, overflow="fold")
-    table.add_column("source", no_wrap=True)
     for name in ("bytes", "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     errors = any(d.error is not None for row in rows for d in row)
@@ -59,10 +63,9 @@ def _table(title: str, rows: list[list[Decision]]) -> Table:
         d = row[0]
         cells: list[Any] = [
             _span([one.site for one in row]),
-            spanned([one.module for one in row]),
-            d.rule,
+            Text.assemble(_span_of(row), (f"\n{_place(d.source)}", "dim")),
+            Text(d.rule),
             _decision(d),
-            _place(d.source),
             _change(d.bytes_before, d.bytes_after),
             _change(d.flops_before, d.flops_after),
         ]
@@ -100,7 +103,11 @@ def _decision(d: Decision) -> Text:
 def _change(before: int | None, after: int | None) -> str:
     if before is None or after is None:
         return ""
-    return quantity(before) if before == after else f"{quantity(before)} > {quantity(after)}"
+    return quantity(before) if before == after else f"{quantity(before)}\n> {quantity(after)}"
+
+
+def _span_of(row: Sequence[Decision]) -> str:
+    return spanned([d.module for d in row])
 
 
 def spanned(modules: Sequence[str]) -> str:
