@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -166,9 +166,11 @@ def _index(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
 
 @describes("index_select")
 def _index_select(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    if not index or len(of.shape(args["index"])) != 1:
+        raise Opaque("an index that is a scalar")
     dim, size = args["dim"] % len(index), of.shape(args["self"])
     element = of.at(args["index"], (index[dim],), node)
-    if not isinstance(element, Integer) or len(of.shape(args["index"])) != 1:
+    if not isinstance(element, Integer):
         raise Opaque("an index that is no affine expression")
     place = _wrapped(of, element.expr, size[dim])
     return of.at(args["self"], (*index[:dim], place, *index[dim + 1 :]), node)
@@ -278,10 +280,9 @@ def _neg(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
 @describes("minimum", "maximum")
 def _extremum(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
     a, b = (of.cast(of.operand(args[k], node, index), value(node).dtype) for k in ("self", "other"))
-    if operator_name(node) == "maximum":
-        a, b = b, a
-    # minimum(a, b) = a where a <= b, maximum(a, b) = b where a <= b
-    return of.pairs(lambda x, y: of.select(_at_most(of, x, y), *((x, y))), a, b)
+    # minimum(a, b) = a where a <= b, else b; maximum the other way round.
+    least = operator_name(node) == "minimum"
+    return of.pairs(lambda x, y: of.select(_at_most(of, x, y), x if least else y, y if least else x), a, b)
 
 
 @describes("diff")

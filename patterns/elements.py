@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -199,7 +199,10 @@ class Elements:
         row, key = self.padding_index
         if len(index) != 2 or index[1] != key:
             return False
-        return bool(index[0] == row or (index[0] == 0 and self.one(self.shape(node)[0])))
+        rows = self.shape(node)[0]
+        if self.one(rows):
+            return bool(index[0] == 0)
+        return bool(index[0] == row) and row in self.domain.sizes and self.domain.same(rows, self.domain.sizes[row])
 
     def _constant(self, node: fx.Node, index: Index) -> Element:
         """Elements of a tensor with real data: one number, or two numbers told apart by a band of the index."""

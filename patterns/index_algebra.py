@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Iterable
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true

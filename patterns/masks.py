@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -53,9 +53,9 @@ class Mask:
     predicate
         Its rule. Without ``causal`` and ``window``, ``offset`` has no meaning and is 0.
     offset
-        Position of query 0 relative to key 0: query ``i`` stands at ``offset + i``. A number, a symbolic size, or a node
-        (an integer tensor with one element). A node stands for the value it has where it is made: the graph may
-        write to it afterwards (a cache length that counts up), so whoever reads it later checks that.
+        Position of query 0 relative to key 0: query ``i`` stands at ``offset + i``. A number, a symbolic size, or a
+        node (an integer tensor with one element). A node stands for its value where it is made: the graph may write to it
+        afterwards (a cache length that counts up), so whoever reads it later checks that.
     padding
         A node ``[B or 1, >= S]``: key ``j`` is visible in row ``b`` only if its element is nonzero. As with ``offset``,
         the value where it is made. Given iff ``predicate.key_mask``.
@@ -341,9 +341,9 @@ def _shape_env(nodes: Sequence[fx.Node], *sizes: Size) -> ShapeEnv | None:
     """Where the symbolic sizes come from."""
     for size in sizes:
         if isinstance(size, torch.SymInt):
-            return size.node.shape_env
-    modes = [value(n).fake_mode for n in nodes if isinstance(value(n), FakeTensor)]
-    return modes[0].shape_env if modes else None
+            env: ShapeEnv | None = size.node.shape_env
+            return env
+    return next((value(n).fake_mode.shape_env for n in nodes if isinstance(value(n), FakeTensor)), None)
 
 
 def _literals(graph: fx.Graph) -> dict[fx.Node, Tensor]:
