@@ -13,7 +13,6 @@ import types
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import Program, StoreProgram
@@ -71,6 +70,8 @@ def blocks_for(program: Program, chip: str) -> Blocks:
 
 def write_module(name: str, source: str) -> str:
     """Write ``source`` to a file named by its content, once, and return the path. Safe beside other processes."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports all of Inductor: seconds
+
     folder = os.path.join(cache_dir(), FOLDER)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:12]}.py")

@@ -1,0 +1,264 @@
+"""Generated Triton kernels against the reference bodies, in Triton's interpreter, on the CPU.
+
+The interpreter is chosen when Triton is imported, so these tests run in a child process with TRITON_INTERPRET=1; the
+one test that pytest sees here starts it. ``TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`` shows each case.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pairs import pairwise
+from torch import Tensor
+
+from effcompile.kernels import attention, ops, quantize
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import Predicate
+from effcompile.lowering import triton as lowering
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+State = list[Tensor | None]
+
+
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-6000:]
+    assert " passed" in child.stdout
+
+
+test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few splits, not a power of two, over the small capacities of these tests."""
+    monkeypatch.setattr(lowering, "splits_for", lambda heads, capacity, _: max(1, min(3, capacity // 128)))
+
+
+def empty(form: KVForm, batch: int, heads: int, capacity: int, sizes: tuple[int, int], dtype: torch.dtype) -> State:
+    """The six state arguments, poisoned: NaN, and codes of ones."""
+    state: State = []
+    for kind, size in zip(("key", "value"), sizes):
+        buffers = form.buffers(kind, batch, heads, capacity, size, dtype)  # type: ignore[arg-type]
+        side: State = [
+            torch.full(shape, float("nan") if kind_dtype.is_floating_point else 255, dtype=kind_dtype)
+            for shape, kind_dtype in buffers
+        ]
+        state += side + [None] * (3 - len(side))
+    return state
+
+
+def assert_same(a: State, b: State) -> None:
+    for name, x, y in zip(("k0", "k1", "k2", "v0", "v1", "v2"), a, b):
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def tokens(batch: int, count: int, heads: int, size: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """``[B, heads, T, size]`` with the strides a model gives: tokens outside heads. Some channels are outliers."""
+    x = torch.randn(batch, count, heads, size, generator=torch.Generator().manual_seed(seed))
+    x[..., ::7] *= 6
+    return x.to(dtype).transpose(1, 2)
+
+
+def store(op: object, state: State, key: Tensor, value: Tensor, form: KVForm, steps: list[int]) -> None:
+    at = 0
+    for step in steps:
+        op(*state, torch.tensor(at), key[:, :, at : at + step], value[:, :, at : at + step], form.name)  # type: ignore[operator]
+        at += step
+
+
+def reference_store(*args: object) -> None:
+    with ops.reference_only():
+        torch.ops.effcompile.kv_store(*args)
+
+
+FORMS = [
+    KVForm(16, 16),
+    KVForm(8, 8, 32, 32),
+    KVForm(4, 4),
+    KVForm(4, 4, 16, 0),
+    KVForm(8, 4, 16, 32),
+    KVForm(4, 16, 32, 64),
+    KVForm(16, 8, 32, 0),
+]
+SIZES = [(64, 64), (80, 80), (96, 64), (128, 128), (64, 96), (256, 256)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [
+    case
+    for case in pairwise(
+        form=FORMS,
+        sizes=SIZES,
+        dtype=DTYPES,
+        queries=[1, 3, 17, 63],
+        length=[1, 63, 65, 300],
+        ratio=[1, 3, 4],
+        batch=[1, 2],
+        window=[None, 40],
+        masked=[False, True],
+        causal=[True, True, False],
+    )
+    if case["queries"] <= case["length"]
+]
+
+
+def divides(form: KVForm, sizes: tuple[int, int]) -> bool:
+    return form.value_bits == 16 or sizes[1] % form.group == 0
+
+
+def name_of(case: dict[str, object]) -> str:
+    return "-".join(str(getattr(v, "name", v)).replace("torch.", "") for v in case.values())
+
+
+class TestAttend:
+    """Error budget: against fp64, at most twice what PyTorch in the model's dtype loses, plus one rounding."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize("case", [c for c in CASES if divides(c["form"], c["sizes"])], ids=name_of)
+    def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, object]) -> None:
+        form, sizes, dtype = case["form"], case["sizes"], case["dtype"]
+        batch, ratio, queries, length = case["batch"], case["ratio"], case["queries"], case["length"]
+        groups, capacity = 2, (length // form.group + 4) * form.group
+        state = empty(form, batch, groups, capacity, sizes, dtype)
+        key, value = (tokens(batch, length, groups, size, dtype, seed) for seed, size in enumerate(sizes))
+        reference_store(*state, torch.tensor(0), key, value, form.name)
+        query = tokens(batch, queries, groups * ratio, sizes[0], dtype, 2)
+        mask = None
+        if case["masked"]:
+            mask = torch.rand(batch, capacity, generator=torch.Generator().manual_seed(3)) > 0.3
+        scale, window = sizes[0] ** -0.5 / 6, case["window"]
+        predicate = Predicate(case["causal"], window, mask is not None)
+        out, lse = lowering.attend(
+            query,
+            *state,
+            torch.tensor(length),
+            mask,
+            form.name,
+            scale,
+            predicate.causal,
+            -1 if window is None else window,
+        )
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+
+        keys, values = ops.split_state(tuple(state))
+        k, v = (quantize.load_side(s, length, form, kind) for s, kind in ((keys, "key"), (values, "value")))
+        keep = attention.allowed(predicate, queries, length, mask, query.device)
+        best, best_lse = attend(query.double(), k.double(), v.double(), keep, scale, torch.float64)
+        low, low_lse = attend(query, k, v, keep, scale, dtype)
+        blind = best_lse.isinf()
+        assert torch.equal(lse.isinf(), blind)
+        assert out[blind].eq(0).all()
+        rounding = torch.finfo(dtype).eps * best.abs().max()
+        # Scores are summed, scaled to base 2 and shifted in fp32: each rounding moves a weight by as much of it.
+        shifting = 3 * 2.0**-24 * largest_score(query, k, scale) * v.abs().max()
+        assert (out.double() - best).abs().max() <= 2 * (low.double() - best).abs().max() + rounding + shifting
+
+        # The lse is fp32, whatever the dtype: what summing D products in fp32 may lose is added.
+        summing = sizes[0] * 2.0**-23 * scale * (query.double().abs().amax() * k.double().abs().amax())
+        difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
+        assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
+
+    def test_empty_store_and_no_visible_key(self) -> None:
+        form = KVForm(4, 4)
+        state = empty(form, 1, 1, 128, (64, 64), torch.bfloat16)
+        for queries in (1, 40):
+            query = tokens(1, queries, 1, 64, torch.bfloat16, 0)
+            out, lse = lowering.attend(query, *state, torch.tensor(0), None, form.name, 1.0, True, -1)
+            assert out.eq(0).all()
+            assert torch.equal(lse, torch.full_like(lse, float("-inf")))
+
+    @pytest.mark.parametrize("form", [KVForm(16, 16), KVForm(4, 4, 32, 32)], ids=lambda f: f.name)
+    def test_decode_and_prefill_agree(self, form: KVForm) -> None:
+        """The last rows of a prefill are what decode of those rows gives, to the rounding of fp32."""
+        state = empty(form, 1, 2, 512, (64, 64), torch.float32)
+        key, value = (tokens(1, 300, 2, 64, torch.float32, seed) for seed in (0, 1))
+        reference_store(*state, torch.tensor(0), key, value, form.name)
+        query = tokens(1, 40, 4, 64, torch.float32, 2)
+        args = (*state, torch.tensor(300), None, form.name, 0.05, True, -1)
+        many, _ = lowering.attend(query, *args)
+        few, _ = lowering.attend(query[:, :, -2:], *args)
+        torch.testing.assert_close(many[:, :, -2:], few, rtol=1e-5, atol=1e-5)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention with every operand rounded to ``dtype`` and sums in fp32 (fp64 for fp64): PyTorch's usual precision."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ratio = query.shape[1] // key.shape[1]
+    q, k, v = (x.to(dtype).to(wide) for x in (query, key, value))
+    k, v = (x.repeat_interleave(ratio, 1) for x in (k, v))
+    score = (q @ k.mT * scale).masked_fill(~keep, float("-inf"))
+    lse = score.logsumexp(-1)
+    weight = (score - lse.masked_fill(lse.isinf(), 0)[..., None]).exp()
+    return (weight.to(dtype).to(wide) @ v).to(dtype), lse
+
+
+def largest_score(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """The largest magnitude of ``q @ k * scale``."""
+    ratio = query.shape[1] // key.shape[1]
+    return (query.double() @ key.double().repeat_interleave(ratio, 1).mT).abs().max() * scale
+
+
+STORE_CASES = [
+    case
+    for case in pairwise(
+        form=[*FORMS, KVForm(4, 4, 32, 0)], sizes=SIZES, dtype=DTYPES, length=[1, 65, 200], batch=[1, 2]
+    )
+    if divides(case["form"], case["sizes"])
+]
+
+
+class TestStore:
+    """Bits equal: codes, scales, tails, and every byte that is not to be written."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize("case", STORE_CASES, ids=name_of)
+    def test_bit_identical(self, case: dict[str, object]) -> None:
+        form, sizes, dtype, length, batch = (case[k] for k in ("form", "sizes", "dtype", "length", "batch"))
+        key, value = (tokens(batch, length, 2, size, dtype, seed) for seed, size in enumerate(sizes))
+        key[:, :, :, 3] = 0.5  # a constant channel: scale 0
+        steps = [length] if length < 3 else [length // 2, 1, length - length // 2 - 1]
+        states = [empty(form, batch, 2, 256, sizes, dtype) for _ in range(2)]
+        store(reference_store, states[0], key, value, form, steps)
+        store(lowering.kv_store, states[1], key, value, form, steps)
+        assert_same(*states)
+        with ops.reference_only():
+            expected = torch.ops.effcompile.kv_load(*states[0], torch.tensor(length), form.name)
+        for x, y in zip(expected, lowering.kv_load(*states[1], torch.tensor(length), form.name)):
+            assert torch.equal(x, y)
+
+    @pytest.mark.parametrize("form", [KVForm(4, 4, 16, 0), KVForm(8, 4, 16, 16)], ids=lambda f: f.name)
+    def test_one_by_one_is_one_call(self, form: KVForm) -> None:
+        key, value = (tokens(1, 50, 1, 32, torch.bfloat16, seed) for seed in (0, 1))
+        states = [empty(form, 1, 1, 64, (32, 32), torch.bfloat16) for _ in range(2)]
+        store(lowering.kv_store, states[0], key, value, form, [50])
+        store(lowering.kv_store, states[1], key, value, form, [1] * 50)
+        packed = form.packed(50)
+        loads = [lowering.kv_load(*state, torch.tensor(50), form.name) for state in states]
+        assert packed > 0
+        for x, y in zip(*loads):
+            assert torch.equal(x, y)
+
+    @pytest.mark.parametrize("form", [KVForm(16, 16), KVForm(4, 8, 16, 0)], ids=lambda f: f.name)
+    @pytest.mark.parametrize("count", [1, 40])
+    def test_writes_stop_at_the_capacity(self, form: KVForm, count: int) -> None:
+        """A length at the end of the buffers writes nothing outside them: every buffer lies between two guards."""
+        plain = empty(form, 1, 1, 64, (32, 32), torch.float32)
+        flat = [None if t is None else torch.full((t.numel() + 8192,), 7, dtype=t.dtype) for t in plain]
+        state = [None if t is None else f[4096:-4096].view(t.shape) for t, f in zip(plain, flat)]
+        for length in (40, 63, 64, 80):
+            new = tokens(1, count, 1, 32, torch.float32, 0)
+            lowering.kv_store(*state, torch.tensor(length), new, new, form.name)
+        for f in flat:
+            if f is not None:
+                assert f[:4096].eq(7).all()
+                assert f[-4096:].eq(7).all()
