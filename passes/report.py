@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._logging._internal import trace_structured_artifact
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from effcompile.kernels.reason import Reason
 from effcompile.passes.decision import Decision, Which, left, rewritten
@@ -76,29 +77,41 @@ class Kernel:
 
 
 class Snapshot:
-    """A graph as it was, printed and as nodes. Holds no fake tensor and no parameter; later changes do not reach it."""
+    """A graph as it was. Holds no fake tensor and no parameter; later changes do not reach it.
 
-    _KEPT = ("nn_module_stack", "stack_trace", "custom")
+    Copying takes little; the text is made when it is asked for.
+    """
+
+    _KEPT = ("nn_module_stack", "stack_trace")
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        printed: str = gm.print_readable(print_output=False)
-        self.text = re.sub(r"# Annotation: \{.*\} (?=File: )", "# ", printed)
         self.graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         self._constants: dict[str, Any] = {}
         for node in gm.graph.nodes:
             new = self.graph.node_copy(node, copies.__getitem__)
             new.meta = {key: node.meta[key] for key in self._KEPT if key in node.meta}
+            fake = node.meta.get("val", node.meta.get("example_value"))
+            if isinstance(fake, Tensor):
+                # As text: a symbolic size would keep all of Dynamo's symbols alive.
+                sizes: Any = tuple(map(str, fake.shape))
+                new.meta["tensor_meta"] = TensorMetadata(sizes, fake.dtype, False, (), None, False, {})
             copies[node] = new
             if node.op in ("get_attr", "call_module"):
                 constant = functools.reduce(getattr, node.target.split("."), gm)
-                small = isinstance(constant, nn.Parameter) or node.op == "call_module"
-                self._constants[node.target] = nn.Identity() if small else constant
+                weight = isinstance(constant, nn.Parameter) or node.op == "call_module"
+                self._constants[node.target] = nn.Identity() if weight else constant
 
     @functools.cached_property
     def module(self) -> fx.GraphModule:
         """The graph as a module of its own, to look at."""
         return fx.GraphModule(self._constants, self.graph)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The graph, printed with shapes and with the user's lines."""
+        printed: str = self.module.print_readable(print_output=False)
+        return printed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,10 +181,8 @@ def test_a_snapshot_holds_no_parameter_and_sees_no_later_change() -> None:
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     weight = weakref.ref(gm.get_submodule("0").weight)
     snapshot = Snapshot(gm)
-    text = snapshot.text
     gm.graph.output_node().args = (gm.graph.find_nodes(op="placeholder")[0],)
     gm.recompile()
-    assert snapshot.text == text
     assert [n.op for n in snapshot.module.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
     del gm
     gc.collect()
@@ -195,7 +193,7 @@ def test_graph_and_diff() -> None:
     found = inspect(compiled(Model()))
     assert "linear.relu()" in found.graph("before")
     assert "linear.relu()" not in found.graph("after")
-    assert "linear.sigmoid()" in found.graph("after")
+    assert 'relu: "f32[2, 4]" = linear.sigmoid()' in found.graph("after")
     diff = found.diff()
     assert [line[0] for line in diff.splitlines() if ".relu()" in line and line[0] in "+-"] == ["-", "-"]
     assert diff.startswith("--- graph 0 (graph), before")
