@@ -8,6 +8,7 @@ Measured on two AVX-512 cores, 9 query and 3 key/value heads of 64, ``benchmarks
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import dataclasses
 import os
@@ -136,7 +137,8 @@ def prebuild(programs: Iterable[AnyProgram]) -> list[Future[Kernel]]:
             if program not in _builds:
                 if _pool is None:
                     _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="effcompile-cpp")
-                _builds[program] = _pool.submit(build, program)
+                # Settings of Inductor, such as the compiler, belong to the calling context.
+                _builds[program] = _pool.submit(contextvars.copy_context().run, build, program)
             started.append(_builds[program])
     return started
 

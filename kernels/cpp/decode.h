@@ -22,6 +22,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   constexpr int64_t BK = P::group * most(1, 128 / P::group), ld = round_up(BK, VL) + VL;
   constexpr int RB = row_block(P::ratio);
   const int64_t length = *a.state.length, rows = a.queries * P::ratio;
+  const Scale scale(a.scale);
   const Side<P, Kind::key> keys(a.state, head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
@@ -29,7 +30,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   float* q = scratch<Work>(rows * DP + RB * ld);
   float* s = q + rows * DP;
   float *max = o + rows * EP, *sum = max + rows;
-  for (int64_t row = 0; row < rows; ++row) read_query<P>(a, head, row, q + row * DP);
+  for (int64_t row = 0; row < rows; ++row) read_query<P>(a, scale, head, row, q + row * DP);
   for (int64_t i = 0; i < rows * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < rows; ++i) max[i] = -INF, sum[i] = 0.f;
   for_runs<P>(from, to, stop, BK, [&](int64_t t, int64_t n, bool tail) {
@@ -40,7 +41,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
       float alpha[RB];
       for (int r = 0; r < RB; ++r) {
         if (P::key_mask || t < seen.first || t + n > seen.last) hide<P>(s + r * ld, t, n, seen, mask);
-        alpha[r] = softmax_step(s + r * ld, n, max[row + r], sum[row + r]);
+        alpha[r] = softmax_step(s + r * ld, n, scale, max[row + r], sum[row + r]);
       }
       weigh<P, RB>(values, t, n, tail, s, ld, alpha, o + row * EP);
     }
@@ -71,6 +72,7 @@ int64_t decode(const AttendArgs& a) {
     decode_part<P>(a, item / parts, from, least(length, from + per * BK), stop, partial + item * cell);
   }
 
+  const Scale scale(a.scale);
   for (int64_t head = 0; head < heads; ++head) {
     for (int64_t row = 0; row < rows; ++row) {
       const float* first = partial + head * parts * cell;
@@ -79,12 +81,12 @@ int64_t decode(const AttendArgs& a) {
       for (int64_t part = 0; part < parts; ++part) top = max[part * cell] <= top ? top : max[part * cell];
       alignas(64) float merged[EP] = {};
       for (int64_t part = 0; part < parts && top != -INF; ++part) {
-        const float weight = std::exp2(max[part * cell] - top);
+        const float weight = scale.rescale(max[part * cell], top);
         total += weight * sum[part * cell];
         for (int64_t e = 0; e < EP; e += VL)
           at::vec::fmadd(Vec(weight), Vec::loadu(o + part * cell + e), Vec::loadu(merged + e)).store(merged + e);
       }
-      write_row<P>(a, row_index<P>(a, head, row), merged, top, total);
+      write_row<P>(a, scale, row_index<P>(a, head, row), merged, top, total);
     }
   }
   return 0;

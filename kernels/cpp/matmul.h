@@ -22,8 +22,7 @@ inline void multiply_block(const float* a, int64_t lda, const T* b, int64_t ldb,
                            int64_t ldc, int64_t width) {
   Vec acc[RB][NC];
   for (int r = 0; r < RB; ++r)
-    for (int j = 0; j < NC; ++j)
-      acc[r][j] = alpha && (whole || j * VL < width) ? Vec::loadu(c + r * ldc + j * VL) * Vec(alpha[r]) : Vec(0.f);
+    for (int j = 0; j < NC; ++j) acc[r][j] = Vec(0.f);
   for (int64_t k = 0; k < depth; ++k) {
     for (int j = 0; j < NC; ++j) {
       if (!whole && j * VL >= width) break;
@@ -32,9 +31,14 @@ inline void multiply_block(const float* a, int64_t lda, const T* b, int64_t ldb,
       for (int r = 0; r < RB; ++r) acc[r][j] = at::vec::fmadd(Vec(a[r * lda + k]), x, acc[r][j]);
     }
   }
-  for (int r = 0; r < RB; ++r)
-    for (int j = 0; j < NC; ++j)
-      if (whole || j * VL < width) acc[r][j].store(c + r * ldc + j * VL);
+  // C is added last: sums of one block stay small, and so do their roundings.
+  for (int r = 0; r < RB; ++r) {
+    for (int j = 0; j < NC; ++j) {
+      if (!whole && j * VL >= width) break;
+      float* to = c + r * ldc + j * VL;
+      (alpha ? at::vec::fmadd(Vec::loadu(to), Vec(alpha[r]), acc[r][j]) : acc[r][j]).store(to);
+    }
+  }
 }
 
 // C [rows, columns rounded up to vectors] = alpha * C + A [rows, depth] . B [depth, columns]. Rows are taken RB at a time:

@@ -46,6 +46,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
   constexpr int64_t BK = P::group * most(1, 128 / P::group);
   constexpr Block wide = best_block(BK / VL), deep = best_block(EP / VL);
   const int64_t length = *a.state.length, rows = (last - first) * P::ratio, padded = rows + ACCUMULATORS;
+  const Scale scale(a.scale);
   const Side<P, Kind::key> keys(a.state, head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
@@ -53,7 +54,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
   float* q = scratch<Work>(padded * (DP + BK + EP + 3) + D * BK + BK * EP);
   float *s = q + padded * DP, *o = s + padded * BK, *key = o + padded * EP, *value = key + D * BK;
   float *max = value + BK * EP, *sum = max + padded, *alpha = sum + padded;
-  for (int64_t row = 0; row < rows; ++row) read_query<P>(a, head, first * P::ratio + row, q + row * DP);
+  for (int64_t row = 0; row < rows; ++row) read_query<P>(a, scale, head, first * P::ratio + row, q + row * DP);
   for (int64_t i = 0; i < padded * EP; ++i) o[i] = 0.f;
   for (int64_t row = 0; row < padded; ++row) max[row] = -INF, sum[row] = 0.f, alpha[row] = 1.f;
 
@@ -71,13 +72,13 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
     for (int64_t row = low; row < low + count; ++row) {
       const Visible<P> seen(first + row / P::ratio, a.queries, length);
       if (P::key_mask || t < seen.first || t + n > seen.last) hide<P>(s + row * BK, t, n, seen, mask);
-      alpha[row] = softmax_step(s + row * BK, n, max[row], sum[row]);
+      alpha[row] = softmax_step(s + row * BK, n, scale, max[row], sum[row]);
     }
     const float* v = value_tile<P>(values, t, n, tail, value);
     multiply<float, deep.rows, deep.columns>(count, EP, n, s + low * BK, BK, v, EP, alpha + low, o + low * EP, EP);
   });
   for (int64_t row = 0; row < rows; ++row)
-    write_row<P>(a, row_index<P>(a, head, first * P::ratio + row), o + row * EP, max[row], sum[row]);
+    write_row<P>(a, scale, row_index<P>(a, head, first * P::ratio + row), o + row * EP, max[row], sum[row]);
 }
 
 // Returns 1, having written nothing, if the length is not within the capacity.

@@ -31,12 +31,12 @@ inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, c
       }
     }
     float base[RB];
-    for (int r = 0; r < RB; ++r) base[r] = offset[r].reduce_add();
+    for (int r = 0; r < RB; ++r) base[r] = sum_of(offset[r]);
     for (int64_t i = 0; i < g; i += TV * VL) {
       Vec acc[CHAINS][RB][TV];
       for (int c = 0; c < CHAINS; ++c)
         for (int r = 0; r < RB; ++r)
-          for (int64_t v = 0; v < TV; ++v) acc[c][r][v] = Vec(c == 0 ? base[r] : 0.f);
+          for (int64_t v = 0; v < TV; ++v) acc[c][r][v] = Vec(0.f);
       if constexpr (S::bits == 4) {
         for (int64_t d = 0; d < D / 2; ++d) {
           for (int64_t v = 0; v < TV; ++v) {
@@ -59,9 +59,13 @@ inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, c
           }
         }
       }
-      for (int r = 0; r < RB; ++r)
-        for (int64_t v = 0; v < TV; ++v)
-          (CHAINS == 2 ? acc[0][r][v] + acc[CHAINS - 1][r][v] : acc[0][r][v]).store(s + r * ld + first + i + v * VL);
+      // The offset comes last: what is summed before stays small, and so do its roundings.
+      for (int r = 0; r < RB; ++r) {
+        for (int64_t v = 0; v < TV; ++v) {
+          if constexpr (CHAINS == 2) acc[0][r][v] = acc[0][r][v] + acc[CHAINS - 1][r][v];
+          (acc[0][r][v] + Vec(base[r])).store(s + r * ld + first + i + v * VL);
+        }
+      }
     }
   }
 }
@@ -82,7 +86,7 @@ inline void score_tokens(const T* k, const float* q, float* s, int64_t ld) {
   for (int64_t d = 0; d + VL <= D; d += VL) channels(d, VL);
   if constexpr (D % VL) channels(D / VL * VL, D % VL);
   for (int r = 0; r < RB; ++r)
-    for (int j = 0; j < J; ++j) s[r * ld + j] = acc[r][j].reduce_add();
+    for (int j = 0; j < J; ++j) s[r * ld + j] = sum_of(acc[r][j]);
 }
 
 template <class T, int64_t D, int RB>

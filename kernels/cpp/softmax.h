@@ -1,14 +1,26 @@
-// What decode and prefill share: which keys a query sees, and one step of the online softmax, in base 2.
+// What decode and prefill share: which keys a query sees, one step of the online softmax, and rows in and out.
 #pragma once
 #include "side.h"
 
 namespace ec {
 
-inline constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.6931471805599453094;
+// Scores stay as they come out of the product, and the scale goes into the exponent: e^(scale * (s - max)) =
+// 2^(factor * (s - max)). Near the maximum, where weights matter, that difference is exact. A negative scale changes the
+// sign of the query, which is exact too.
+struct Scale {
+  float factor, sign;
+  double scale;
+  explicit Scale(double x)
+      : factor(x == 0 ? 1.f : static_cast<float>(std::fabs(x) * 1.4426950408889634074)),
+        sign(x == 0 ? 0.f : x < 0 ? -1.f : 1.f),
+        scale(x == 0 ? 1. : std::fabs(x)) {}
+  // What sums over weights relative to `from` are worth relative to `to`, a larger maximum.
+  float rescale(float from, float to) const { return from == to ? 1.f : std::exp2(factor * (from - to)); }
+};
 
-// Turns scores s[0, n), in units of ln 2, into weights and updates the row's running maximum and sum; returns the factor
-// for what was summed before. s is padded with zeros to a whole vector. NaN scores make the row NaN, as in the reference.
-inline float softmax_step(float* s, int64_t n, float& max, float& sum) {
+// Turns scores s[0, n) into weights and updates the row's running maximum and sum; returns the factor for what was summed
+// before. s is padded with zeros to a whole vector. NaN scores make the row NaN, as in the reference.
+inline float softmax_step(float* s, int64_t n, const Scale& scale, float& max, float& sum) {
   for (int64_t i = n; i % VL; ++i) s[i] = -INF;
   Vec top(-INF);
   for (int64_t i = 0; i < n; i += VL) top = at::vec::maximum(top, Vec::loadu(s + i));
@@ -18,16 +30,17 @@ inline float softmax_step(float* s, int64_t n, float& max, float& sum) {
     for (int64_t i = 0; i < n; i += VL) Vec(0.f).store(s + i);
     return 1.f;
   }
+  const Vec factor(scale.factor), highest(next);
   Vec total(0.f);
   for (int64_t i = 0; i < n; i += VL) {
-    const Vec w = exp2_nonpositive(Vec::loadu(s + i) - Vec(next));
+    const Vec w = exp2_nonpositive((Vec::loadu(s + i) - highest) * factor);
     w.store(s + i);
     total = total + w;
   }
-  const float factor = next == max ? 1.f : std::exp2(max - next);
-  sum = sum * factor + total.reduce_add();
+  const float before = scale.rescale(max, next);
+  sum = sum * before + sum_of(total);
   max = next;
-  return factor;
+  return before;
 }
 
 // Keys that query t may see lie in [first, last).
@@ -58,23 +71,22 @@ inline int64_t row_index(const AttendArgs& a, int64_t head, int64_t row) {
   return (head * P::ratio + row % P::ratio) * a.queries + row / P::ratio;
 }
 
-// The query of that row as fp32, times the scale and log2(e), padded with zeros.
+// The query of that row as fp32, with the sign of the scale, padded with zeros.
 template <class P>
-inline void read_query(const AttendArgs& a, int64_t head, int64_t row, float* q) {
+inline void read_query(const AttendArgs& a, const Scale& scale, int64_t head, int64_t row, float* q) {
   const auto* from = static_cast<const typename P::scalar*>(a.query) + head / a.groups * a.query_stride[0] +
                      (head % a.groups * P::ratio + row % P::ratio) * a.query_stride[1] +
                      row / P::ratio * a.query_stride[2];
-  const Vec factor(static_cast<float>(a.scale * LOG2E));
-  for (int64_t d = 0; d < P::key_size; d += VL) (load_f32(from + d, P::key_size - d) * factor).store(q + d);
+  for (int64_t d = 0; d < P::key_size; d += VL) (load_f32(from + d, P::key_size - d) * Vec(scale.sign)).store(q + d);
 }
 
 // Writes a finished row: o / sum in model dtype, and its lse. A row without keys is 0 and -inf.
 template <class P>
-inline void write_row(const AttendArgs& a, int64_t at, const float* o, float max, float sum) {
+inline void write_row(const AttendArgs& a, const Scale& scale, int64_t at, const float* o, float max, float sum) {
   auto* out = static_cast<typename P::scalar*>(a.out) + at * P::value_size;
   const float norm = sum == 0.f ? 0.f : 1.f / sum;
   for (int64_t e = 0; e < P::value_size; e += VL) store_f32(out + e, Vec::loadu(o + e) * Vec(norm), P::value_size - e);
-  a.lse[at] = sum == 0.f ? -INF : static_cast<float>((max + std::log2(sum)) * LN2);
+  a.lse[at] = sum == 0.f ? -INF : static_cast<float>(max * scale.scale + std::log(double(sum)));
 }
 
 }  // namespace ec

@@ -1,7 +1,9 @@
 // Loads, stores, exp and code unpacking on at::vec. Everything else is written in terms of these few functions.
 #pragma once
-#include <ATen/cpu/vec/functional_base.h>
+// vec.h comes first: on AVX2 it includes functional_base.h itself, half way through.
 #include <ATen/cpu/vec/vec.h>
+
+#include <ATen/cpu/vec/functional_base.h>
 
 #include <cmath>
 #include <cstdint>
@@ -74,6 +76,11 @@ inline Vec exp2_nonpositive(Vec x) {
   const auto exponent = at::vec::cast<int32_t>(t) << at::vec::Vectorized<int32_t>(23);
   const Vec power = at::vec::cast<float>(at::vec::cast<int32_t>(y) + exponent);
   return power & (x > Vec(-125.f));
+}
+
+// Not x.reduce_add(): at::vec without intrinsics does not compile it.
+inline float sum_of(Vec x) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
 }
 
 inline float max_of(Vec x) {

@@ -70,12 +70,8 @@ inline void weigh_packed(const Side<P, Kind::value>& values, int64_t t, int64_t 
     int64_t group[NC][per];
     for (int64_t j = 0; j < NC; ++j) {
       for (int u = 0; u < per; ++u) {
-        const int64_t channel = (c + j) * VL + u * half;
-        group[j][u] = channel / g;
-        for (int r = 0; r < RB; ++r) {
-          const float offset = sums[r * N + S::groups + group[j][u]] + CENTER<S::bits> * sums[r * N + group[j][u]];
-          acc[r][j][u] = at::vec::fmadd(Vec::loadu(o + r * E + channel), Vec(alpha[r]), Vec(offset));
-        }
+        group[j][u] = ((c + j) * VL + u * half) / g;
+        for (int r = 0; r < RB; ++r) acc[r][j][u] = Vec(0.f);
       }
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -90,9 +86,15 @@ inline void weigh_packed(const Side<P, Kind::value>& values, int64_t t, int64_t 
             acc[r][j][u] = at::vec::fmadd(Vec(w[r * wld + i * N + group[j][u]]), x[u], acc[r][j][u]);
       }
     }
-    for (int r = 0; r < RB; ++r)
-      for (int64_t j = 0; j < NC; ++j)
-        for (int u = 0; u < per; ++u) acc[r][j][u].store(o + r * E + (c + j) * VL + u * half);
+    for (int r = 0; r < RB; ++r) {
+      for (int64_t j = 0; j < NC; ++j) {
+        for (int u = 0; u < per; ++u) {
+          const float offset = sums[r * N + S::groups + group[j][u]] + CENTER<S::bits> * sums[r * N + group[j][u]];
+          float* to = o + r * E + (c + j) * VL + u * half;
+          at::vec::fmadd(Vec::loadu(to), Vec(alpha[r]), acc[r][j][u] + Vec(offset)).store(to);
+        }
+      }
+    }
   }
 }
 
