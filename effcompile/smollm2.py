@@ -125,11 +125,15 @@ def passkey(tokenizer: Any, length: int, depth: float, key: int = 71432) -> Tens
     room = length - tokens(needle + _QUESTION)
     if room < 0:
         raise ValueError(f"a pass key prompt has at least {length - room} tokens; {length} were asked for.")
-    repeats = room // tokens(_FILLER)
-    before = round(depth * repeats)
-    text = _FILLER * before + needle + _FILLER * (repeats - before) + _QUESTION
-    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids
-    return ids
+    # A sentence alone has more tokens than one among others, whose first space belongs to the next word.
+    repeats = room // (tokens(_FILLER * 2) - tokens(_FILLER))
+    while True:
+        before = round(depth * repeats)
+        text = _FILLER * before + needle + _FILLER * (repeats - before) + _QUESTION
+        ids: Tensor = tokenizer(text, return_tensors="pt").input_ids
+        if ids.shape[1] <= length:
+            return ids
+        repeats -= 1
 
 
 def answers(tokenizer: Any, new_tokens: Tensor, key: int = 71432) -> bool:
