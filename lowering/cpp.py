@@ -3,7 +3,10 @@
 The parts are the headers of :mod:`effcompile.kernels.cpp`; what is generated here is only the choice of them, a struct
 of constants named ``P``. Importing registers the launchers of ``attend``, ``kv_store`` and ``kv_load`` on CPUs.
 
-Measured on two AVX-512 cores, 9 query and 3 key/value heads of 64, ``benchmarks/cpu_kernels.py``: see its table.
+Measured by ``benchmarks/cpu_kernels.py`` beside SDPA in fp32 (9 query and 3 key/value heads of 64, one AVX-512 core of
+a busy machine, caches of 30 layers so that they come from memory): decoding at 8,192 keys takes 3.3 ms a layer in SDPA,
+1.2 ms with 16 bits, 0.5 ms with 8, 0.3 ms with 4. Where it gains least: short caches; at 512 keys the call itself is
+half of the time.
 """
 
 from __future__ import annotations
