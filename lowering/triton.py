@@ -73,21 +73,21 @@ def splits_for(heads: int, capacity: int, multiprocessors: int) -> int:
     return max(1, min(wanted, capacity // SPLIT_KEYS, MAX_SPLITS))
 
 
+@functools.cache
+def _form(name: str) -> KVForm:
+    return KVForm.parse(name)
+
+
 def _buffers(state: tuple[Tensor | None, ...], name: str) -> list[Tensor]:
     """The state's tensors, in the order of the generated arguments."""
     found = [t for t in state if t is not None]
-    form = KVForm.parse(name)
+    form = _form(name)
     expected = (1 if form.key_bits == 16 else 3) + (1 if form.value_bits == 16 else 3)
     if len(found) != expected:
         raise KernelUnavailable(f"the form {name} has {expected} buffers, but {len(found)} were given")
     if not all(t.is_contiguous() for t in found):
         raise KernelUnavailable("a buffer of the cache is not contiguous")
     return found
-
-
-@functools.cache
-def _form(name: str) -> KVForm:
-    return KVForm.parse(name)
 
 
 def _sizes(state: tuple[Tensor | None, ...], form: KVForm) -> tuple[Tensor, Tensor, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -52,7 +53,8 @@ def blocks_for(program: Program, chip: str) -> Blocks:
     if program.phase == "decode":
         tile = 32 if single or (wide and not packed) else 64 if wide or packed < 2 else 128
         ring = 32 if wide or single else 64
-        blocks = Blocks(16, tile, ring, warps=8 if wide and single else 4, stages=2 if single else 3)
+        stages = 2 if single or (packed and not warpgroups) else 3
+        blocks = Blocks(16, tile, ring, warps=8 if wide and single else 4, stages=stages)
     elif single:
         blocks = Blocks(32, 32, 32, warps=8 if wide else 4, stages=1)
     elif wide:
@@ -113,7 +115,7 @@ class Built:
     failure: str | None = None
 
     def launch(self, kernel: str, grid: int, *args: Any, **options: Any) -> None:
-        """Run kernel ``{kernel}{name}`` on a grid of one axis.
+        """Run kernel ``{kernel}{name}`` on a grid of one axis, on the device of the first tensor of ``args``.
 
         Raises
         ------
@@ -124,8 +126,11 @@ class Built:
             raise KernelUnavailable(self.failure)
         if grid == 0:
             return
+        device = args[0].device
         try:
-            getattr(self.module, kernel + self.name)[(grid,)](*args, **options)
+            # Triton launches on the current device, whatever the tensors say.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                getattr(self.module, kernel + self.name)[(grid,)](*args, **options)
         except Exception as error:
             if not _is_build_failure(error):
                 raise

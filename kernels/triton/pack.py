@@ -140,7 +140,7 @@ def pack_values_4(codes, scales, tail, new, new_stride, first, length, SIZE: tl.
 def append_dense(dense, new, new_stride, first, count, length, capacity, SIZE: tl.constexpr, PADDED: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     """Copy new tokens ``first ..`` of ``count`` to their place in a dense side, never past ``capacity``."""
-    token = first + tl.arange(0, BLOCK)
+    token = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
     channel = tl.arange(0, PADDED)
     keep = (token < count) & (length + token < capacity)
     mask = keep[:, None] & (channel < SIZE)[None, :]
@@ -152,7 +152,7 @@ def append_dense(dense, new, new_stride, first, count, length, capacity, SIZE: t
 def append_ring(tail, new, new_stride, first, count, length, capacity, SIZE: tl.constexpr, PADDED: tl.constexpr,
                 SLOTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Copy those of the new tokens ``first ..`` that are among the newest ``SLOTS`` to their slot of the tail."""
-    token = first + tl.arange(0, BLOCK)
+    token = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
     channel = tl.arange(0, PADDED)
     keep = (token < count) & (token >= count - SLOTS) & (length + token < capacity)
     mask = keep[:, None] & (channel < SIZE)[None, :]

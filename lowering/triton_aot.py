@@ -1,0 +1,80 @@
+"""Generated kernels compiled ahead of time, with no GPU: what a chip would get, and what it costs there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+
+from effcompile.kernels.program import Program, StoreProgram
+from effcompile.lowering.triton_build import Built, vendor_of
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str, Any]) -> dict[str, str]:
+    """Triton's type of every argument of a generated kernel, from its name."""
+    kind, form = TYPES[program.dtype], program.form
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in ("query", "out", "key", "value"):
+            types[name] = f"*{kind}"
+        elif name in ("lse", "part_out", "part_lse"):
+            types[name] = "*fp32"
+        elif re.fullmatch(r"[kv]\d", name):
+            bits = form.key_bits if name[0] == "k" else form.value_bits
+            types[name] = f"*{kind}" if bits == 16 or name[1] == "2" else ("*u8", "*fp16")[int(name[1])]
+        else:
+            types[name] = {"length": "*i64", "key_mask": "*i1", "scale": "fp32"}.get(name, "i32")
+    return types
+
+
+def compile_ahead(
+    built: Built, program: Program | StoreProgram, chip: str, constants: dict[str, Any], prefix: str = ""
+) -> Any:
+    """Compile kernel ``{prefix}{name}`` of a built program for ``chip``, as for tensors that PyTorch allocated."""
+    import triton  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+    kernel = getattr(built.module, prefix + built.name)
+    types = signature(kernel, program, constants)
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if (types[name].startswith("*") and name != "length") or re.search("_(batch|head|token)$", name)
+    }
+    target = GPUTarget("hip", chip, 64) if vendor_of(chip) == "hip" else GPUTarget("cuda", int(chip[3:]), 32)
+    options = {} if built.blocks is None else {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
+    return triton.compile(ASTSource(kernel, types, constants, aligned), target=target, options=options)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"{pattern!r} is not in the compiler's report")
+    return int(found[1])
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers of a thread, bytes on a thread's stack (spills, and frames of called functions), shared bytes."""
+    import triton
+
+    shared = int(binary.metadata.shared)
+    if "cubin" not in binary.asm:
+        text = binary.asm["amdgcn"]
+        spilled = 4 * _number(r"\.vgpr_spill_count: *(\d+)", text)
+        return {"registers": _number(r"\.vgpr_count: *(\d+)", text), "spilled": spilled, "shared": shared}
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": _number(r"REG:(\d+)", text), "spilled": _number(r"STACK:(\d+)", text), "shared": shared}
