@@ -65,6 +65,8 @@ def _copy(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
 
 @describes("copy")
 def _copy_in(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
+    if isinstance(args["src"], fx.Node) and of.writes.shared(args["self"], args["src"]):
+        raise Opaque("a copy within one tensor, whose order is not defined")
     return _typed(of, of.operand(args["src"], node, index), node)
 
 
@@ -261,9 +263,12 @@ def _arithmetic(of: Elements, node: fx.Node, args: Args, index: Index) -> Elemen
             raise Opaque("a difference of booleans")
         join = of.domain.disj if name == "add" else of.domain.conj
         return Truth(join(of.truth(a), of.truth(b)))
-    factor = of.cast(of.operand(args.get("alpha", 1), node, index), dtype)
-    if name != "mul":
-        b = of.pairs(lambda x, y: _combine(of, operator.mul, x, y, dtype), b, factor)
+    factor = args.get("alpha", 1)
+    if factor != 1:
+        if dtype.is_floating_point:
+            raise Opaque("a scaled sum of floats, which may be rounded once or twice")
+        scale = Integer(of.size(factor))
+        b = of.each(lambda x: _combine(of, operator.mul, x, scale, dtype), b)
     if name == "rsub":
         a, b = b, a
     function = {"add": operator.add, "sub": operator.sub, "rsub": operator.sub, "mul": operator.mul}[name]
@@ -295,7 +300,7 @@ def _diff(of: Elements, node: fx.Node, args: Args, index: Index) -> Element:
 
     def joined(place: sympy.Expr) -> Element:
         def of_part(part: fx.Node, at: sympy.Expr) -> Element:
-            return of.at(part, (*index[:dim], sympy.expand(at), *index[dim + 1 :]), node)
+            return _typed(of, of.at(part, (*index[:dim], sympy.expand(at), *index[dim + 1 :]), node), node)
 
         element = of_part(source, place - ahead)
         if before is None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from effcompile.patterns.bands import band
 from effcompile.patterns.index_algebra import FALSE, TRUE, Bit, Cnf, Domain, Ge, Index, Opaque, expression, unit
-from effcompile.patterns.storage import Writes
+from effcompile.patterns.storage import Writes, overlaps_itself
 from effcompile.patterns.walk import arguments, value
 
 
@@ -89,6 +89,19 @@ def operator_name(node: fx.Node) -> str:
     return str(name.removesuffix("_") if not name.endswith("__") else name)
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a call is the in-place form of an operation."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _has_data(element: Element) -> bool:
+    """Whether a float element may be one that is not known."""
+    if isinstance(element, Choice):
+        return _has_data(element.kept) or _has_data(element.other)
+    return isinstance(element, Data)
+
+
 class Elements:
     """Elements of the tensors of one graph.
 
@@ -141,7 +154,10 @@ class Elements:
         handler = HANDLERS.get(operator_name(node)) if node.op == "call_function" else None
         if handler is None:
             raise Opaque("" if node.op in ("placeholder", "get_attr") else "an operation that is not understood")
-        return handler(self, node, arguments(node), index)
+        args = arguments(node)
+        if is_in_place(node) and overlaps_itself(value(args["self"])):
+            raise Opaque("a write to a tensor that overlaps itself")
+        return handler(self, node, args, index)
 
     def leaf(self, node: fx.Node, index: Index) -> Element:
         """An element of which only the place is known."""
@@ -173,7 +189,10 @@ class Elements:
         Exact whatever ``p`` computes, since it is ``p``. What is known of ``p`` besides is kept too:
         p == known & rest  gives  p == known & p.
         """
-        if not self.reads_padding(node, index) or not self.depends(element) or value(node).dtype.is_floating_point:
+        if not self.reads_padding(node, index) or not self.depends(element):
+            return element
+        if value(node).dtype.is_floating_point and not _has_data(element):
+            # An additive mask already: 0 here and -inf there.
             return element
         kept = self.truth(element)
         units = [next(iter(c)) for c in kept if len(c) == 1]

@@ -5,7 +5,8 @@ that stand for elements of tensors. A boolean is kept in one normal form: a conj
 of literals; a literal is ``expression >= 0`` or the truth of one element of a tensor. Every step is an equivalence on
 the whole index domain, and nothing is ever assumed about an element.
 
-Sizes are compared by the shape environment without adding a guard: what it does not know already counts as unknown.
+Sizes are compared by what the shape environment knows already: its ranges and its guards. No guard is added, and what
+it does not know is not used.
 """
 
 from __future__ import annotations
@@ -139,10 +140,27 @@ class Domain:
             return bool(expr >= 0)
         if self.shape_env is None or expr.free_symbols & self.elements.keys():
             return False
+        return self._decided(expr) or any(self._decided(sympy.expand(expr - fact)) for fact in self._facts())
+
+    def _decided(self, expr: sympy.Expr) -> bool:
+        """``expr >= 0`` by the ranges of the sizes."""
         relation = sympy.Ge(expr, 0)
         if isinstance(relation, sympy.logic.boolalg.BooleanAtom):
             return bool(relation)
+        assert self.shape_env is not None
         return statically_known_true(self.shape_env.create_symboolnode(relation))
+
+    def _facts(self) -> list[sympy.Expr]:
+        """Expressions of sizes that are >= 0 by guards already taken: the graph runs only where these hold."""
+        assert self.shape_env is not None
+        facts = []
+        for guard in self.shape_env.guards:
+            match self.shape_env.replace(guard.expr):
+                case sympy.Ge(lhs=a, rhs=b) | sympy.Le(lhs=b, rhs=a):
+                    facts.append(a - b)
+                case sympy.Gt(lhs=a, rhs=b) | sympy.Lt(lhs=b, rhs=a):
+                    facts.append(a - b - 1)
+        return facts
 
     def same(self, a: sympy.Expr, b: sympy.Expr) -> bool:
         """Whether two sizes are equal for sure."""

@@ -53,9 +53,9 @@ class Mask:
     predicate
         Its rule. Without ``causal`` and ``window``, ``offset`` has no meaning and is 0.
     offset
-        Position of query 0 relative to key 0: query ``i`` stands at ``offset + i``. A number, a symbolic size, or a
-        node (an integer tensor with one element). A node stands for its value where it is made: the graph may write to it
-        afterwards (a cache length that counts up), so whoever reads it later checks that.
+        Position of query 0 relative to key 0: query ``i`` stands at ``offset + i``. A number, a size, or the node
+        of an integer tensor with one element. A node stands for its value where it is made: the graph may write to
+        it afterwards (a cache length that counts up), so whoever reads it later checks that.
     padding
         A node ``[B or 1, >= S]``: key ``j`` is visible in row ``b`` only if its element is nonzero. As with ``offset``,
         the value where it is made. Given iff ``predicate.key_mask``.
@@ -273,14 +273,14 @@ class _Recovery:
     def offset_and_window(self, causal: list[sympy.Expr], window: list[sympy.Expr]) -> tuple[sympy.Expr, int | None]:
         """j > i + offset - w  is  j - i + c >= 0  with  c = w - 1 - offset.
 
-        A window alone fixes only ``offset - w``: any offset with a whole width says the same, and one that puts the
-        last query at the last key is preferred.
+        A window alone fixes only ``offset - w``: any offset with a positive width says the same, and the one that puts
+        the last query at the last key is preferred.
         """
         if not window:
             return (causal[0] if causal else sympy.S.Zero), None
         (constant,) = window
         symbols = sympy.expand(constant.as_coeff_Add()[0] - constant)
-        for offset in causal or [self.keys - self.queries, sympy.S.Zero, symbols]:
+        for offset in causal or [self.keys - self.queries, sympy.S.Zero, symbols, self.keys]:
             width = sympy.expand(constant + 1 + offset)
             if width.is_Integer and width >= 1:
                 return sympy.expand(offset), int(width)

@@ -58,6 +58,10 @@ class Writes:
         """Whether memory of ``node`` is written anywhere."""
         return self._root(node) in self._writes
 
+    def shared(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two nodes may share memory."""
+        return self._root(a) is self._root(b)
+
     def _root(self, node: fx.Node) -> fx.Node:
         while (up := self._parent.get(node, node)) is not node:
             node = up
@@ -75,3 +79,16 @@ def _written(node: fx.Node) -> list[fx.Node]:
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             found += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, fx.Node)]
     return found
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two indices may mean one place in memory, as in an expanded tensor; symbolic sizes count as unknown."""
+    dims = [(st, n) for st, n in zip(tensor.stride(), tensor.shape) if not (isinstance(n, int) and n == 1)]
+    if not all(isinstance(x, int) for dim in dims for x in dim):
+        return True
+    reach = 0
+    for stride, size in sorted(dims):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

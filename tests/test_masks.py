@@ -1,0 +1,461 @@
+"""Mask recovery is sound: what is recovered equals the mask everywhere, and what is not one of ours is left alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mask_graphs import Build, Soup, aten, kept, number, predicted
+from torch import Tensor, fx
+
+from effcompile.kernels.program import Predicate
+from effcompile.kernels.reason import Reason
+from effcompile.patterns import element_ops as element_ops
+from effcompile.patterns.elements import Elements
+from effcompile.patterns.index_algebra import Domain
+from effcompile.patterns.masks import Mask, Term, recover, recover_all
+
+SEEDS = st.integers(0, 2**40)
+QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Spelling:
+    """A predicate written in one of very many ways, on random sizes and data."""
+
+    def __init__(self, seed: int, batch: int = 0, queries: int = 0, keys: int = 0) -> None:
+        r = self.random = random.Random(seed)
+        torch.manual_seed(seed)
+        self.build = Build()
+        self.batch, self.queries = batch or r.randint(1, 3), queries or r.choice((1, 2, 3, 5))
+        self.keys = keys or r.randint(max(2, self.queries), 8)
+        self.flat = r.random() < 0.2
+        self.offset: fx.Node | int = r.choice((0, 0, r.randint(0, 3)))
+        if r.random() < 0.4:
+            given = torch.tensor(r.randint(0, 4), dtype=r.choice((torch.int64, torch.int64, torch.int32)))
+            self.offset = self.build.input(given)
+        i, j = (self.call(aten.arange.default, n) for n in (self.queries, self.keys))
+        self.i, self.j = (i, self.moved(j)) if self.flat else (self.four(i, 2), self.four(self.moved(j), 3))
+        if self.flat:
+            self.i = self.call(aten.unsqueeze.default, self.i, 1)
+        self.q = self.added(self.i, self.offset)
+        self.constant = isinstance(self.offset, int)
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.build.call(op, *args, **kwargs)
+
+    def one_of(self, *ways: Callable[[], fx.Node]) -> fx.Node:
+        return self.random.choice(ways)()
+
+    def four(self, x: fx.Node, dim: int) -> fx.Node:
+        """A vector along one of four dimensions."""
+
+        def by_steps() -> fx.Node:
+            y = x
+            for d in range(4):
+                y = y if d == dim else self.call(aten.unsqueeze.default, y, d)
+            return y
+
+        sizes = [1] * 4
+        sizes[dim] = x.meta["val"].numel()
+        return self.one_of(by_steps, lambda: self.call(aten.view.default, x, sizes))
+
+    def moved(self, j: fx.Node) -> fx.Node:
+        """Keys, perhaps through steps that change nothing."""
+        return self.one_of(
+            lambda: j,
+            lambda: self.call(aten.add.Tensor, j, 0),
+            lambda: self.call(aten.to.dtype, j, torch.int64),
+            lambda: self.call(aten.sub.Tensor, self.call(aten.arange.start, 2, self.keys + 2), 2),
+            lambda: self.call(aten.slice.Tensor, self.call(aten.arange.default, self.keys + 3), 0, 0, self.keys),
+        )
+
+    def added(self, x: fx.Node, offset: fx.Node | int) -> fx.Node:
+        if isinstance(offset, fx.Node):
+            ways = [
+                lambda: offset,
+                lambda: self.call(aten.to.dtype, offset, torch.int64),
+                lambda: self.call(aten.add.Tensor, offset, 0),
+                lambda: self.call(aten.clone.default, self.call(aten.view.default, offset, [1])),
+            ]
+            offset = self.one_of(*(ways if offset.meta["val"].dtype == torch.int64 else ways[1:2]))
+        return self.call(aten.add.Tensor, x, offset)
+
+    def causal(self) -> fx.Node:
+        i, j, q, call = self.i, self.j, self.q, self.call
+        after = lambda: call(aten.add.Tensor, q, 1)  # noqa: E731
+        gap = lambda: call(aten.sub.Tensor, j, q)  # noqa: E731
+        ways = [
+            lambda: call(aten.le.Tensor, j, q),
+            lambda: call(aten.ge.Tensor, q, j),
+            lambda: call(aten.lt.Tensor, j, after()),
+            lambda: call(aten.gt.Tensor, after(), j),
+            lambda: call(aten.bitwise_not.default, call(aten.gt.Tensor, j, q)),
+            lambda: call(aten.logical_not.default, call(aten.lt.Tensor, q, j)),
+            lambda: call(aten.lt.Scalar, gap(), 1),
+            lambda: call(aten.le.Scalar, gap(), 0),
+            lambda: call(aten.ge.Scalar, call(aten.neg.default, gap()), 0),
+            lambda: call(aten.gt.Scalar, call(aten.mul.Tensor, gap(), -2), -2),
+            lambda: call(aten.eq.Tensor, call(aten.minimum.default, j, q), j),
+            lambda: call(aten.le.Tensor, call(aten.sub.Tensor, j, i), call(aten.sub.Tensor, q, i)),
+        ]
+        if self.constant:
+            ones = call(
+                aten.ones.default, [self.queries, self.keys], dtype=self.random.choice((torch.bool, torch.int64))
+            )
+            ways += 2 * [
+                lambda: call(aten.to.dtype, call(aten.tril.default, ones, self.offset), torch.bool),
+                lambda: call(aten.eq.Scalar, call(aten.triu.default, ones, int(self.offset) + 1), 0),
+                lambda: call(aten.ne.Scalar, call(aten.tril_.default, call(aten.clone.default, ones), self.offset), 0),
+            ]
+        return self.one_of(*ways)
+
+    def windowed(self, width: int) -> fx.Node:
+        j, q, call = self.j, self.q, self.call
+        start = lambda: call(aten.sub.Tensor, q, width)  # noqa: E731
+        ways = [
+            lambda: call(aten.gt.Tensor, j, start()),
+            lambda: call(aten.lt.Tensor, start(), j),
+            lambda: call(aten.ge.Tensor, j, call(aten.add.Tensor, start(), 1)),
+            lambda: call(aten.lt.Scalar, call(aten.sub.Tensor, q, j), width),
+            lambda: call(aten.bitwise_not.default, call(aten.le.Tensor, j, start())),
+            lambda: call(aten.bitwise_xor.Scalar, call(aten.le.Tensor, j, start()), True),
+        ]
+        return self.one_of(*ways)
+
+    def padded(self) -> fx.Node:
+        """A ``[B, S]`` tensor read at (row, key); made longer, or cut, so that its length fits."""
+        b, s, r, call = self.batch, self.keys, self.random, self.call
+        dtype = r.choice((torch.bool, torch.int64, torch.float32, torch.uint8))
+        length = r.choice((s, s, s + 2, s - 1))
+        pad = self.build.input(torch.randint(0, 2, (b, length)).to(dtype))
+        if length < s:
+            pad = call(aten.constant_pad_nd.default, pad, [0, s - length], r.choice((0, 1)))
+        ways = [
+            lambda x: call(aten.ne.Scalar, x, 0),
+            lambda x: call(aten.to.dtype, x, torch.bool),
+            lambda x: call(aten.logical_not.default, call(aten.eq.Scalar, x, 0)),
+        ]
+        truth = r.choice(ways)
+        if self.flat:
+            # Rows need their dimension: [B, 1, 1, S] beside [T, S].
+            return truth(call(aten.view.default, call(aten.slice.Tensor, pad, 1, 0, s), [b, 1, 1, s]))
+        rows = self.four(call(aten.arange.default, b), 0)
+
+        def sliced() -> fx.Node:
+            x = call(aten.slice.Tensor, pad, 1, 0, s)
+            return call(aten.unsqueeze.default, call(aten.unsqueeze.default, x, 1), 1)
+
+        return self.one_of(
+            lambda: truth(call(aten.index.Tensor, pad, [rows, self.j])),
+            lambda: call(aten.index.Tensor, truth(pad), [rows, self.j]),
+            lambda: truth(sliced()),
+            lambda: truth(call(aten.expand.default, sliced(), [b, 1, self.queries, s])),
+        )
+
+    def both(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        call = self.call
+        no = lambda x: call(aten.bitwise_not.default, x)  # noqa: E731
+        return self.one_of(
+            lambda: call(aten.bitwise_and.Tensor, a, b),
+            lambda: call(aten.__and__.Tensor, b, a),
+            lambda: call(aten.logical_and.default, a, b),
+            lambda: call(aten.mul.Tensor, a, b),
+            lambda: call(aten.where.ScalarOther, a, b, False),
+            lambda: no(call(aten.bitwise_or.Tensor, no(a), no(b))),
+            lambda: call(aten.masked_fill.Scalar, call(aten.mul.Tensor, a, call(aten.ones_like.default, b)), no(b), 0),
+        )
+
+    def additive(self, mask: fx.Node) -> fx.Node:
+        call, low = self.call, self.random.choice((LOWEST, float("-inf")))
+        flipped = lambda: call(aten.rsub.Scalar, call(aten.to.dtype, mask, torch.float32), 1.0)  # noqa: E731
+        zeros = lambda: call(aten.zeros.default, mask.meta["val"].shape)  # noqa: E731
+        ways = [
+            lambda: call(aten.where.ScalarOther, mask, call(aten.zeros.default, []), low),
+            lambda: call(aten.where.ScalarSelf, call(aten.logical_not.default, mask), low, zeros()),
+            lambda: call(aten.masked_fill.Scalar, zeros(), call(aten.eq.Scalar, mask, 0), low),
+            lambda: call(aten.masked_fill_.Scalar, zeros(), call(aten.bitwise_not.default, mask), low),
+            lambda: call(aten.mul.Tensor, flipped(), LOWEST),
+        ]
+        return self.one_of(*ways)
+
+    def mask(self) -> fx.Node:
+        r, parts = self.random, []
+        chosen = [r.random() < p for p in (0.8, 0.4, 0.5)]
+        if chosen[0]:
+            parts.append(self.causal())
+        if chosen[1]:
+            parts.append(self.windowed(r.randint(1, 4)))
+        if chosen[2]:
+            parts.append(self.padded())
+        if not parts or r.random() < 0.2:
+            parts.append(self.call(aten.new_ones.default, self.j, [], dtype=torch.bool))
+        r.shuffle(parts)
+        mask = parts[0]
+        for part in parts[1:]:
+            mask = self.both(mask, part)
+        if r.random() < 0.3 and mask.meta["val"].ndim == 4:
+            mask = self.call(aten.expand.default, mask, [self.batch, r.choice((1, 2)), self.queries, self.keys])
+        return mask
+
+    def recovered(self, *terms: fx.Node | Term) -> Mask | Reason:
+        return recover_all(terms, is_causal=False, query_length=self.queries, key_length=self.keys)
+
+    def says(self, mask: Mask) -> Tensor:
+        return predicted(mask, self.build.held, self.batch, self.queries, self.keys)
+
+    def truly(self, term: fx.Node) -> Tensor:
+        return kept(self.build.held[term], self.batch, self.queries, self.keys)
+
+    def check(self, got: Mask | Reason, keep: Tensor) -> None:
+        """A mask must be right everywhere; a reason needs none."""
+        if isinstance(got, Mask):
+            said = self.says(got)[:, None].expand_as(keep)
+            assert torch.equal(keep, said), f"{got}\n{self.build.graph}"
+
+
+@settings(max_examples=500, **QUICK)
+@given(SEEDS)
+def test_any_spelling_is_recovered_exactly(seed: int) -> None:
+    s = Spelling(seed)
+    mask = s.mask()
+    if s.random.random() < 0.4:
+        mask = s.additive(mask)
+    got, keep = s.recovered(mask), s.truly(mask)
+    s.check(got, keep)
+    if isinstance(got, Reason):
+        assert got.code == "mask-empty", f"{got}\n{s.build.graph}"
+        assert not keep.any()
+
+
+def _in_one_row(s: Spelling, mask: fx.Node) -> fx.Node:
+    at = s.call(aten.eq.Scalar, s.i, s.random.randrange(s.queries))
+    here = s.call(aten.logical_and.default, at, s.call(aten.eq.Scalar, s.j, s.random.randrange(s.keys)))
+    return s.call(aten.bitwise_xor.Tensor, mask, here)
+
+
+def _per_head(s: Spelling, mask: fx.Node) -> fx.Node:
+    heads = s.four(s.call(aten.arange.default, 2), 1)
+    return s.call(aten.logical_and.default, mask, s.call(aten.gt.Scalar, s.call(aten.add.Tensor, s.j, heads), 0))
+
+
+def _data(s: Spelling, mask: fx.Node) -> fx.Node:
+    noise = s.build.input(torch.randint(0, 2, (s.queries, s.keys)))
+    return s.call(aten.logical_and.default, mask, s.call(aten.ne.Scalar, noise, 0))
+
+
+def _prefix(s: Spelling, mask: fx.Node) -> fx.Node:
+    return s.call(aten.logical_or.default, mask, s.call(aten.lt.Scalar, s.j, s.random.randint(1, s.keys)))
+
+
+def _data_prefix(s: Spelling, mask: fx.Node) -> fx.Node:
+    prefix = s.build.input(torch.tensor(s.random.randint(0, s.keys)))
+    return s.call(aten.logical_or.default, mask, s.call(aten.lt.Tensor, s.j, prefix))
+
+
+def _row_lengths(s: Spelling, mask: fx.Node) -> fx.Node:
+    lengths = s.four(s.build.input(torch.randint(0, s.keys + 1, (s.batch,))), 0)
+    return s.call(aten.logical_and.default, mask, s.call(aten.lt.Tensor, s.j, lengths))
+
+
+def _shifted_padding(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch, s.keys + 1)).bool())
+    rows = s.four(s.call(aten.arange.default, s.batch), 0)
+    read = s.call(aten.index.Tensor, pad, [rows, s.call(aten.add.Tensor, s.j, 1)])
+    return s.call(aten.logical_and.default, mask, read)
+
+
+def _padding_at_the_query(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch, s.queries)).bool())
+    rows = s.four(s.call(aten.arange.default, s.batch), 0)
+    return s.call(aten.logical_and.default, mask, s.call(aten.index.Tensor, pad, [rows, s.i]))
+
+
+def _one_row_for_all(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch + 1, s.keys)).bool())
+    return s.call(aten.logical_and.default, mask, s.call(aten.slice.Tensor, pad, 0, 0, 1))
+
+
+def _rows_reversed(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch, s.keys)).bool())
+    rows = s.call(aten.rsub.Scalar, s.four(s.call(aten.arange.default, s.batch), 0), s.batch - 1)
+    return s.call(aten.logical_and.default, mask, s.call(aten.index.Tensor, pad, [rows, s.j]))
+
+
+def _inverted_padding(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch, 1, 1, s.keys)).bool())
+    return s.call(aten.logical_and.default, mask, s.call(aten.logical_not.default, pad))
+
+
+def _padding_equals_one(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.call(aten.view.default, s.build.input(torch.randint(0, 3, (s.batch, s.keys))), [s.batch, 1, 1, s.keys])
+    return s.call(aten.logical_and.default, mask, s.call(aten.eq.Scalar, pad, 1))
+
+
+def _second_padding(s: Spelling, mask: fx.Node) -> fx.Node:
+    return s.call(aten.logical_and.default, mask, s.call(aten.logical_and.default, s.padded(), s.padded()))
+
+
+def _transposed(s: Spelling, mask: fx.Node) -> fx.Node:
+    return s.call(aten.ge.Tensor, s.j, s.q)
+
+
+def _other_offset(s: Spelling, mask: fx.Node) -> fx.Node:
+    other = s.call(aten.le.Tensor, s.j, s.call(aten.add.Tensor, s.i, s.build.input(torch.tensor(1))))
+    return s.call(aten.logical_and.default, mask, other)
+
+
+def _chunks(s: Spelling, mask: fx.Node) -> fx.Node:
+    halves = (s.call(aten.floor_divide.default, x, 2) for x in (s.j, s.q))
+    return s.call(aten.logical_and.default, mask, s.call(aten.eq.Tensor, *halves))
+
+
+def _documents(s: Spelling, mask: fx.Node) -> fx.Node:
+    ids = s.build.input(torch.randint(0, 2, (s.batch, s.keys)))
+    rows = s.four(s.call(aten.arange.default, s.batch), 0)
+    pair = (s.call(aten.index.Tensor, ids, [rows, s.call(aten.clamp.default, x, 0, s.keys - 1)]) for x in (s.i, s.j))
+    return s.call(aten.logical_and.default, mask, s.call(aten.eq.Tensor, *pair))
+
+
+def _strided(s: Spelling, mask: fx.Node) -> fx.Node:
+    return s.call(aten.logical_and.default, mask, s.call(aten.le.Tensor, s.call(aten.mul.Tensor, s.j, 2), s.q))
+
+
+def _written_later(s: Spelling, mask: fx.Node) -> fx.Node:
+    """The mask as it is read in the end: a view of it has been written to."""
+    mask = s.call(aten.clone.default, mask)
+    s.call(aten.fill_.Scalar, s.call(aten.select.int, mask, -1, s.random.randrange(s.keys)), s.random.random() < 0.5)
+    s.build.held[mask] = mask.meta["val"].clone()
+    return mask
+
+
+def _offset_written_before(s: Spelling, mask: fx.Node) -> fx.Node:
+    """A length is counted up between two reads; the second sees another value than the node had when made."""
+    length = s.build.input(torch.tensor(s.random.randint(0, 3)))
+    s.call(aten.add_.Tensor, length, s.queries)
+    return s.call(aten.logical_and.default, mask, s.call(aten.le.Tensor, s.j, s.call(aten.add.Tensor, s.i, length)))
+
+
+NEAR = [
+    _in_one_row, _per_head, _data, _prefix, _data_prefix, _row_lengths, _shifted_padding, _padding_at_the_query,
+    _one_row_for_all, _rows_reversed, _inverted_padding, _padding_equals_one, _second_padding, _transposed, _other_offset,
+    _chunks, _documents, _strided, _written_later, _offset_written_before,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NEAR, ids=[c.__name__.strip("_") for c in NEAR])
+@settings(max_examples=40, **QUICK)
+@given(SEEDS)
+def test_near_misses_are_never_a_wrong_mask(change: Callable[[Spelling, fx.Node], fx.Node], seed: int) -> None:
+    """On tiny sizes some happen to be a mask of ours after all; then it must be that one."""
+    s = Spelling(seed)
+    mask = change(s, s.mask())
+    if s.random.random() < 0.3 and change is not _written_later:
+        mask = s.additive(mask)
+    s.check(s.recovered(mask), s.truly(mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (_in_one_row, "mask-alternatives"),
+        (_per_head, "mask-per-head"),
+        (_data, "mask-unknown"),
+        (_prefix, "mask-alternatives"),
+        (_row_lengths, "mask-unknown"),
+        (_shifted_padding, "mask-unknown"),
+        (_padding_at_the_query, "mask-unknown"),
+        (_rows_reversed, "mask-unknown"),
+        (_inverted_padding, "mask-unknown"),
+        (_padding_equals_one, "mask-unknown"),
+        (_second_padding, "mask-two-paddings"),
+        (_transposed, None),
+        (_other_offset, "mask-offsets-differ"),
+        (_chunks, "mask-unknown"),
+        (_documents, "mask-unknown"),
+        (_strided, "mask-not-affine"),
+        (_written_later, "mask-mutated"),
+        (_offset_written_before, "mask-unknown"),
+    ],
+)
+def test_near_misses_have_their_reasons(change: Callable[[Spelling, fx.Node], fx.Node], code: str | None) -> None:
+    s = Spelling(7, batch=2, queries=6, keys=9)
+    s.flat = False
+    mask = change(s, s.call(aten.le.Tensor, s.j, s.call(aten.add.Tensor, s.i, 3)))
+    got = s.recovered(mask)
+    if code is None:
+        assert isinstance(got, Mask)
+        assert not got.predicate.causal
+        s.check(got, s.truly(mask))
+    else:
+        assert isinstance(got, Reason), got
+        assert got.code == code, got
+
+
+@pytest.mark.parametrize("value", [-1e9, -10000.0, 1.0, 0.5, float("inf"), torch.finfo(torch.float16).min])
+def test_additive_masks_need_zero_and_the_lowest(value: float) -> None:
+    s = Spelling(3, queries=4, keys=9)
+    mask = s.call(aten.where.ScalarOther, s.causal(), s.call(aten.zeros.default, []), value)
+    got = s.recovered(mask)
+    assert isinstance(got, Reason)
+    assert got.code == "mask-values"
+
+
+def test_several_terms_are_a_conjunction() -> None:
+    s = Spelling(5, batch=2, queries=4, keys=6)
+    first, second = s.additive(s.causal()), s.call(aten.bitwise_not.default, s.padded())
+    got = s.recovered(first, Term(second, dropped=True))
+    assert isinstance(got, Mask)
+    assert (got.predicate.causal, got.predicate.key_mask) == (True, True)
+    s.check(got, s.truly(first) & ~s.truly(second))
+
+
+def test_flag_and_none() -> None:
+    both = {"query_length": 5, "key_length": 5}
+    assert recover(None, is_causal=False, **both) == Mask(Predicate(causal=False))
+    assert recover(None, is_causal=True, **both) == Mask(Predicate(causal=True), 0)
+    # With one query at key 0, causal leaves one key of five: it does not mean "see all".
+    assert recover(None, is_causal=True, query_length=1, key_length=5) == Mask(Predicate(causal=True), 0)
+    assert recover(None, is_causal=True, query_length=1, key_length=1) == Mask(Predicate(causal=False))
+    s = Spelling(1)
+    got = recover(s.causal(), is_causal=True, query_length=s.queries, key_length=s.keys)
+    assert isinstance(got, Reason)
+    assert got.code == "mask-and-causal"
+
+
+@settings(max_examples=120, **QUICK)
+@given(SEEDS)
+def test_elements_are_what_tensors_hold(seed: int) -> None:
+    """Random operations in random order: the element of every tensor, at every index, and every mask found by chance."""
+    soup = Soup(seed)
+    for _ in range(14):
+        soup.step()
+    held, r = soup.build.held, soup.random
+    constants = {soup.constant: held[soup.constant]}
+    for node in r.sample(soup.pool, min(len(soup.pool), 12)):
+        sizes = held[node].shape
+        domain = Domain(None)
+        index = tuple(domain.variable(f"v{k}", sympy.Integer(n)) for k, n in enumerate(sizes))
+        row = index[0] if index else sympy.S.Zero
+        key = index[-1] if index else domain.variable("j", sympy.S.One)
+        element = Elements(domain, soup.build.graph, constants, (row, key)).at(node, index)
+        points = list(itertools.product(*map(range, sizes)))
+        for point in r.sample(points, min(len(points), 12)):
+            given_point = dict(zip(index, map(sympy.Integer, point)))
+            said, true = number(element, given_point, domain, held), held[node][point].item()
+            assert said == true or (said != said and true != true), f"{node}{point}: {element}\n{soup.build.graph}"
+        if len(sizes) < 2:
+            continue
+        lengths = {"query_length": sizes[-2], "key_length": sizes[-1]}
+        got = recover(node, is_causal=False, constants=constants, **lengths)
+        if isinstance(got, Mask):
+            batch = sizes[0] if len(sizes) == 4 else 1
+            keep = kept(held[node], batch, sizes[-2], sizes[-1])
+            assert torch.equal(keep, predicted(got, held, batch, sizes[-2], sizes[-1])[:, None].expand_as(keep)), got
