@@ -58,7 +58,8 @@ int64_t decode(const AttendArgs& a) {
   // Parts start on whole blocks, so that packed runs hold whole groups; keys before the window are hidden one by one.
   const int64_t start = Visible<P>(0, a.queries, length).first / BK * BK;
   const int64_t blocks = most(0, (length - start + BK - 1) / BK);
-  const int64_t threads = heads * blocks < 8 ? 1 : a.threads;
+  // Fewer than about 3,000 keys in all are done before a second thread has woken up.
+  const int64_t threads = heads * blocks < 24 ? 1 : a.threads;
   // About eight parts a thread even out what other processes take; a part is at least four blocks.
   const int64_t per = threads == 1 ? most(1, blocks) : most(4, (heads * blocks + threads * 8 - 1) / (threads * 8));
   const int64_t parts = most(1, (blocks + per - 1) / per);
