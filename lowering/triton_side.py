@@ -62,6 +62,7 @@ class Side:
 
     @property
     def bits(self) -> int:
+        """Bits of this side in its form."""
         return self.form.bits(self.kind)
 
     @property
@@ -149,6 +150,7 @@ def sides_of(program: Program | StoreProgram, vendor: Vendor) -> tuple[Side, Sid
 
 
 def module_text(title: str, imports: Mapping[str, Sequence[str]], functions: Sequence[list[str]]) -> str:
+    """The text of a module: its title, the imports that its functions use, and the functions."""
     head = [f'"""{title}: written by effcompile.lowering.triton_source; one program, nothing to edit."""', ""]
     head += ["import triton", "import triton.language as tl", ""]
     text = "\n\n\n".join("\n".join(lines) for lines in functions)
@@ -160,6 +162,7 @@ def module_text(title: str, imports: Mapping[str, Sequence[str]], functions: Seq
 
 
 def indent(lines: Sequence[str], by: int = 4) -> list[str]:
+    """The lines, moved to the right."""
     return [" " * by + line if line else line for line in lines]
 
 
