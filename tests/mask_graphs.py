@@ -125,7 +125,10 @@ class Soup:
             self.build.input(torch.randint(-1, 2, (t, s)).float()),
         ]
         self.inputs = list(self.pool)
-        self.constant = self.build.input(torch.ones(7, 7, dtype=r.choice(DTYPES)).tril(r.randint(-2, 2)))
+        table = torch.ones(7, 7, dtype=r.choice(DTYPES)).tril(r.randint(-2, 2))
+        if r.random() < 0.3:
+            table[r.randrange(7), r.randrange(7)] = r.randint(0, 1)
+        self.constant = self.build.input(table)
         self.pool.append(self.constant)
         for size in (b, t, s, s, t):
             self.add(aten.arange.default, size)

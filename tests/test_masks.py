@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mask_graphs import Build, Soup, aten, kept, number, predicted
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile.kernels.program import Predicate
 from effcompile.kernels.reason import Reason
@@ -262,7 +264,14 @@ def _data_prefix(s: Spelling, mask: fx.Node) -> fx.Node:
 
 def _row_lengths(s: Spelling, mask: fx.Node) -> fx.Node:
     lengths = s.four(s.build.input(torch.randint(0, s.keys + 1, (s.batch,))), 0)
-    return s.call(aten.logical_and.default, mask, s.call(aten.lt.Tensor, s.j, lengths))
+    compare = s.random.choice((aten.le.Tensor, aten.lt.Tensor))
+    return s.call(aten.logical_and.default, mask, s.call(compare, s.j, lengths))
+
+
+def _positions(s: Spelling, mask: fx.Node) -> fx.Node:
+    positions = s.build.input(torch.randint(0, s.keys, (s.queries,)))
+    positions = s.call(aten.unsqueeze.default, positions, 1)
+    return s.call(aten.logical_and.default, mask, s.call(aten.le.Tensor, s.j, positions))
 
 
 def _shifted_padding(s: Spelling, mask: fx.Node) -> fx.Node:
@@ -281,6 +290,18 @@ def _padding_at_the_query(s: Spelling, mask: fx.Node) -> fx.Node:
 def _one_row_for_all(s: Spelling, mask: fx.Node) -> fx.Node:
     pad = s.build.input(torch.randint(0, 2, (s.batch + 1, s.keys)).bool())
     return s.call(aten.logical_and.default, mask, s.call(aten.slice.Tensor, pad, 0, 0, 1))
+
+
+def _first_row_for_all(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch + 1, s.keys)).bool())
+    row = s.call(aten.zeros.default, [1, 1, 1, 1], dtype=torch.int64)
+    return s.call(aten.logical_and.default, mask, s.call(aten.index.Tensor, pad, [row, s.j]))
+
+
+def _more_rows(s: Spelling, mask: fx.Node) -> fx.Node:
+    pad = s.build.input(torch.randint(0, 2, (s.batch + 1, s.keys)).bool())
+    rows = s.four(s.call(aten.arange.default, s.batch), 0)
+    return s.call(aten.logical_and.default, mask, s.call(aten.index.Tensor, pad, [rows, s.j]))
 
 
 def _rows_reversed(s: Spelling, mask: fx.Node) -> fx.Node:
@@ -330,7 +351,9 @@ def _strided(s: Spelling, mask: fx.Node) -> fx.Node:
 
 def _written_later(s: Spelling, mask: fx.Node) -> fx.Node:
     """The mask as it is read in the end: a view of it has been written to."""
-    mask = s.call(aten.clone.default, mask)
+    heads = mask.meta["val"].shape[1] if mask.meta["val"].ndim == 4 else 1
+    whole = s.call(aten.expand.default, mask, [s.batch, heads, s.queries, s.keys])
+    mask = s.call(aten.clone.default, whole)
     s.call(aten.fill_.Scalar, s.call(aten.select.int, mask, -1, s.random.randrange(s.keys)), s.random.random() < 0.5)
     s.build.held[mask] = mask.meta["val"].clone()
     return mask
@@ -345,8 +368,9 @@ def _offset_written_before(s: Spelling, mask: fx.Node) -> fx.Node:
 
 NEAR = [
     _in_one_row, _per_head, _data, _prefix, _data_prefix, _row_lengths, _shifted_padding, _padding_at_the_query,
-    _one_row_for_all, _rows_reversed, _inverted_padding, _padding_equals_one, _second_padding, _transposed, _other_offset,
-    _chunks, _documents, _strided, _written_later, _offset_written_before,
+    _positions, _one_row_for_all, _first_row_for_all, _more_rows, _rows_reversed, _inverted_padding,
+    _padding_equals_one, _second_padding, _transposed, _other_offset, _chunks, _documents, _strided, _written_later,
+    _offset_written_before,
 ]  # fmt: skip
 
 
@@ -372,6 +396,9 @@ def test_near_misses_are_never_a_wrong_mask(change: Callable[[Spelling, fx.Node]
         (_row_lengths, "mask-unknown"),
         (_shifted_padding, "mask-unknown"),
         (_padding_at_the_query, "mask-unknown"),
+        (_positions, "mask-unknown"),
+        (_first_row_for_all, "mask-unknown"),
+        (_more_rows, "mask-unknown"),
         (_rows_reversed, "mask-unknown"),
         (_inverted_padding, "mask-unknown"),
         (_padding_equals_one, "mask-unknown"),
@@ -408,6 +435,51 @@ def test_additive_masks_need_zero_and_the_lowest(value: float) -> None:
     assert got.code == "mask-values"
 
 
+def test_a_write_to_an_expanded_tensor_is_not_followed() -> None:
+    """All rows are one row in memory: writing a triangle to them leaves what the last write left."""
+    s = Spelling(2, batch=1, queries=3, keys=3)
+    row = s.call(aten.ones.default, [3], dtype=torch.bool)
+    mask = s.call(aten.tril_.default, s.call(aten.expand.default, row, [3, 3]))
+    got = s.recovered(mask)
+    assert isinstance(got, Reason), got
+
+
+def test_a_constant_that_the_graph_writes_to_is_none() -> None:
+    s = Spelling(2, batch=1, queries=3, keys=3)
+    table = s.build.input(torch.ones(3, 3, dtype=torch.bool).tril())
+    lengths = {"query_length": 3, "key_length": 3}
+    constants = {table: s.build.held[table]}
+    mask = s.call(aten.clone.default, table)
+    assert recover(mask, is_causal=False, constants=constants, **lengths) == Mask(Predicate())
+    s.call(aten.logical_not_.default, table)
+    got = recover(mask, is_causal=False, constants=constants, **lengths)
+    assert isinstance(got, Reason)
+    assert got.code == "mask-unknown"
+
+
+def test_a_padding_tensor_is_long_enough() -> None:
+    """The last key is excluded beside a shorter tensor: true of that tensor, but it has no element for every key."""
+    s = Spelling(2, batch=2, queries=1, keys=6)
+    pad = s.call(aten.view.default, s.build.input(torch.ones(2, 5, dtype=torch.bool)), [2, 1, 1, 5])
+    pad = s.call(aten.constant_pad_nd.default, pad, [0, 1], True)
+    mask = s.call(aten.bitwise_and.Tensor, pad, s.call(aten.lt.Scalar, s.call(aten.arange.default, 6), 5))
+    got = s.recovered(mask)
+    assert isinstance(got, Reason), got
+
+
+def test_a_row_of_one_batch_keeps_its_triangle() -> None:
+    """With one row and one query the whole mask is a [1, S] tensor; what is known of it besides is kept."""
+    build = Build()
+    offset, pad = build.input(torch.tensor(3)), build.input(torch.tensor([[1, 0, 1, 1, 1, 1]]))
+    keys = build.call(aten.unsqueeze.default, build.call(aten.arange.default, 6), 0)
+    visible = build.call(aten.le.Tensor, keys, offset)
+    mask = build.call(aten.bitwise_and.Tensor, visible, build.call(aten.ne.Scalar, pad, 0))
+    got = recover(mask, is_causal=False, query_length=1, key_length=6)
+    assert isinstance(got, Mask), got
+    assert (got.predicate, got.offset) == (Predicate(key_mask=True), offset)
+    assert predicted(got, build.held, 1, 1, 6).tolist() == [[[True, False, True, True, False, False]]]
+
+
 def test_several_terms_are_a_conjunction() -> None:
     s = Spelling(5, batch=2, queries=4, keys=6)
     first, second = s.additive(s.causal()), s.call(aten.bitwise_not.default, s.padded())
@@ -430,10 +502,96 @@ def test_flag_and_none() -> None:
     assert got.code == "mask-and-causal"
 
 
+def _aligned_at_the_end(x: Tensor, pad: Tensor, off: Tensor) -> Tensor:
+    t, s = x.shape[1], pad.shape[1]
+    return torch.arange(s)[None] <= torch.arange(s - t, s)[:, None]
+
+
+def _aligned_triangle(x: Tensor, pad: Tensor, off: Tensor) -> Tensor:
+    t, s = x.shape[1], pad.shape[1]
+    return torch.full((t, s), float("-inf")).triu(s - t + 1)
+
+
+def _cached_and_fresh(x: Tensor, pad: Tensor, off: Tensor) -> Tensor:
+    t, s = x.shape[1], pad.shape[1]
+    fresh = torch.ones(t, t, dtype=torch.bool).tril()
+    return torch.cat([torch.ones(t, s - t, dtype=torch.bool), fresh], 1)
+
+
+def _by_offset(x: Tensor, pad: Tensor, off: Tensor) -> Tensor:
+    t, s = x.shape[1], pad.shape[1]
+    q, k = torch.arange(t)[:, None] + off, torch.arange(s)
+    return (k <= q) & (k > q - 3) & pad[:, None, None, :].bool()
+
+
+def _padded_to_length(x: Tensor, pad: Tensor, off: Tensor) -> Tensor:
+    t, s = x.shape[1], pad.shape[1]
+    rows = torch.arange(pad.shape[0])[:, None, None, None]
+    longer = torch.nn.functional.pad(pad[:, :t].bool(), (0, s - t))
+    return longer[rows, torch.arange(s)] & (torch.arange(s) <= torch.arange(t)[:, None])
+
+
+def _packed(x: Tensor, pad: Tensor, off: Tensor) -> Tensor:
+    t, s = x.shape[1], pad.shape[1]
+    ids = (torch.diff(torch.arange(s), prepend=torch.arange(s)[:1] - 1) != 1).cumsum(-1)
+    return (ids[:t, None] == ids) & (torch.arange(s) <= torch.arange(t)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("spelled", "predicate"),
+    [
+        (_aligned_at_the_end, Predicate()),
+        (_aligned_triangle, Predicate()),
+        (_cached_and_fresh, Predicate()),
+        (_by_offset, Predicate(True, 3, True)),
+        (_padded_to_length, Predicate(True, None, True)),
+        (_packed, Predicate()),
+    ],
+)
+def test_symbolic_sizes(spelled: Callable[[Tensor, Tensor, Tensor], Tensor], predicate: Predicate) -> None:
+    """One proof holds for all sizes: the traced graph is run on others."""
+
+    def inputs(b: int, t: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros(b, t), torch.randint(0, 2, (b, s)), torch.tensor(2)
+
+    graph = make_fx(spelled, tracing_mode="symbolic", pre_dispatch=True)(*inputs(3, 5, 8))
+    x, pad, _ = graph.graph.find_nodes(op="placeholder")
+    (sizes_t, sizes_s) = (n.meta["val"].shape[1] for n in (x, pad))
+    env = x.meta["val"].fake_mode.shape_env
+    taken = len(env.guards)
+    term = graph.graph.output_node().args[0]
+    got = recover(term, is_causal=False, query_length=sizes_t, key_length=sizes_s)
+    assert isinstance(got, Mask), got
+    assert got.predicate == predicate
+    assert len(env.guards) == taken
+    for b, t, s in ((2, 3, 7), (4, 6, 9), (3, 8, 9)):
+        run = Record(graph)
+        keep = kept(run.run(*inputs(b, t, s)), b, t, s)
+        offset = got.offset
+        if isinstance(offset, torch.SymInt):
+            offset = int(offset.node.expr.subs({sizes_t.node.expr: t, sizes_s.node.expr: s}))
+        said = predicted(dataclasses.replace(got, offset=offset), run.held, b, t, s)
+        assert torch.equal(keep, said[:, None].expand_as(keep)), (b, t, s)
+
+
+class Record(fx.Interpreter):
+    """Runs a graph and keeps what every node held when it was made."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.held: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.held[n] = result.clone()
+        return result
+
+
 @settings(max_examples=120, **QUICK)
 @given(SEEDS)
 def test_elements_are_what_tensors_hold(seed: int) -> None:
-    """Random operations in random order: the element of every tensor, at every index, and every mask found by chance."""
+    """Random operations in random order: elements of all kinds of tensors, and every mask found by chance."""
     soup = Soup(seed)
     for _ in range(14):
         soup.step()
