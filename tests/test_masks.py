@@ -467,6 +467,14 @@ def test_a_padding_tensor_is_long_enough() -> None:
     assert isinstance(got, Reason), got
 
 
+def test_an_offset_for_each_row_is_none() -> None:
+    s = Spelling(2, batch=2, queries=1, keys=6)
+    lengths = s.call(aten.view.default, s.build.input(torch.tensor([2, 4])), [2, 1, 1, 1])
+    got = s.recovered(s.call(aten.le.Tensor, s.call(aten.arange.default, 6), lengths))
+    assert isinstance(got, Reason)
+    assert got.code == "mask-unknown"
+
+
 def test_a_row_of_one_batch_keeps_its_triangle() -> None:
     """With one row and one query the whole mask is a [1, S] tensor; what is known of it besides is kept."""
     build = Build()
