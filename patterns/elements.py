@@ -71,7 +71,7 @@ HANDLERS: dict[str, Handler] = {}
 
 
 def describes(*names: str) -> Callable[[Handler], Handler]:
-    """Register a handler for operators; :mod:`effcompile.patterns.element_ops` holds them."""
+    """Register a handler for operators, in ``element_views`` and ``element_math`` beside this file."""
 
     def add(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
@@ -321,6 +321,12 @@ class Elements:
                 return element
             return self.select(element.cnf, number(1, dtype), number(0, dtype))
         return self.each(lambda x: self._cast_number(x, dtype), element)
+
+    def typed(self, element: Element, node: fx.Node) -> Element:
+        """An element in the dtype of the node's result; data cannot change its dtype and stay known."""
+        if isinstance(element, Data) and value(element.node).dtype == value(node).dtype:
+            return element
+        return self.cast(element, value(node).dtype)
 
     def _cast_number(self, x: Element, dtype: torch.dtype) -> Element:
         if dtype == torch.bool:

@@ -140,16 +140,15 @@ class Domain:
             return bool(expr >= 0)
         if self.shape_env is None or expr.free_symbols & self.elements.keys():
             return False
-        return self._decided(expr) or any(self._decided(sympy.expand(expr - fact)) for fact in self._facts())
-
-    def _decided(self, expr: sympy.Expr) -> bool:
-        """``expr >= 0`` by the ranges of the sizes."""
         relation = sympy.Ge(expr, 0)
         if isinstance(relation, sympy.logic.boolalg.BooleanAtom):
             return bool(relation)
-        assert self.shape_env is not None
-        return statically_known_true(self.shape_env.create_symboolnode(relation))
+        if statically_known_true(self.shape_env.create_symboolnode(relation)):
+            return True
+        slack = (sympy.expand(expr - fact) for fact in self._facts if fact.free_symbols == expr.free_symbols)
+        return any(s.is_number and s >= 0 for s in slack)
 
+    @functools.cached_property
     def _facts(self) -> list[sympy.Expr]:
         """Expressions of sizes that are >= 0 by guards already taken: the graph runs only where these hold."""
         assert self.shape_env is not None

@@ -25,7 +25,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from effcompile.kernels.program import Predicate
 from effcompile.kernels.reason import Reason
-from effcompile.patterns import element_ops as element_ops
+from effcompile.patterns import element_math as element_math
+from effcompile.patterns import element_views as element_views
 from effcompile.patterns.elements import Choice, Data, Element, Elements, Integer, Real
 from effcompile.patterns.index_algebra import (
     FALSE,

@@ -19,7 +19,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile.kernels.program import Predicate
 from effcompile.kernels.reason import Reason
-from effcompile.patterns import element_ops as element_ops
 from effcompile.patterns.elements import Elements
 from effcompile.patterns.index_algebra import Domain
 from effcompile.patterns.masks import Mask, Term, recover, recover_all
