@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -207,14 +208,17 @@ def _sites(graph: Any) -> dict[str, Any]:
 
 def _table(rows: list[Row], tokens: int) -> Table:
     table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
         title=f"SmolLM2-135M-Instruct, fp32, a prompt of about {tokens:,} tokens, {os.cpu_count()} cores",
         caption=f"Perplexity: {PERPLEXITY_TOKENS - PERPLEXITY_CONTEXT} tokens of prose after {PERPLEXITY_CONTEXT}, "
         f"each through the cache. The hidden pass key is {KEY}. Compiling is not part of prefill.",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("prefill s", "ms/token", "cache MiB", "perplexity", "compile s"):
+    for heading in ("prefill\ns", "ms a\ntoken", "cache\nMiB", "perplexity", "compiling\ns"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("answer")
+    table.add_column("answer", no_wrap=True)
     for row in rows:
         numbers = (row.prefill_seconds, row.token_milliseconds, row.cache_mib, row.perplexity, row.compile_seconds)
         shown = [f"{n:.2f}" if n is row.perplexity else f"{n:.1f}" for n in numbers if not math.isnan(n)]
