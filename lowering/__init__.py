@@ -1,3 +1,24 @@
 """Lowerings: importing this package registers the launchers of every operator that has generated kernels."""
 
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import effcompile.kernels
+from effcompile.kernels.program import Program, StoreProgram
 from effcompile.lowering import cpp, triton  # noqa: F401
+
+
+def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
+    """Start building kernels while the rest of the graph compiles. Only C++ is built ahead; Triton builds at first launch."""
+    if device_type == "cpu":
+        cpp.prebuild(programs)
+
+
+@functools.cache
+def sources() -> tuple[str, ...]:
+    """All files that decide what an operator computes, for cache keys."""
+    folders = [Path(__file__).parent, *(Path(p) for p in effcompile.kernels.__path__)]
+    return tuple(sorted(str(f) for folder in folders for ending in ("*.py", "*.h") for f in folder.rglob(ending)))

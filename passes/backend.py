@@ -56,31 +56,38 @@ def effcompile(
     graph = normalize(gm, example_inputs)
     if isinstance(graph, Reason):
         log.warning("compiled without rewriting: %s", graph)
-        report.record(report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph))
-        return compile_fx(gm, list(example_inputs), config_patches=chosen.inductor_patches())
+        return _unchanged(gm, example_inputs, chosen, report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph))
     clock.lap("normalise")
-    before = copy.deepcopy(graph)
+    before = report.Snapshot(graph)
     decisions, replaced = _rewrite(graph, chosen)
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
-        report.record(report.GraphReport(gm, before, decisions, chosen, clock.seconds))
-        return compile_fx(gm, list(example_inputs), config_patches=chosen.inductor_patches())
+        return _unchanged(gm, example_inputs, chosen, report.GraphReport(gm, before, decisions, chosen, clock.seconds))
     check = _verifier(graph, replaced) if chosen.verify else None
-    _clean(graph)
+    _clean(graph, replaced)
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
     lowering.prebuild(programs, device)
-    record = report.GraphReport(gm, before, decisions, chosen, clock.seconds, after=copy.deepcopy(graph), programs=programs)
+    after = report.Snapshot(graph)
+    record = report.GraphReport(gm, before, decisions, chosen, clock.seconds, after=after, programs=programs)
     report.record(record)
     clock.lap("report")
     patches = chosen.inductor_patches() | _cache_key(chosen)
     if check is not None:
         # A wrong compile must not be kept on disk for others while it is being looked for.
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    compiled = compile_fx(graph, list(example_inputs), config_patches=patches)
+    compiled = report.attach(record, compile_fx(graph, list(example_inputs), config_patches=patches))
     clock.lap("inductor")
     return compiled if check is None else _Verified(compiled, check, record)
+
+
+def _unchanged(
+    gm: fx.GraphModule, inputs: Sequence[Any], chosen: choices.BackendOptions, record: report.GraphReport
+) -> Callable[..., Any]:
+    """Compile the original graph, and keep the report of why."""
+    report.record(record)
+    return report.attach(record, compile_fx(gm, list(inputs), config_patches=chosen.inductor_patches()))
 
 
 Replaced = list[tuple[AttentionSite, Rewrite, fx.Node, fx.Node]]
@@ -125,11 +132,19 @@ def _ask(name: str, resolved: choices.Resolved, site: AttentionSite) -> tuple[Re
     return Reason("not-asked", f"no decorator, rule or option asks for {name} here", site.source), ""
 
 
-def _clean(gm: fx.GraphModule) -> None:
-    """Remove what the replacements left without users; whatever writes stays."""
-    gm.graph.eliminate_dead_code(
-        lambda n: n.op in ("placeholder", "output") or n.is_impure() or next(mutated_arguments(n), None) is not None
-    )
+def _clean(gm: fx.GraphModule, replaced: Replaced) -> None:
+    """Remove what the replacements left without users, up from each old output; whatever writes stays.
+
+    torch's own dead-code elimination keeps SDPA and dropout, because they may draw random numbers; here dropout was seen to be
+    off before the site was taken.
+    """
+    queue = [old for _, _, old, _ in replaced]
+    while queue:
+        node = queue.pop()
+        if node.users or node.op in ("placeholder", "output") or node._erased or next(mutated_arguments(node), None):
+            continue
+        queue += node.all_input_nodes
+        gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
 

@@ -268,11 +268,12 @@ def _alive(graph: GraphReport | None) -> bool:
 
 def attach(graph: GraphReport, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Tie the life of ``graph`` to the code ``compiled`` from it, and return that code."""
-    holder = compiled
+    holder: Any = compiled
     # Dynamo strips such wrappers and drops what is on them.
     while hasattr(holder, "_torchdynamo_orig_callable"):
         holder = holder._torchdynamo_orig_callable
-    holder.effcompile_report = graph  # type: ignore[attr-defined]
+    # A bound method takes no attributes; what it is bound to lives as long.
+    getattr(holder, "__self__", holder).effcompile_report = graph
     _graphs[:] = [weakref.ref(graph) if entry() is graph else entry for entry in _graphs]
     return compiled
 

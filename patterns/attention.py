@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from effcompile.kernels import ops  # noqa: F401  (defines the operators named below)
 from effcompile.kernels.reason import Reason
 from effcompile.patterns import masks
 from effcompile.patterns.walk import (
@@ -21,7 +22,6 @@ from effcompile.patterns.walk import (
     arguments,
     is_call,
     module_path,
-    option_key,
     same_shape,
     same_size,
     shape,
@@ -71,11 +71,6 @@ class AttentionSite:
     def source(self) -> str:
         """The user's line."""
         return source_line(self.anchor)
-
-    @property
-    def option_key(self) -> str | None:
-        """The decorator's key, if one stands around this site."""
-        return option_key(self.anchor)
 
     @property
     def load(self) -> fx.Node | None:
@@ -186,13 +181,15 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
     if weights_index != 0 or len(shape(node)) != 4:
         return Reason("attention-arithmetic", f"softmax weights of shape {_sizes(node)} are not [B, H, T, S] @ values", source)
     scale, terms, current = 1.0, [], strip_casts(scores)
+    scaled_last = False
     for _ in range(16):
         current = strip_casts(current)
+        if terms and scaled_last:
+            return Reason("attention-arithmetic", "the mask is added before the scores are scaled", source)
         if is_call(current, aten.mul.Tensor, aten.div.Tensor) and isinstance(current.args[1], (int, float)):
             factor = float(current.args[1])
             scale *= factor if is_call(current, aten.mul.Tensor) else 1.0 / factor
-            if terms:
-                return Reason("attention-arithmetic", "the mask is added before the scores are scaled", source)
+            scaled_last = scaled_last or not terms
             current = current.args[0]
         elif is_call(current, aten.add.Tensor) and all(isinstance(a, fx.Node) for a in current.args[:2]):
             left, right = current.args[:2]
@@ -247,7 +244,7 @@ def _site(
     val: fx.Node,
     scale: float,
     is_causal: bool,
-    terms: tuple[fx.Node, ...],
+    terms: tuple[fx.Node | masks.Term, ...],
     dropout: float,
     spelling: str,
     gqa_flag: bool,
@@ -265,9 +262,9 @@ def _site(
     if expanded != q[1] and not gqa_flag:
         return Reason("attention-shape", f"{q[1]} query heads over {expanded} key heads without enable_gqa: {sizes}", source)
     mask = masks.recover_all(terms, is_causal=is_causal, query_length=q[2], key_length=k[2], constants=_constants(gm))
-    return AttentionSite(
-        anchor, output, query, key, val, scale, is_causal, terms, dropout, q[1] // k[1], spelling, mask
-    )
+    nodes = tuple(term.condition if isinstance(term, masks.Term) else term for term in terms)
+    ratio = q[1] // k[1]
+    return AttentionSite(anchor, output, query, key, val, scale, is_causal, nodes, dropout, ratio, spelling, mask)
 
 
 def _constants(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
@@ -348,7 +345,7 @@ def _filled(node: fx.Node) -> masks.Term | None:
     lowest = torch.finfo(value(node).dtype).min
     if not isinstance(fill, (int, float)) or fill > lowest:
         return None
-    return masks.Term(condition, dropped=drop)
+    return masks.Term(condition, dropped=drop, fill=float(fill))
 
 
 def _number(node: fx.Node) -> float | None:

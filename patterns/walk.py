@@ -139,7 +139,8 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path = re.sub(r"^[A-Z]\['[^']*'\](\.__self__|\._orig_mod)*\.?", "", list(stack.values())[-1][0])
+    path = stack_path = list(stack.values())[-1][0].replace(".forward.__self__", "")
+    path = re.sub(r"^[A-Z]\['[^']*'\](\.__self__|\._orig_mod)*\.?", "", stack_path)
     path = re.sub(r"\._?modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path)
     return path.strip(".")
 
@@ -155,7 +156,3 @@ def source_line(node: fx.Node) -> str:
     chosen = next((f for f in reversed(frames) if f[0] == home), frames[-1])
     return f"{chosen[0]}:{chosen[1]}: {chosen[2].strip()}"
 
-
-def option_key(node: fx.Node) -> str | None:
-    """The key that a decorator put on the node with ``torch.fx.traceback.annotate``."""
-    return (node.meta.get("custom") or {}).get("effcompile")

@@ -16,7 +16,7 @@ from effcompile.kernels.ops import CapacityError
 from effcompile.runtime.cache import CacheError, GradientError, bucket
 from models import MODELS
 
-IDS = torch.randint(0, 128, (2, 300), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
 

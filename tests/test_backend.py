@@ -1,0 +1,239 @@
+"""The back end on whole models: sites against an independent count, limits against eager, what is left untouched."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import effcompile as ec
+from effcompile.passes import backend, report
+from effcompile.passes.options import OptionError
+from models import MODELS, NanoGPT, counted
+
+IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    report._graphs.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """Run the rewritten graph itself, operator by operator: what is tested is the graph, not Inductor."""
+    graphs = []
+
+    def run(gm, inputs, config_patches=None):
+        graphs.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "compile_fx", run)
+    return graphs
+
+
+def decisions(model):
+    """(decode, prefill) decisions of all graphs recorded for a model: those over a store, and those on fresh keys."""
+    return ec.inspect(model).decisions
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
+    """Found sites == attention calls counted by a torch-function mode on the eager model; decode rewrites all of them."""
+    model = MODELS[name](attention)
+    with torch.no_grad(), counted() as count:
+        model(IDS)
+    present = count.sdpa if attention == "sdpa" else count.softmax
+    assert present == 2
+    logits = {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(IDS, **GREEDY, **logits)
+    ec.compress_kv(key_bits=16, value_bits=16)(model)
+    model.compile(backend="effcompile")
+    got = model.generate(IDS, **GREEDY, **logits)
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    found = decisions(model)
+    prefill = [d for d in found if "attend" not in d.form]
+    decode = [d for d in found if "attend" in d.form]
+    assert len(decode) == present
+    assert all(d.action == "rewritten" for d in decode)
+    assert len(prefill) == present
+    assert {d.reason.code for d in prefill if d.action == "left"} <= {"fresh-keys"}
+    targets = [str(n.target) for n in no_inductor[-1].graph.nodes]
+    assert targets.count("effcompile.attend.default") == present
+    assert not any("kv_load" in t or "scaled_dot_product" in t or "softmax" in t for t in targets)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_is_recovered_and_generates_the_same(attention, no_inductor):
+    model = MODELS["llama"](attention)
+    mask = torch.ones_like(IDS)
+    mask[0, :37] = 0
+    expected = model.generate(IDS, attention_mask=mask, **GREEDY)
+    ec.compress_kv(key_bits=16, value_bits=16)(model)
+    model.compile(backend="effcompile")
+    assert torch.equal(model.generate(IDS, attention_mask=mask, **GREEDY), expected)
+    decode = [d for d in decisions(model) if "attend" in d.form]
+    assert len(decode) == 2
+    assert all("pad" in d.form for d in decode)
+
+
+@pytest.mark.parametrize("spelling", ["sdpa", "arithmetic"])
+def test_nanogpt_is_found_and_left_with_a_reason_that_names_both_ways(spelling, no_inductor):
+    model = NanoGPT(spelling)
+    ids = IDS[:, :100]
+    with torch.no_grad(), counted() as count:
+        plain = model(ids)
+    ec.compress_kv()(model)
+    fast = torch.compile(model, backend="effcompile")
+    with torch.no_grad():
+        assert torch.equal(fast(ids), plain)
+    found = decisions(model)
+    assert len(found) == count.sdpa + count.softmax == 2
+    assert {d.reason.code for d in found} == {"no-compressed-cache"}
+    assert all("ec.Cache(model)" in d.reason.text and "ec.compress_kv" in d.reason.text for d in found)
+
+
+def test_without_a_rewrite_inductor_gets_the_original_graph(monkeypatch):
+    seen = []
+    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches=None: seen.append(gm) or gm.forward)
+    given = []
+
+    def spy(gm, inputs, **kwargs):
+        given.append((gm, gm.print_readable(print_output=False)))
+        return backend.effcompile(gm, inputs, **kwargs)
+
+    model = NanoGPT("sdpa")
+    with torch.no_grad():
+        torch.compile(model, backend=spy)(IDS[:, :50])
+    assert seen[0] is given[0][0]
+    assert seen[0].print_readable(print_output=False) == given[0][1]
+
+
+def test_options_alone_give_a_reason_that_names_both(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    fast = torch.compile(model, backend="effcompile", options={"rules": {"model.layers.*": {"compress_kv": {"key_bits": 8}}}})
+    with torch.no_grad():
+        fast(IDS, use_cache=False)
+    found = decisions(model)
+    assert len(found) == 2
+    assert all(d.reason.code == "no-compressed-cache" and d.rule.startswith("rule") for d in found)
+
+
+def test_a_rule_can_switch_the_fusion_off_and_a_decorator_beats_it(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    expected = model.generate(IDS, **GREEDY)
+    model.compile(backend="effcompile", options={"rules": {"model.layers.0": {"compress_kv": False}}})
+    cache = ec.Cache(model, 512, key_bits=16, value_bits=16)
+    assert torch.equal(model.generate(IDS, past_key_values=cache, **GREEDY), expected)
+    decode = {d.module: d for d in decisions(model) if d.reason is None or d.reason.code == "switched-off"}
+    assert decode["model.layers.0.self_attn"].action == "left"
+    assert decode["model.layers.1.self_attn"].action == "rewritten"
+    assert decode["model.layers.1.self_attn"].rule == "ec.Cache"
+
+
+def test_unknown_options_name_the_nearest():
+    model = NanoGPT("sdpa")
+    for options, words in (
+        ({"rule": {}}, "rules"),
+        ({"rules": {"*": {"compres_kv": {}}}}, "compress_kv"),
+        ({"rules": {"*": {"compress_kv": {"keybits": 4}}}}, "key_bits"),
+        ({"compress_kv": {"key_bits": 3}}, "16, 8, 4"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=words) as caught, torch.no_grad():
+            torch.compile(model, backend="effcompile", options=options)(IDS[:, :10])
+        chain = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
+        assert any(isinstance(e, OptionError) for e in chain)
+
+
+def test_chunked_prefill_and_decode_use_one_cache(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    with torch.no_grad():
+        plain = model(IDS).logits
+    ec.compress_kv(key_bits=16, value_bits=16)(model)
+    model.compile(backend="effcompile")
+    with torch.no_grad():
+        cache, out = None, []
+        for part in IDS.split([120, 100, 79, 1], dim=1):
+            result = model(part, past_key_values=cache)
+            cache = result.past_key_values
+            out.append(result.logits)
+    torch.testing.assert_close(torch.cat(out, 1), plain, rtol=1e-3, atol=2e-4)
+    forms = {d.form for d in decisions(model)}
+    assert any("prefill" in f for f in forms)
+    assert any("decode" in f for f in forms)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 4), (16, 8)])
+def test_compiled_equals_the_eager_reference_path_token_by_token(bits, no_inductor):
+    """The same store and the same meaning: eager reads it densely, compiled fuses; greedy tokens agree."""
+    eager = MODELS["llama"]("sdpa")
+    ec.compress_kv(key_bits=bits[0], value_bits=bits[1])(eager)
+    fast = copy.deepcopy(eager)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = eager.generate(IDS, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    fast.compile(backend="effcompile")
+    got = fast.generate(IDS, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_two_graphs_serve_every_step(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    ec.compress_kv()(model)
+    model.compile(backend="effcompile")
+    with torch.no_grad():
+        out = model(IDS)
+        for step in range(150):
+            out = model(IDS[:, step : step + 1], past_key_values=out.past_key_values)
+    assert len(no_inductor) == 2
+
+
+def test_another_cache_and_another_length_compile_nothing_new(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    ec.compress_kv()(model)
+    model.compile(backend="effcompile")
+    for new_tokens in (8, 100, 30):
+        model.generate(IDS, **{**GREEDY, "max_new_tokens": new_tokens})
+        assert len(no_inductor) == 2
+
+
+def test_verify_records_the_difference_and_leaves_the_state_alone(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    ec.compress_kv()(model)
+    plain = copy.deepcopy(model)
+    model.compile(backend="effcompile", options={"verify": True})
+    plain.compile(backend="effcompile")
+    verified = model.generate(IDS, **GREEDY)
+    errors = [d.error for d in decisions(model) if "attend" in d.form]
+    assert len(errors) == 2
+    assert all(e is not None and e < 1e-5 for e in errors)
+    assert torch.equal(verified, plain.generate(IDS, **GREEDY))
+
+
+def test_report_is_json_and_prints(no_inductor):
+    model = MODELS["llama"]("sdpa")
+    ec.compress_kv()(model)
+    model.compile(backend="effcompile")
+    model.generate(IDS, **GREEDY)
+    seen = ec.inspect(model)
+    assert json.loads(seen.to_json())
+    assert "attend" in seen.graph("after")
+    assert "scaled_dot_product" in seen.graph("before")
+    assert "modeling_llama.py" in str(seen.decisions[0].source)
+    assert {d.module for d in seen.decisions} == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    assert "2 of 4 sites rewritten" in str(seen)
