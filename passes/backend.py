@@ -56,7 +56,9 @@ def effcompile(
     graph = normalize(gm, example_inputs)
     if isinstance(graph, Reason):
         log.warning("compiled without rewriting: %s", graph)
-        return _unchanged(gm, example_inputs, chosen, report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph))
+        return _unchanged(
+            gm, example_inputs, chosen, report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph)
+        )
     clock.lap("normalise")
     before = report.Snapshot(graph)
     decisions, replaced = _rewrite(graph, chosen)
@@ -221,7 +223,9 @@ def _difference(new: Tensor, old: Tensor) -> float:
 class _Verified:
     """The compiled graph, which checks its replacements on the first call."""
 
-    def __init__(self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[float]], record: Any) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[float]], record: Any
+    ) -> None:
         self.compiled, self.check, self.record = compiled, check, record
 
     def __call__(self, *args: Any) -> Any:

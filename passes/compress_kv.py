@@ -23,7 +23,17 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
-from effcompile.patterns.walk import aten, between, is_call, mutated_arguments, root, same_size, shape, strip_copies, value
+from effcompile.patterns.walk import (
+    aten,
+    between,
+    is_call,
+    mutated_arguments,
+    root,
+    same_size,
+    shape,
+    strip_copies,
+    value,
+)
 from effcompile.runtime import adapter
 
 NO_CACHE = (
@@ -137,10 +147,15 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
         return no(site.mask.code, site.mask.text)
     plain = Predicate(causal=True)
     if site.spelling == "sdpa" and not site.mask_terms:
-        return no("fresh-keys", "the first call attends to its own keys; SDPA without a mask is already the best form of that")
+        return no(
+            "fresh-keys", "the first call attends to its own keys; SDPA without a mask is already the best form of that"
+        )
     square = same_size(shape(site.query)[2], shape(site.key)[2])
     if site.mask.predicate != plain or not isinstance(site.mask.offset, int) or site.mask.offset != 0 or not square:
-        return no("fresh-keys", f"the first call attends to its own keys, and SDPA needs the mask ({site.mask.predicate.name})")
+        return no(
+            "fresh-keys",
+            f"the first call attends to its own keys, and SDPA needs the mask ({site.mask.predicate.name})",
+        )
     if torch.is_grad_enabled() and value(site.query).requires_grad and site.spelling != "sdpa":
         return no("gradients", "gradients are needed; the arithmetic is left as the user wrote it")
 

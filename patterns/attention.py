@@ -112,9 +112,7 @@ class AttentionSite:
         """The linear that makes the query, the fresh key and the fresh value; one node for all three if they are fused."""
         store = self.store
         fresh = (store.args[7], store.args[8]) if store is not None else (self.key, self.value)
-        return {
-            name: producer(node) for name, node in (("query", self.query), ("key", fresh[0]), ("value", fresh[1]))
-        }
+        return {name: producer(node) for name, node in (("query", self.query), ("key", fresh[0]), ("value", fresh[1]))}
 
     @property
     def rope(self) -> tuple[fx.Node, fx.Node] | None:
@@ -149,7 +147,9 @@ def _from_sdpa(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reason:
             return Reason("attention-shape", "the head size is symbolic", source_line(node))
         scale = 1.0 / math.sqrt(shape(query)[3])
     if not isinstance(scale, float):
-        return Reason("attention-scale", f"the scale is computed in the graph ({scale}), not a number", source_line(node))
+        return Reason(
+            "attention-scale", f"the scale is computed in the graph ({scale}), not a number", source_line(node)
+        )
     terms = () if args["attn_mask"] is None else (args["attn_mask"],)
     return _site(
         gm,
@@ -179,7 +179,9 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
     source = source_line(node)
     product, weights_index, dropout = out
     if weights_index != 0 or len(shape(node)) != 4:
-        return Reason("attention-arithmetic", f"softmax weights of shape {_sizes(node)} are not [B, H, T, S] @ values", source)
+        return Reason(
+            "attention-arithmetic", f"softmax weights of shape {_sizes(node)} are not [B, H, T, S] @ values", source
+        )
     scale, terms, current = 1.0, [], strip_casts(scores)
     scaled_last = False
     for _ in range(16):
@@ -204,14 +206,18 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
             # The whole expression is the mask term: it is proved with the scores standing for "kept".
             filled = _filled(current)
             if filled is None:
-                return Reason("attention-arithmetic", "scores are replaced where a condition holds, but not by -inf", source)
+                return Reason(
+                    "attention-arithmetic", "scores are replaced where a condition holds, but not by -inf", source
+                )
             terms.append(filled)
             current = current.args[0] if is_call(current, aten.masked_fill.Scalar) else current.args[1]
         else:
             break
     if not is_call(current, aten.matmul.default, aten.bmm.default):
         what = current.target if isinstance(current, fx.Node) else current
-        return Reason("attention-arithmetic", f"between the product of queries and keys and the softmax stands {what}", source)
+        return Reason(
+            "attention-arithmetic", f"between the product of queries and keys and the softmax stands {what}", source
+        )
     query, transposed = current.args
     query, q_scale = _scaled(query)
     transposed, k_scale = _scaled(transposed)
@@ -255,12 +261,16 @@ def _site(
     q, k, v = shape(query), shape(key), shape(val)
     sizes = f"query {_sizes(query)}, key {_sizes(key)}, value {_sizes(val)}"
     if not len(q) == len(k) == len(v) == 4 or not all(isinstance(n, int) for n in (q[1], k[1], v[1], q[3], k[3], v[3])):
-        return Reason("attention-shape", f"expected [B, H, T, D] with fixed heads and head sizes, found {sizes}", source)
+        return Reason(
+            "attention-shape", f"expected [B, H, T, D] with fixed heads and head sizes, found {sizes}", source
+        )
     if k[1] != v[1] or q[1] % k[1] or q[3] != k[3] or not same_size(k[2], v[2]):
         return Reason("attention-shape", f"query, key and value do not belong together: {sizes}", source)
     expanded = shape(arguments(anchor)["key"])[1] if spelling == "sdpa" else q[1]
     if expanded != q[1] and not gqa_flag:
-        return Reason("attention-shape", f"{q[1]} query heads over {expanded} key heads without enable_gqa: {sizes}", source)
+        return Reason(
+            "attention-shape", f"{q[1]} query heads over {expanded} key heads without enable_gqa: {sizes}", source
+        )
     mask = masks.recover_all(terms, is_causal=is_causal, query_length=q[2], key_length=k[2], constants=_constants(gm))
     nodes = tuple(term.condition if isinstance(term, masks.Term) else term for term in terms)
     ratio = q[1] // k[1]
@@ -388,8 +398,10 @@ def producer(node: Any) -> fx.Node | None:
         seen.add(current)
         if is_call(current, aten.linear.default, aten.addmm.default):
             return current
-        queue += current.all_input_nodes[:1] if not is_call(current, aten.add.Tensor, aten.cat.default) else list(
-            current.all_input_nodes
+        queue += (
+            current.all_input_nodes[:1]
+            if not is_call(current, aten.add.Tensor, aten.cat.default)
+            else list(current.all_input_nodes)
         )
     return None
 

@@ -141,7 +141,9 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = stack_path = list(stack.values())[-1][0].replace(".forward.__self__", "")
     path = re.sub(r"^[A-Z]\['[^']*'\](\.__self__|\._orig_mod)*\.?", "", stack_path)
-    path = re.sub(r"\._?modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path)
+    path = re.sub(
+        r"\._?modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path
+    )
     return path.strip(".")
 
 
@@ -155,4 +157,3 @@ def source_line(node: fx.Node) -> str:
     home = getattr(sys.modules.get(getattr(kind, "__module__", "")), "__file__", None)
     chosen = next((f for f in reversed(frames) if f[0] == home), frames[-1])
     return f"{chosen[0]}:{chosen[1]}: {chosen[2].strip()}"
-

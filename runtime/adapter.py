@@ -152,17 +152,13 @@ def make_cache(module: Any, form: KVForm, capacity: int | None) -> Cache:
 
 
 def _padding(mask: Tensor, cache: Cache) -> Tensor | None:
-    """The 2-D padding mask as the graphs want it: absent when nothing is hidden, else as long as the keys.
+    """The 2-D padding mask as the graphs want it: on an empty cache absent if it hides nothing, else as long as the capacity.
 
-    Dropping an all-ones mask keeps the operand out of the graph; padding it to the capacity keeps its shape, so that one
-    compiled graph serves every step. Keys past the length are hidden by causality.
+    Without a mask the first call is plain causal attention. Later the mask keeps one shape, so that one compiled graph serves
+    every step; keys past the length are hidden by causality. It is not looked at there: that would wait for the device.
     """
-    # Once a row has padding it keeps it, and asking the device again at every step would only cost time.
-    if not cache._padded and bool(mask.all()):
-        return None
-    cache._padded = True
     if cache.compressed[0].fresh:
-        return mask
+        return None if bool(mask.all()) else mask
     short = cache.capacity - mask.shape[1]
     return nn.functional.pad(mask, (0, short)) if short > 0 else mask
 

@@ -175,7 +175,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: packed groups cannot be un-packed without loss."""
-        raise CacheError("a compressed cache cannot be cropped; start again from reset(), or use key_bits=value_bits=16.")
+        raise CacheError(
+            "a compressed cache cannot be cropped; start again from reset(), or use key_bits=value_bits=16."
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused: the batch of a cache with fixed buffers does not change."""
@@ -262,7 +264,6 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             layers[i] = CompressedLayer(forms[i], self.capacity, self.length, i, last=i == full[-1])
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
-        self._padded = False
         self._seen = 0
         adapter.attach_hooks(model)
         if batch_size is not None:
@@ -348,5 +349,4 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens; buffers, addresses and compiled code stay valid."""
         super().reset()
-        self._padded = False
         self._seen = 0

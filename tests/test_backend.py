@@ -123,7 +123,9 @@ def test_without_a_rewrite_inductor_gets_the_original_graph(monkeypatch):
 
 def test_options_alone_give_a_reason_that_names_both(no_inductor):
     model = MODELS["llama"]("sdpa")
-    fast = torch.compile(model, backend="effcompile", options={"rules": {"model.layers.*": {"compress_kv": {"key_bits": 8}}}})
+    fast = torch.compile(
+        model, backend="effcompile", options={"rules": {"model.layers.*": {"compress_kv": {"key_bits": 8}}}}
+    )
     with torch.no_grad():
         fast(IDS, use_cache=False)
     found = decisions(model)

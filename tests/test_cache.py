@@ -138,7 +138,9 @@ def test_bytes_are_those_of_the_buffers(llama):
         cache = llama(IDS, past_key_values=ec.Cache(llama, 1024, key_bits=8, value_bits=4)).past_key_values
     form = KVForm(8, 4)
     assert cache.nbytes == 2 * form.nbytes(2, 2, 1024, 32, 32, torch.float32) + 8
-    storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for la in cache.compressed for b in la.buffers()}
+    storages = {
+        b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for la in cache.compressed for b in la.buffers()
+    }
     assert cache.nbytes == sum(storages.values()) + 8, "two buffers share a storage, or bytes are not counted"
 
 
@@ -219,7 +221,9 @@ def test_sliding_layers_keep_their_own_cache():
     model = transformers.Qwen2ForCausalLM(config).eval()
     plain = model.generate(IDS, **GREEDY)
     cache = ec.Cache(model, key_bits=16, value_bits=16)
-    assert [type(layer).__name__ for layer in cache.layers] == ["CompressedLayer"] * 2 + ["StaticSlidingWindowLayer"] * 2
+    assert [type(layer).__name__ for layer in cache.layers] == ["CompressedLayer"] * 2 + [
+        "StaticSlidingWindowLayer"
+    ] * 2
     assert torch.equal(model.generate(IDS, past_key_values=cache, **GREEDY), plain)
 
 
