@@ -1,7 +1,8 @@
 """How one attention layer keeps its keys and values: the form, its buffers and its bytes.
 
 Letters used in every shape: ``B`` batch, ``H`` query heads, ``G`` key/value heads, ``T`` query length, ``S`` key
-length, ``C`` capacity in tokens, ``D`` key head size, ``E`` value head size, ``g`` quantisation group, ``W`` tail slots.
+length, ``C`` capacity in tokens, ``D`` key head size, ``E`` value head size, ``g`` quantisation group, ``W`` tail
+slots.
 
 A side (keys, or values) is either *dense*, one buffer in the model's dtype, or *packed*: integer codes with an fp16
 scale and zero per group, and a ring of the last tokens in the model's dtype.
@@ -15,9 +16,9 @@ scales     ``[B, G, C/g, 2, D]`` fp16                ``[B, G, C, 2, E/g]`` fp16
 tail       ``[B, G, W, D]`` model dtype              ``[B, G, W, E]`` model dtype
 ========== ======================================== ======================================
 
-``scales[..., 0, :]`` is the scale, ``scales[..., 1, :]`` the zero: ``x = code * scale + zero``. With 4 bits a byte holds
-channel ``r`` in its low half and channel ``r + D/2`` in its high half. Token ``p`` of the tail lives in slot ``p % W``
-with ``W = residual + g``, so a group is contiguous in the ring and no live token is ever overwritten.
+``scales[..., 0, :]`` is the scale, ``scales[..., 1, :]`` the zero: ``x = code * scale + zero``. With 4 bits a byte
+holds channel ``r`` in its low half and channel ``r + D/2`` in its high half. Token ``p`` of the tail lives in slot
+``p % W`` with ``W = residual + g``, so a group is contiguous in the ring and no live token is ever overwritten.
 
 Source: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision residual.
 """
@@ -86,7 +87,8 @@ class KVForm:
             raise FormError(f"group_size={self.group!r} is not offered; choose a multiple of 16, such as 32.")
         if not isinstance(self.residual, int) or self.residual < 0 or self.residual % self.group:
             raise FormError(
-                f"residual={self.residual!r} does not hold whole groups; choose a multiple of group_size={self.group}, or 0."
+                f"residual={self.residual!r} does not hold whole groups; choose a multiple of group_size={self.group}, "
+                "or 0."
             )
 
     @property

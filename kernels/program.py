@@ -51,8 +51,8 @@ class Predicate:
 class Program:
     """Attention over one layer's store, as a choice of parts.
 
-    ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not part
-    of a program: one compiled program serves every step.
+    ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not
+    part of a program: one compiled program serves every step.
     """
 
     phase: Phase

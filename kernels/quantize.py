@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effcompile.kernels.form import KVForm, Kind
+from effcompile.kernels.form import Kind, KVForm
 
 FP16_MAX = 65504.0
 
@@ -55,8 +55,8 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
 def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind: Kind) -> None:
     """Append ``new`` ``[B, G, T, D]`` to one side's buffers, in place, at token ``length``.
 
-    Groups that become complete (older than ``residual`` tokens) are quantised now, once, from the tail and the new tokens
-    as they were given; then the newest tokens go to the tail.
+    Groups that become complete (older than ``residual`` tokens) are quantised now, once, from the tail and the new
+    tokens as they were given; then the newest tokens go to the tail.
     """
     total = length + new.shape[2]
     if form.bits(kind) == 16:

@@ -12,7 +12,10 @@ from effcompile.lowering import cpp, triton  # noqa: F401
 
 
 def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
-    """Start building kernels while the rest of the graph compiles. Only C++ is built ahead; Triton builds at first launch."""
+    """Start building kernels while the rest of the graph compiles.
+
+    Only C++ is built ahead; Triton builds at first launch.
+    """
     if device_type == "cpu":
         cpp.prebuild(programs)
 

@@ -1,7 +1,8 @@
 """The driver: what ``torch.compile(model, backend="effcompile")`` calls with each graph.
 
-``Dynamo graph -> normalise -> find sites -> passes -> effcompile operators -> compile_fx``. A pass answers with values; the
-driver rewrites, verifies, times and reports. With no rewritten site the original graph goes to ``compile_fx`` untouched.
+``Dynamo graph -> normalise -> find sites -> passes -> effcompile operators -> compile_fx``. A pass answers with values;
+the driver rewrites, verifies, times and reports. With no rewritten site the original graph goes to ``compile_fx``
+untouched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from effcompile import kernels, lowering
 from effcompile.kernels.reason import Reason
-from effcompile.passes import base, options as choices, report
+from effcompile.passes import base, report
+from effcompile.passes import options as choices
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite, find_attention
 from effcompile.patterns.normalize import normalize
@@ -43,8 +45,8 @@ def effcompile(
     mode
         As in ``torch.compile``; passed on to Inductor.
     options
-        ``rules`` (module pattern -> pass -> options), a pass name -> options for all sites, ``verify``, and ``inductor``
-        (settings of Inductor). See :func:`effcompile.passes.options.parse`.
+        ``rules`` (module pattern -> pass -> options), a pass name -> options for all sites, ``verify``, and
+        ``inductor`` (settings of Inductor). See :func:`effcompile.passes.options.parse`.
 
     Raises
     ------
@@ -137,8 +139,8 @@ def _ask(name: str, resolved: choices.Resolved, site: AttentionSite) -> tuple[Re
 def _clean(gm: fx.GraphModule, replaced: Replaced) -> None:
     """Remove what the replacements left without users, up from each old output; whatever writes stays.
 
-    torch's own dead-code elimination keeps SDPA and dropout, because they may draw random numbers; here dropout was seen to be
-    off before the site was taken.
+    torch's own dead-code elimination keeps SDPA and dropout, because they may draw random numbers; here dropout was
+    seen to be off before the site was taken.
     """
     queue = [old for _, _, old, _ in replaced]
     while queue:

@@ -1,10 +1,10 @@
 """Compressed key/value cache: fuse reading a packed store into the attention that follows.
 
-Papers: KIVI (Liu et al., ICML 2024, sections 3-4): keys per channel, values per token, a full-precision residual, each group
-quantised once. KVTuner (Li et al., ICML 2025, section 4): key and value bits chosen separately, per layer.
+Papers: KIVI (Liu et al., ICML 2024, sections 3-4): keys per channel, values per token, a full-precision residual, each
+group quantised once. KVTuner (Li et al., ICML 2025, section 4): key and value bits chosen separately, per layer.
 
-The choice of bits lives in the cache (:class:`effcompile.runtime.cache.Cache`), which a decorated model makes for itself;
-the meaning is the store's in eager and compiled alike. What this pass does is an optimisation:
+The choice of bits lives in the cache (:class:`effcompile.runtime.cache.Cache`), which a decorated model makes for
+itself; the meaning is the store's in eager and compiled alike. What this pass does is an optimisation:
 ``kv_load -> expand heads -> attention(mask)  ->  attend(store, predicate)``.
 """
 
@@ -37,8 +37,9 @@ from effcompile.patterns.walk import (
 from effcompile.runtime import adapter
 
 NO_CACHE = (
-    "no compressed cache reaches this attention, and a cache exists before a back end does, so options alone cannot make one. "
-    "Decorate the model, ec.compress_kv(key_bits=4, value_bits=4)(model), or pass past_key_values=ec.Cache(model)"
+    "no compressed cache reaches this attention, and a cache exists before a back end does, so options alone cannot "
+    "make one. Decorate the model, ec.compress_kv(key_bits=4, value_bits=4)(model), or pass "
+    "past_key_values=ec.Cache(model)"
 )
 
 
@@ -170,7 +171,7 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
 
 
 def _ends_here(total: Any, offset: Any, queries: Any) -> bool:
-    """Whether ``total == offset + queries``, with ``offset`` read from the same tensor as ``total`` and before any write to it."""
+    """Whether ``total == offset + queries``, ``offset`` read from the tensor of ``total`` before any write to it."""
     if not isinstance(offset, fx.Node) or not is_call(total, aten.add.Tensor) or total.kwargs.get("alpha", 1) != 1:
         return False
     length, count = total.args

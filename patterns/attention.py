@@ -1,7 +1,7 @@
 """Find attention: ``scaled_dot_product_attention`` in all its argument forms, and attention written out in arithmetic.
 
-The search starts at a rare node (an SDPA call, a softmax) and walks outward. Nothing depends on the name of a module or of
-a parameter. A walk that ends early gives a :class:`~effcompile.kernels.reason.Reason` that says where.
+The search starts at a rare node (an SDPA call, a softmax) and walks outward. Nothing depends on the name of a module or
+of a parameter. A walk that ends early gives a :class:`~effcompile.kernels.reason.Reason` that says where.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from effcompile.kernels import ops  # noqa: F401  (defines the operators named b
 from effcompile.kernels.reason import Reason
 from effcompile.patterns import masks
 from effcompile.patterns.walk import (
-    aten,
     arguments,
+    aten,
     is_call,
     module_path,
     same_shape,
@@ -41,9 +41,9 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 class AttentionSite:
     """One attention in a graph.
 
-    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``value`` ``[B, G, S, E]`` are nodes; an expansion of the key
-    heads to the query heads has been walked through, so ``H = ratio * G``. ``output`` ``[B, H, T, E]`` is the node that a
-    rewrite replaces.
+    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``value`` ``[B, G, S, E]`` are nodes; an expansion of the
+    key heads to the query heads has been walked through, so ``H = ratio * G``. ``output`` ``[B, H, T, E]`` is the node
+    that a rewrite replaces.
     """
 
     kind = "attention"
@@ -109,14 +109,14 @@ class AttentionSite:
 
     @property
     def projections(self) -> dict[str, fx.Node | None]:
-        """The linear that makes the query, the fresh key and the fresh value; one node for all three if they are fused."""
+        """The linear that makes the query, the fresh key and the fresh value; one node for all three if fused."""
         store = self.store
         fresh = (store.args[7], store.args[8]) if store is not None else (self.key, self.value)
         return {name: producer(node) for name, node in (("query", self.query), ("key", fresh[0]), ("value", fresh[1]))}
 
     @property
     def rope(self) -> tuple[fx.Node, fx.Node] | None:
-        """The cos and sin nodes that rotate the query, if it is rotated (in the two-halves or an interleaved spelling)."""
+        """The cos and sin nodes that rotate the query, if it is rotated (by halves or interleaved)."""
         return rotation(self.query)
 
 
@@ -124,7 +124,8 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Reason]:
     """All attention in a normalised graph, in graph order.
 
     A softmax or SDPA call that is not an attention we can describe gives a typed reason instead of a site
-    (``attention-shape``, ``attention-arithmetic``); a softmax that no matrix product follows is none and is passed over.
+    (``attention-shape``, ``attention-arithmetic``); a softmax that no matrix product follows is none and is passed
+    over.
     """
     found: list[AttentionSite | Reason] = []
     for node in gm.graph.nodes:
@@ -290,7 +291,10 @@ def _constants(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
 
 
 def strip_repeat(node: fx.Node) -> fx.Node:
-    """Walk up through ``[B, G, S, D] -> [B, G, 1, S, D] -> [B, G, r, S, D] -> [B, G*r, S, D]`` or ``repeat_interleave``."""
+    """Walk up through the expansion of key heads to query heads.
+
+    That is ``[B, G, S, D] -> [B, G, 1, S, D] -> [B, G, r, S, D] -> [B, G*r, S, D]``, or ``repeat_interleave``.
+    """
     outer = strip_copies(node)
     if is_call(outer, aten.repeat_interleave.self_int) and arguments(outer)["dim"] in (1, -3):
         return outer.args[0]
@@ -345,7 +349,7 @@ def _reaches_product(node: Any) -> bool:
 
 
 def _filled(node: fx.Node) -> masks.Term | None:
-    """``masked_fill(scores, c, -inf)`` or ``where(c, scores, -inf)`` as the term "dropped where c" or "kept where c"."""
+    """``masked_fill(scores, c, -inf)`` as the term "dropped where c", ``where(c, scores, -inf)`` as "kept where c"."""
     if is_call(node, aten.masked_fill.Scalar):
         condition, fill, drop = node.args[1], node.args[2], True
     else:
@@ -407,7 +411,7 @@ def producer(node: Any) -> fx.Node | None:
 
 
 def rotation(query: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """``(cos, sin)`` of ``x * cos + rotated(x) * sin``, where ``rotated`` is made from slices of ``x`` and a negation."""
+    """``(cos, sin)`` of ``x * cos + rotated(x) * sin``, ``rotated`` made from slices of ``x`` and a negation."""
     node = strip_copies(query)
     if is_call(node, aten.cat.default):
         # Partial rotary embedding: the rotated channels come first, the rest passes through.

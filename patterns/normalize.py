@@ -1,8 +1,8 @@
 """Bring a Dynamo graph to one vocabulary: pre-dispatch ATen, with its metadata and input facts.
 
 At this level an operation has one spelling (a method, an operator and a functional all become one overload), while
-``linear``, ``matmul``, ``softmax`` and ``scaled_dot_product_attention`` are still whole, mutations stay, and autograd has
-not been applied.
+``linear``, ``matmul``, ``softmax`` and ``scaled_dot_product_attention`` are still whole, mutations stay, and autograd
+has not been applied.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,21 +21,21 @@ from effcompile.kernels.reason import Reason
 def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule | Reason:
     """A new pre-dispatch ATen graph that computes what ``gm`` computes; ``gm`` is not changed.
 
-    Keeps node metadata (module stack, annotations, source lines), and on every placeholder the facts that Dynamo put there,
-    without which AOTAutograd would lose duplicate and static inputs.
+    Keeps node metadata (module stack, annotations, source lines), and on every placeholder the facts that Dynamo put
+    there, without which AOTAutograd would lose duplicate and static inputs.
 
     Returns
     -------
     GraphModule or Reason
-        A typed reason (``not-normalised``, ``higher-order-op``) when the graph cannot be brought to this form; the caller then
-        compiles the original.
+        A typed reason (``not-normalised``, ``higher-order-op``) when the graph cannot be brought to this form; the
+        caller then compiles the original.
     """
     nested = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and _is_graph(gm, str(n.target))]
     if nested:
         return Reason(
             "higher-order-op",
-            f"the graph holds nested regions ({', '.join(nested[:3])}): checkpointing or control flow around the layers. It is "
-            "compiled without rewriting; disable gradient checkpointing for inference.",
+            f"the graph holds nested regions ({', '.join(nested[:3])}): checkpointing or control flow around the "
+            "layers. It is compiled without rewriting; disable gradient checkpointing for inference.",
         )
 
     def run(*args: Any) -> Any:

@@ -126,8 +126,6 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _new_cache(module: nn.Module, given: dict[str, Any]) -> Cache | None:
     """The cache a decorated model makes for itself where transformers would make one in ``forward``."""
-    from effcompile.runtime.cache import Cache
-
     form = form_of(module)
     config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     wanted = given.get("use_cache")
@@ -135,8 +133,8 @@ def _new_cache(module: nn.Module, given: dict[str, Any]) -> Cache | None:
         return None
     if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
         warnings.warn(
-            "compress_kv: gradients are enabled, and a compressed cache has none, so this call keeps the model's own cache. "
-            "Call under torch.no_grad() or torch.inference_mode() to compress, or pass use_cache=False.",
+            "compress_kv: gradients are enabled, and a compressed cache has none, so this call keeps the model's own "
+            "cache. Call under torch.no_grad() or torch.inference_mode() to compress, or pass use_cache=False.",
             stacklevel=2,
         )
         return None
@@ -152,10 +150,11 @@ def make_cache(module: Any, form: KVForm, capacity: int | None) -> Cache:
 
 
 def _padding(mask: Tensor, cache: Cache) -> Tensor | None:
-    """The 2-D padding mask as the graphs want it: on an empty cache absent if it hides nothing, else as long as the capacity.
+    """The 2-D padding mask as the graphs want it: on an empty cache absent if it hides nothing, later of full capacity.
 
-    Without a mask the first call is plain causal attention. Later the mask keeps one shape, so that one compiled graph serves
-    every step; keys past the length are hidden by causality. It is not looked at there: that would wait for the device.
+    Without a mask the first call is plain causal attention. Later the mask keeps one shape, so that one compiled graph
+    serves every step; keys past the length are hidden by causality. It is not looked at there: that would wait for the
+    device.
     """
     if cache.compressed[0].fresh:
         return None if bool(mask.all()) else mask
@@ -179,8 +178,8 @@ def _prepare_cache_for_generation(
         return
     if generation_config.cache_implementation not in (None, "dynamic"):
         warnings.warn(
-            f"compress_kv: generate was asked for cache_implementation={generation_config.cache_implementation!r}, which "
-            "wins over the decorator; leave it out to compress the cache.",
+            f"compress_kv: generate was asked for cache_implementation={generation_config.cache_implementation!r}, "
+            "which wins over the decorator; leave it out to compress the cache.",
             stacklevel=2,
         )
         return
@@ -188,7 +187,8 @@ def _prepare_cache_for_generation(
         self.__dict__["_effcompile_told_eager"] = True
         warnings.warn(
             "compress_kv: generate() runs this model eagerly, which is right but slow. Use model.compile(backend="
-            "'effcompile'); torch.compile(model, ...) is for calls such as fast(**inputs), its generate() is the eager one.",
+            "'effcompile'); torch.compile(model, ...) is for calls such as fast(**inputs), its generate() is the eager "
+            "one.",
             stacklevel=2,
         )
     # One token more than generate asks for: a deferred stop check may run one step past the end.

@@ -100,7 +100,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys ``[B, G, T, D]`` and values ``[B, G, T, E]``; return what this call attends to.
 
-        That is the arguments on an empty cache, else the store: ``[B, G, C, D]`` and ``[B, G, C, E]``, zero past the length.
+        That is the arguments on an empty cache, else the store: ``[B, G, C, D]`` and ``[B, G, C, E]``, zero past the
+        length.
 
         Raises
         ------
@@ -136,8 +137,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         batch, heads, key_size, value_size = self.shape
         if key.shape[0] != batch:
             return (
-                f"the cache holds a batch of {batch} and this call has {key.shape[0]}; make a new cache, or call reset() and "
-                "keep the batch."
+                f"the cache holds a batch of {batch} and this call has {key.shape[0]}; make a new cache, or call "
+                "reset() and keep the batch."
             )
         found = (key.shape[1], key.shape[3], value.shape[3])
         if found != (heads, key_size, value_size):
@@ -204,15 +205,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     """A compressed key/value cache for ``model``: pass it as ``past_key_values``.
 
     Layers whose ``config.layer_types`` is not full attention keep the cache that transformers gives them.
-    Making a cache attaches the hooks it needs to the model (capacity check, padding mask); :func:`effcompile.remove` takes
-    them off.
+    Making a cache attaches the hooks it needs to the model (capacity check, padding mask); :func:`effcompile.remove`
+    takes them off.
 
     Parameters
     ----------
     model
         The transformers model that will use the cache.
     capacity
-        Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as needed.
+        Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as
+        needed.
     key_bits, value_bits, group_size, residual
         As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
     batch_size
@@ -305,16 +307,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             If the batch changed.
         """
         first = self.compressed[0]
-        # On an accelerator reading the length waits for the device, so a host count of all tokens sent is kept beside it
-        # and the device is asked only when that count says "full".
+        # On an accelerator reading the length waits for the device, so a host count of all tokens sent is kept beside
+        # it and the device is asked only when that count says "full".
         seen = 0 if first.fresh else (int(self.length) if self.length.device.type == "cpu" else self._seen)
         if seen + count > self.capacity:
             seen = self.tokens
         if seen + count > self.capacity:
             if not self.growing:
                 raise ops.CapacityError(
-                    f"{seen} tokens are cached and {count} more were given, but the capacity is {self.capacity}; make the "
-                    "cache with a larger capacity, or with capacity=None to let it grow."
+                    f"{seen} tokens are cached and {count} more were given, but the capacity is {self.capacity}; make "
+                    "the cache with a larger capacity, or with capacity=None to let it grow."
                 )
             self.reserve(seen + count)
         for layer in self.compressed:
@@ -323,7 +325,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             elif layer.shape[0] != batch:
                 if not layer.fresh:
                     raise CacheError(
-                        f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for it."
+                        f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for "
+                        "it."
                     )
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
         self._seen = seen + count

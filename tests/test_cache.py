@@ -86,7 +86,7 @@ def test_forms_by_layer_deepest_wins(llama):
 
 
 def test_chunks_equal_one_by_one_exactly_in_the_store(llama):
-    """The store is a pure function of keys and values; here those come from 16-bit attention, so only rounding differs."""
+    """The store is a pure function of keys and values; these come from 16-bit attention, so only rounding differs."""
     ec.compress_kv(key_bits=16, value_bits=16)(llama)
     whole, _ = rows_of_forward(llama, IDS, [300])
     for chunks in ([1] * 5 + [295], [100, 100, 100], [299, 1]):
@@ -165,7 +165,7 @@ def test_changed_dtype(llama):
     with torch.no_grad():
         cache = llama(IDS).past_key_values
         llama.bfloat16()
-        with pytest.raises(CacheError, match="float32 and the model gives torch.bfloat16"):
+        with pytest.raises(CacheError, match=r"float32 and the model gives torch\.bfloat16"):
             llama(IDS, past_key_values=cache)
 
 

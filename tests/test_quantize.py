@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from effcompile.kernels import ops, quantize
 from effcompile.kernels.form import BITS, FormError, KVForm, packed_length
@@ -43,8 +44,8 @@ def test_pack_inverts_and_error_is_half_a_step(bits, dim):
     codes, scale, zero = quantize.quantize(x, bits, dim)
     assert torch.equal(quantize.unpack(quantize.pack(codes, bits, 3), bits, 3), codes)
     back = quantize.dequantize(codes, scale, zero)
-    # Half a step, and what fp16 can lose: the zero by half a unit in its last place (2**-11 of the group's end), the scale
-    # by as much of the range (at most twice the end), or by half the smallest subnormal at every level.
+    # Half a step, and what fp16 can lose: the zero by half a unit in its last place (2**-11 of the group's end), the
+    # scale by as much of the range (at most twice the end), or by half the smallest subnormal at every level.
     ends = x.abs().amax(dim, keepdim=True)
     bound = scale.float() / 2 + ends * (2**-11 + 2 * 2**-11) + 2**bits * 2**-25 + 2**-24
     assert ((back - x).abs() <= bound).all()
