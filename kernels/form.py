@@ -146,6 +146,8 @@ class KVForm:
         if capacity % self.group:
             raise FormError(f"capacity {capacity} does not hold whole groups of {self.group} tokens.")
         row = size * bits // 8
+        codes: tuple[int, ...]
+        scales: tuple[int, ...]
         if kind == "key":
             groups = capacity // self.group
             codes, scales = (batch, heads, groups, row, self.group), (batch, heads, groups, 2, size)

@@ -8,8 +8,10 @@ untouched.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,7 +83,8 @@ def effcompile(
     if check is not None:
         # A wrong compile must not be kept on disk for others while it is being looked for.
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    compiled = report.attach(record, compile_fx(graph, list(example_inputs), config_patches=patches))
+    made: Any = compile_fx(graph, list(example_inputs), config_patches=patches)
+    compiled = report.attach(record, made)
     clock.lap("inductor")
     return compiled if check is None else _Verified(compiled, check, record)
 
@@ -91,7 +94,8 @@ def _unchanged(
 ) -> Callable[..., Any]:
     """Compile the original graph, and keep the report of why."""
     report.record(record)
-    return report.attach(record, compile_fx(gm, list(inputs), config_patches=chosen.inductor_patches()))
+    made: Any = compile_fx(gm, list(inputs), config_patches=chosen.inductor_patches())
+    return report.attach(record, made)
 
 
 Replaced = list[tuple[AttentionSite, Rewrite, fx.Node, fx.Node]]
@@ -115,7 +119,7 @@ def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[r
                 new = answer.emit(gm.graph)
             for key, item in site.output.meta.items():
                 new.meta.setdefault(key, item)
-            site.output.replace_all_uses_with(new, delete_user_cb=lambda user, made=new: user is not made)
+            site.output.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
             replaced.append((site, answer, site.output, new))
             decisions.append(report.rewritten(index, site, rule, answer))
     gm.graph.lint()
@@ -153,7 +157,7 @@ def _clean(gm: fx.GraphModule, replaced: Replaced) -> None:
     gm.recompile()
 
 
-class _SourceKey(CustomGraphPass):  # type: ignore[misc]
+class _SourceKey(CustomGraphPass):
     """Does nothing to a graph; its uuid puts kernel sources, version and options into Inductor's cache key.
 
     Node metadata is not in that key, and neither is the body of an operator.

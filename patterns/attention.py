@@ -22,6 +22,7 @@ from effcompile.patterns.walk import (
     aten,
     is_call,
     module_path,
+    operand,
     same_shape,
     same_size,
     shape,
@@ -87,6 +88,7 @@ class AttentionSite:
         graph = self.anchor.graph
         load = self.load
         key, val = strip_copies(self.key), strip_copies(self.value)
+        node: fx.Node
         for node in graph.find_nodes(op="call_function", target=kv_store):
             if load is not None and node.args[0] is load.args[0]:
                 return node
@@ -183,7 +185,8 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
         return Reason(
             "attention-arithmetic", f"softmax weights of shape {_sizes(node)} are not [B, H, T, S] @ values", source
         )
-    scale, terms, current = 1.0, [], strip_casts(scores)
+    scale, current = 1.0, strip_casts(scores)
+    terms: list[fx.Node | masks.Term] = []
     scaled_last = False
     for _ in range(16):
         current = strip_casts(current)
@@ -231,7 +234,7 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
         output=product,
         query=query,
         key=key,
-        val=product.args[1],
+        val=operand(product, 1),
         scale=scale * q_scale * k_scale,
         is_causal=False,
         terms=tuple(terms),
@@ -295,9 +298,11 @@ def strip_repeat(node: fx.Node) -> fx.Node:
 
     That is ``[B, G, S, D] -> [B, G, 1, S, D] -> [B, G, r, S, D] -> [B, G*r, S, D]``, or ``repeat_interleave``.
     """
+    inner: fx.Node
     outer = strip_copies(node)
     if is_call(outer, aten.repeat_interleave.self_int) and arguments(outer)["dim"] in (1, -3):
-        return outer.args[0]
+        inner = outer.args[0]
+        return inner
     if not is_call(outer, *_VIEWS):
         return node
     wide = strip_copies(outer.args[0])
@@ -324,7 +329,7 @@ def _weights_product(softmax: fx.Node) -> tuple[fx.Node, int, float] | None:
             return None
         user = users[0]
         if is_call(user, aten.dropout.default):
-            dropout = float(user.args[1]) if user.args[2] else 0.0
+            dropout = float(operand(user, 1)) if user.args[2] else 0.0
         elif is_call(user, aten.matmul.default, aten.bmm.default):
             return user, list(user.args).index(node), dropout
         elif strip_casts(user) is user:
@@ -351,9 +356,9 @@ def _reaches_product(node: Any) -> bool:
 def _filled(node: fx.Node) -> masks.Term | None:
     """``masked_fill(scores, c, -inf)`` as the term "dropped where c", ``where(c, scores, -inf)`` as "kept where c"."""
     if is_call(node, aten.masked_fill.Scalar):
-        condition, fill, drop = node.args[1], node.args[2], True
+        condition, fill, drop = operand(node, 1), operand(node, 2), True
     else:
-        condition, fill, drop = node.args[0], node.args[2], False
+        condition, fill, drop = operand(node, 0), operand(node, 2), False
         if isinstance(fill, fx.Node):
             fill = _number(fill)
     lowest = torch.finfo(value(node).dtype).min
@@ -384,17 +389,19 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
 
 def _untransposed(node: fx.Node) -> fx.Node | None:
     """``k`` from ``k.transpose(-1, -2)`` in its spellings."""
-    node = strip_copies(node)
-    if is_call(node, aten.transpose.int) and {d % 4 for d in node.args[1:3]} == {2, 3}:
-        return node.args[0]
-    if is_call(node, aten.permute.default) and [d % 4 for d in node.args[1]] == [0, 1, 3, 2]:
-        return node.args[0]
-    return node.args[0] if is_call(node, aten.mT.default) else None
+    flipped = strip_copies(node)
+    swapped = (
+        (is_call(flipped, aten.transpose.int) and {d % 4 for d in flipped.args[1:3]} == {2, 3})
+        or (is_call(flipped, aten.permute.default) and [d % 4 for d in flipped.args[1]] == [0, 1, 3, 2])
+        or is_call(flipped, aten.mT.default)
+    )
+    return flipped.args[0] if swapped else None
 
 
 def producer(node: Any) -> fx.Node | None:
     """The linear that ``node`` comes from, through reshapes, splits, norms of heads and rotation."""
-    seen, queue = set(), [node]
+    seen: set[fx.Node] = set()
+    queue = [node]
     while queue and len(seen) < 200:
         current = queue.pop(0)
         if not isinstance(current, fx.Node) or current in seen:

@@ -34,6 +34,11 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def operand(node: fx.Node, index: int) -> Any:
+    """A positional argument of a call; its type is the one that the schema of the operation says."""
+    return node.args[index]
+
+
 def shape(node: fx.Node) -> tuple[Any, ...]:
     """Sizes of a tensor node; an empty tuple if it is not one."""
     fake = value(node)
@@ -114,6 +119,7 @@ def root(node: Any) -> Any:
 def first_mutation(graph: fx.Graph, target: fx.Node) -> fx.Node | None:
     """The first node that writes to the storage of ``target``."""
     wanted = root(target)
+    node: fx.Node
     for node in graph.nodes:
         if any(root(argument) is wanted for argument in mutated_arguments(node)):
             return node

@@ -94,11 +94,11 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 @torch._dynamo.disable  # type: ignore[untyped-decorator]
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Give the model its cache, check it, and bring the padding mask to a shape that no step changes."""
-    names = _parameters(type(module))
+    names = _parameters(type(module))  # type: ignore[arg-type]
     if "past_key_values" not in names:
         return None
     given = dict(zip(names, args)) | kwargs
-    cache = given.get("past_key_values")
+    cache: Any = given.get("past_key_values")
     inputs = given.get("inputs_embeds")
     inputs = given.get("input_ids") if inputs is None else inputs
     if inputs is None:
@@ -166,7 +166,7 @@ def _prepare_cache_for_generation(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any
 ) -> None:
     """Let ``generate`` prepare its cache, then put an :class:`Cache` in place of one that it made itself."""
-    given = model_kwargs.get("past_key_values")
+    given: Any = model_kwargs.get("past_key_values")
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch, length, *rest)
     if _is_cache(given):
         if given.growing:

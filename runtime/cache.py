@@ -45,7 +45,7 @@ def bucket(tokens: int) -> int:
     return int(1 << (tokens - 1).bit_length())
 
 
-class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+class CompressedLayer(cache_utils.CacheLayerMixin):
     """One layer's store. Buffers and their shapes are those of :class:`~effcompile.kernels.form.KVForm`.
 
     Attributes
@@ -63,7 +63,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False
 
     def __init__(self, form: KVForm, capacity: int, length: Tensor, index: int, last: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
         self.form_name = form.name
         self.capacity = capacity
@@ -201,7 +201,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
                 after[:, :, : before.shape[2]] = before
 
 
-class Cache(cache_utils.Cache):  # type: ignore[misc]
+class Cache(cache_utils.Cache):
     """A compressed key/value cache for ``model``: pass it as ``past_key_values``.
 
     Layers whose ``config.layer_types`` is not full attention keep the cache that transformers gives them.
@@ -351,5 +351,5 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens; buffers, addresses and compiled code stay valid."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self._seen = 0
