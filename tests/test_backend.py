@@ -49,7 +49,7 @@ def decisions(model):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
-    """Found sites == attention calls counted by a torch-function mode on the eager model; decode rewrites all of them."""
+    """Found sites == attention calls that a torch-function mode counts on the eager model; decode rewrites them all."""
     model = MODELS[name](attention)
     with torch.no_grad(), counted() as count:
         model(IDS)
