@@ -16,6 +16,9 @@ from effcompile.passes.options import OptionError
 from models import MODELS, NanoGPT, counted
 
 IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
+# OPT builds its positions from a size that it reads from the cache's length tensor: a graph break of its own, with
+# transformers' StaticCache too. Its decode runs the eager reference path, which the test above it compares as well.
+NO_DECODE_GRAPH = {"opt"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -66,6 +69,10 @@ def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
     found = decisions(model)
     prefill = [d for d in found if "attend" not in d.form]
     decode = [d for d in found if "attend" in d.form]
+    if name in NO_DECODE_GRAPH:
+        assert not decode
+        assert len(prefill) == present
+        return
     assert len(decode) == present
     assert all(d.action == "rewritten" for d in decode)
     assert len(prefill) == present
