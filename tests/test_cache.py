@@ -240,3 +240,27 @@ def test_eager_generate_is_told_once(llama):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llama.generate(IDS, **GREEDY)
+
+
+def test_a_call_that_failed_half_way_is_not_continued(llama):
+    ec.compress_kv()(llama)
+    with torch.no_grad():
+        whole = llama(IDS).logits
+        cache = ec.Cache(llama, 1024)
+        handle = llama.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llama(IDS, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(CacheError, match="half way"):
+            llama(IDS, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(llama(IDS, past_key_values=cache).logits, whole)
+
+
+def test_a_call_that_failed_before_the_first_layer_changes_nothing(llama):
+    ec.compress_kv()(llama)
+    with torch.no_grad():
+        cache = ec.Cache(llama, 1024)
+        with pytest.raises(IndexError):
+            llama(IDS + 1000, past_key_values=cache)
+        assert torch.equal(llama(IDS, past_key_values=cache).logits, llama(IDS).logits)
