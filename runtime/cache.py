@@ -310,7 +310,7 @@ class Cache(cache_utils.Cache):
         # On an accelerator reading the length waits for the device, so a host count of all tokens sent is kept beside
         # it and the device is asked only when that count says "full".
         seen = 0 if first.fresh else (int(self.length) if self.length.device.type == "cpu" else self._seen)
-            raise CacheError("the last call on this cache failed half way, so its layers differ; call reset() and start over.")
+        # The last layer counts the tokens, so a count behind what was sent means that a call ended between layers: some
         # stores hold its tokens and some do not.
         if seen < self._seen and not all(layer.fresh for layer in self.compressed):
             raise CacheError(
