@@ -36,6 +36,10 @@ library.define(
     f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window) "
     "-> (Tensor, Tensor)"
 )
+library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+
+LINEAR_ROWS = 8
+"""Rows up to which ``effcompile::linear`` is used: there reading the weights is all that counts."""
 
 Launcher = Callable[..., Any]
 _launchers: dict[tuple[str, str], Launcher] = {}
@@ -146,6 +150,18 @@ def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return out.contiguous(), lse.contiguous()
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    try:
+        result: Tensor = _launch("linear", x.device.type, x, weight, bias)
+        return result
+    except KernelUnavailable:
+        return torch.nn.functional.linear(x, weight, bias).contiguous()
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _empty_dense(state: Any, form: KVForm) -> tuple[Tensor, Tensor]:
     """Uninitialised dense keys and values ``[B, G, C, D]`` in the model's dtype."""
     k0, _, k_tail, v0, _, v_tail = state
@@ -178,6 +194,7 @@ for _name, _body, _fake in (
     ("kv_store", _kv_store, lambda *args: None),
     ("kv_load", _kv_load, _fake_kv_load),
     ("attend", _attend, _fake_attend),
+    ("linear", _linear, _fake_linear),
 ):
     library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=library)

@@ -25,6 +25,7 @@ from effcompile import kernels, lowering
 from effcompile.kernels.reason import Reason
 from effcompile.passes import base, report
 from effcompile.passes import options as choices
+from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite, find_attention
 from effcompile.patterns.normalize import normalize
@@ -72,11 +73,13 @@ def effcompile(
         return _unchanged(gm, example_inputs, chosen, report.GraphReport(gm, before, decisions, chosen, clock.seconds))
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
+    linears = lower_linears(graph)
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
     lowering.prebuild(programs, device)
     after = report.Snapshot(graph)
     record = report.GraphReport(gm, before, decisions, chosen, clock.seconds, after=after, programs=programs)
+    record.linears = linears
     report.record(record)
     clock.lap("report")
     patches = chosen.inductor_patches() | _cache_key(chosen)

@@ -164,6 +164,8 @@ class GraphReport:
         self.before = _snapshot(gm if before is None else before)
         self.after = None if after is None else _snapshot(after)
         self.programs = tuple(programs)
+        self.linears = 0
+        """Linears of few rows that run on our kernel: the same result up to rounding."""
         self.note = note
         self.inputs = tuple(_inputs(gm))
         self.device = next((t.device.type for i in self.inputs if (t := i.tensor()) is not None), "cpu")
@@ -350,6 +352,9 @@ class Report:
         ours, dense = max(((sum(c[0] for c in one), sum(c[1] for c in one)) for one in caches), default=(0, 0))
         if ours:
             text += f"; cache {quantity(ours)}B instead of {quantity(dense)}B"
+        linears = max(graph.linears for graph in self.graphs)
+        if linears:
+            text += f"; {_count(linears, 'linear')} of few rows on our kernel (exact up to rounding)"
         return text + "."
 
     def __rich__(self) -> Any:
