@@ -45,6 +45,20 @@ def bucket(tokens: int) -> int:
     return int(1 << (tokens - 1).bit_length())
 
 
+def _refuse(model: PreTrainedModel) -> None:
+    """Raise :class:`CacheError` for models that do not work with keys longer than the tokens."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CacheError(
+            f"{name} is an encoder-decoder model, whose two caches are not served; ec.remove(model) undoes it."
+        )
+    if getattr(model, "_can_compile_fullgraph", True) is False:
+        raise CacheError(
+            f"{name} does not work with a cache of fixed size (transformers says so: _can_compile_fullgraph is False), "
+            "so it cannot use a compressed one; ec.remove(model) undoes the decoration."
+        )
+
+
 class CompressedLayer(cache_utils.CacheLayerMixin):
     """One layer's store. Buffers and their shapes are those of :class:`~effcompile.kernels.form.KVForm`.
 
@@ -71,6 +85,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.index = index
         self.last = last
         self.fresh = True
+        self.expected: int | None = None
         self.state: tuple[Tensor | None, ...] = ()
 
     def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
@@ -122,6 +137,14 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 "torch.no_grad() or torch.inference_mode(), or with use_cache=False."
             )
         count = key_states.shape[2]
+        # Only eagerly: inside a graph the number would be guarded, and a graph is compiled for its tokens anyway.
+        if not torch.compiler.is_compiling() and self.expected is not None and count != self.expected:
+            raise CacheError(
+                f"layer {self.index}: the call has {self.expected} tokens and the model made {count} keys, probably "
+                "from a padding mask as long as the cache; pass position_ids as well."
+            )
+        if not torch.compiler.is_compiling():
+            self.expected = None
         torch.ops.effcompile.kv_store(*self.state, self.length, key_states, value_states, self.form_name)
         if self.fresh:
             result = key_states, value_states
@@ -257,7 +280,10 @@ class Cache(cache_utils.Cache):
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(self.length)
         default = KVForm(key_bits, value_bits, group_size, residual)
-        layers = cache_utils.StaticCache(config=self.config, max_cache_len=self.capacity).layers
+        _refuse(model)
+        # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
+        window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
+        layers = cache_utils.StaticCache(config=self.config, max_cache_len=max(self.capacity, window)).layers
         full = [i for i, layer in enumerate(layers) if type(layer) is cache_utils.StaticLayer]
         if not full:
             raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
@@ -335,6 +361,8 @@ class Cache(cache_utils.Cache):
                         "it."
                     )
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
+        for layer in self.compressed:
+            layer.expected = count or None
         self._seen = seen + count
 
     def reserve(self, tokens: int) -> None:

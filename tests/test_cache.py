@@ -264,3 +264,43 @@ def test_a_call_that_failed_before_the_first_layer_changes_nothing(llama):
         with pytest.raises(IndexError):
             llama(IDS + 1000, past_key_values=cache)
         assert torch.equal(llama(IDS, past_key_values=cache).logits, llama(IDS).logits)
+
+
+def test_a_sliding_window_longer_than_the_first_capacity_is_kept():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, use_sliding_window=True, sliding_window=700, max_window_layers=1,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    ids = torch.cat([IDS, IDS, IDS], 1)
+    plain, _ = rows_of_forward(model, ids, [600, 1, 200])
+    ours, _ = rows_of_forward(model, ids, [600, 1, 200], past_key_values=ec.Cache(model, key_bits=16, value_bits=16))
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["T5", "GPTNeo"])
+def test_models_that_cannot_use_a_fixed_cache_are_refused(kind):
+    import transformers
+
+    if kind == "T5":
+        config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=128)
+        model = transformers.T5ForConditionalGeneration(config).eval()
+    else:
+        config = transformers.GPTNeoConfig(
+            hidden_size=32, num_layers=2, num_heads=4, vocab_size=128, attention_types=[[["global", "local"], 1]]
+        )
+        model = transformers.GPTNeoForCausalLM(config).eval()
+    with pytest.raises(CacheError, match=r"encoder-decoder|fixed size"):
+        ec.Cache(model)
+
+
+def test_opt_with_a_mask_and_no_positions_is_refused_where_it_would_be_wrong():
+    model = ec.compress_kv(key_bits=16, value_bits=16)(MODELS["opt"]("sdpa"))
+    mask = torch.ones(2, 41, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(IDS[:, :40], attention_mask=mask[:, :40]).past_key_values
+        with pytest.raises(CacheError, match="position_ids"):
+            model(IDS[:, 40:41], attention_mask=mask, past_key_values=cache)
