@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import effcompile as ec
+from effcompile.kernels.form import KVForm
 from effcompile.passes import backend, report
 from effcompile.passes.options import OptionError
 from models import MODELS, NanoGPT, counted
@@ -246,3 +247,30 @@ def test_report_is_json_and_prints(no_inductor):
     assert "modeling_llama.py" in str(seen.decisions[0].source)
     assert {d.module for d in seen.decisions} == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
     assert "2 of 4 sites rewritten" in str(seen)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_mask_that_counts_from_another_tensor_is_not_taken(same, no_inductor):
+    """Causal, but its offset is not proved to be the store's length: fused, it would be the wrong mask."""
+    form = KVForm(16, 16)
+    state = []
+    for kind in ("key", "value"):
+        (shape, dtype), *_ = form.buffers(kind, 1, 2, 512, 32, torch.float32)
+        state += [torch.randn(shape, dtype=dtype), None, None]
+    length, other = torch.tensor(100), torch.tensor(50)
+    query, key, value = torch.randn(1, 4, 3, 32), torch.randn(1, 2, 3, 32), torch.randn(1, 2, 3, 32)
+
+    def attention(query, key, value, length, other):
+        torch.ops.effcompile.kv_store(*state, length, key, value, form.name)
+        keys, values = torch.ops.effcompile.kv_load(*state, length + 3, form.name)
+        mask = torch.arange(512) <= (torch.arange(3) + (length if same else other))[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask[None, None], enable_gqa=True
+        )
+
+    with torch.no_grad():
+        expected = attention(query, key, value, length, other)
+        got = torch.compile(attention, backend="effcompile")(query, key, value, length, other)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    fused = any("effcompile.attend" in str(n.target) for n in no_inductor[-1].graph.nodes)
+    assert fused == same
