@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORM = "_effcompile_form"
 """Instance attribute with the form that a decorator chose for a module and all below it."""
 HOOK = "_effcompile_hook"
-"""Instance attribute with the handle of the forward pre-hook."""
+"""Instance attribute with the handle of the forward pre-hook, on a model and on the models within it."""
 _METHODS = ("_prepare_cache_for_generation", "create_masks_for_generate")
 
 
@@ -53,12 +53,18 @@ def layer_forms(model: nn.Module, default: KVForm, count: int) -> list[KVForm]:
 
 
 def attach_hooks(module: nn.Module) -> None:
-    """Put the hooks on a transformers model, once; other modules are left alone."""
+    """Put the hooks on a transformers model and on those within it, once; other modules are left alone.
+
+    The model within (``model.model``) may be called by itself, on the same cache.
+    """
     from transformers import PreTrainedModel
 
-    if not isinstance(module, PreTrainedModel) or HOOK in module.__dict__:
+    if not isinstance(module, PreTrainedModel):
         return
-    module.__dict__[HOOK] = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel) and HOOK not in inner.__dict__:
+            hook = _before_forward if inner is module else _before_inner_forward
+            inner.__dict__[HOOK] = inner.register_forward_pre_hook(hook, with_kwargs=True)
     if hasattr(module, "generate"):
         module.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, module)
         module.__dict__["create_masks_for_generate"] = types.MethodType(_create_masks_for_generate, module)
@@ -72,7 +78,7 @@ def detach(module: nn.Module) -> None:
         return
     # After a deepcopy the handle points at the original's hooks, so the hook is looked up by what it is.
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _before_forward:
+        if hook in (_before_forward, _before_inner_forward):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     for name in _METHODS:
@@ -122,6 +128,17 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         given["attention_mask"] = _padding(mask, cache)
     positional = {name: given.pop(name) for name in names[: len(args)]}
     return tuple(positional.values()), given
+
+
+def _before_inner_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """As :func:`_before_forward`, for a model within a model: within the outer one's call there is nothing to do.
+
+    Dynamo traces this one, so that the outer model stays one graph.
+    """
+    if any(_is_cache(given) and given.call.inside for given in (*args, *kwargs.values())):
+        return None
+    prepared: tuple[Any, Any] | None = _before_forward(module, args, kwargs)
+    return prepared
 
 
 def _new_cache(module: nn.Module, given: dict[str, Any]) -> Cache | None:

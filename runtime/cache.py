@@ -7,6 +7,7 @@ empty cache attends to the fresh keys and values, later calls to the store.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -59,6 +60,31 @@ def _refuse(model: PreTrainedModel) -> None:
         )
 
 
+@dataclasses.dataclass
+class Call:
+    """What the host knows of the call in progress: one object, shared by a cache and its layers.
+
+    Attributes
+    ----------
+    open
+        The call was prepared, and its last layer has not stored yet. If it still is when the next call begins, the
+        call failed: some stores may hold its tokens and some not.
+    inside
+        The call was prepared and nothing is stored yet, so the hook of a model within the called one has nothing to
+        do.
+    count
+        Tokens that the call appends; None where that is not known.
+    sent
+        Tokens sent to the cache in all; None after an ``update`` that no hook prepared. On an accelerator reading the
+        length would wait for the device.
+    """
+
+    open: bool = False
+    inside: bool = False
+    count: int | None = None
+    sent: int | None = 0
+
+
 class CompressedLayer(cache_utils.CacheLayerMixin):
     """One layer's store. Buffers and their shapes are those of :class:`~effcompile.kernels.form.KVForm`.
 
@@ -76,16 +102,18 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, form: KVForm, capacity: int, length: Tensor, index: int, last: bool) -> None:
+    def __init__(
+        self, form: KVForm, capacity: int, length: Tensor, call: Call, index: int, ends: tuple[int, int]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
         self.form_name = form.name
         self.capacity = capacity
         self.length = length
+        self.call = call
         self.index = index
-        self.last = last
+        self.first, self.last = index == ends[0], index == ends[1]
         self.fresh = True
-        self.expected: int | None = None
         self.state: tuple[Tensor | None, ...] = ()
 
     def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
@@ -138,13 +166,13 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             )
         count = key_states.shape[2]
         # Only eagerly: inside a graph the number would be guarded, and a graph is compiled for its tokens anyway.
-        if not torch.compiler.is_compiling() and self.expected is not None and count != self.expected:
+        if not torch.compiler.is_compiling() and self.call.open and self.call.count not in (None, count):
             raise CacheError(
-                f"layer {self.index}: the call has {self.expected} tokens and the model made {count} keys, probably "
+                f"layer {self.index}: the call has {self.call.count} tokens and the model made {count} keys, probably "
                 "from a padding mask as long as the cache; pass position_ids as well."
             )
-        if not torch.compiler.is_compiling():
-            self.expected = None
+        if self.first:
+            self.call.inside = False
         torch.ops.effcompile.kv_store(*self.state, self.length, key_states, value_states, self.form_name)
         if self.fresh:
             result = key_states, value_states
@@ -152,6 +180,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name)
         if self.last:
             self.length.add_(count)
+            if not self.call.open:
+                self.call.sent = None
+            self.call.open = False
         self.fresh = False
         return result
 
@@ -279,6 +310,7 @@ class Cache(cache_utils.Cache):
         device = next(model.parameters()).device
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(self.length)
+        self.call = Call()
         default = KVForm(key_bits, value_bits, group_size, residual)
         _refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
@@ -289,13 +321,12 @@ class Cache(cache_utils.Cache):
             raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
         forms = adapter.layer_forms(model, default, len(layers))
         for i in full:
-            layers[i] = CompressedLayer(forms[i], self.capacity, self.length, i, last=i == full[-1])
+            layers[i] = CompressedLayer(forms[i], self.capacity, self.length, self.call, i, (full[0], full[-1]))
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
-        self._seen = 0
         adapter.attach_hooks(model)
         if batch_size is not None:
-            self.prepare(batch_size, 0, next(model.parameters()).dtype)
+            self._allocate(batch_size, next(model.parameters()).dtype)
 
     @property
     def compressed(self) -> Sequence[CompressedLayer]:
@@ -332,17 +363,16 @@ class Cache(cache_utils.Cache):
         CacheError
             If the batch changed.
         """
-        first = self.compressed[0]
-        # On an accelerator reading the length waits for the device, so a host count of all tokens sent is kept beside
-        # it and the device is asked only when that count says "full".
-        seen = 0 if first.fresh else (int(self.length) if self.length.device.type == "cpu" else self._seen)
-        # The last layer counts the tokens, so a count behind what was sent means that a call ended between layers: some
-        # stores hold its tokens and some do not.
-        if seen < self._seen and not all(layer.fresh for layer in self.compressed):
-            raise CacheError(
-                "the last call on this cache failed half way, so its layers differ; call reset() and start again."
-            )
-        if seen + count > self.capacity:
+        layers = self.compressed
+        if self.call.open:
+            if not all(layer.fresh for layer in layers):
+                raise CacheError(
+                    "the last call on this cache failed half way, so its layers differ; call reset() and start again."
+                )
+            # The very first call failed: what it wrote lies past an empty store's end.
+            self.reset()
+        seen = self.call.sent
+        if seen is None or self.length.device.type == "cpu" or seen + count > self.capacity:
             seen = self.tokens
         if seen + count > self.capacity:
             if not self.growing:
@@ -351,19 +381,9 @@ class Cache(cache_utils.Cache):
                     "the cache with a larger capacity, or with capacity=None to let it grow."
                 )
             self.reserve(seen + count)
-        for layer in self.compressed:
-            if not layer.is_initialized:
-                self._allocate(layer, batch, dtype)
-            elif layer.shape[0] != batch:
-                if not layer.fresh:
-                    raise CacheError(
-                        f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for "
-                        "it."
-                    )
-                layer.allocate(batch, *layer.shape[1:], layer.dtype)
-        for layer in self.compressed:
-            layer.expected = count or None
-        self._seen = seen + count
+        self._allocate(batch, dtype)
+        self.call.open = self.call.inside = True
+        self.call.count, self.call.sent = count or None, seen + count
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens in all; what is cached stays. Does nothing if they fit already."""
@@ -373,17 +393,29 @@ class Cache(cache_utils.Cache):
         for layer in self.compressed:
             layer.grow(self.capacity)
 
-    def _allocate(self, layer: CompressedLayer, batch: int, dtype: torch.dtype) -> None:
-        """Allocate from the config, where it tells the heads; else the first ``update`` does."""
+    def _allocate(self, batch: int, dtype: torch.dtype) -> None:
+        """Make the buffers that are missing, where the config tells the heads; else the first ``update`` does.
+
+        Raises :class:`CacheError` if there are tokens of another batch.
+        """
         heads = getattr(self.config, "num_key_value_heads", None) or getattr(self.config, "num_attention_heads", None)
         width = getattr(self.config, "hidden_size", None)
         size = getattr(self.config, "head_dim", None) or (
             width // self.config.num_attention_heads if width and heads else None
         )
-        if heads and size:
-            layer.allocate(batch, heads, size, size, dtype)
+        for layer in self.compressed:
+            if layer.is_initialized and layer.shape[0] != batch:
+                if not layer.fresh:
+                    raise CacheError(
+                        f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for "
+                        "it."
+                    )
+                layer.allocate(batch, *layer.shape[1:], layer.dtype)
+            elif not layer.is_initialized and heads and size:
+                layer.allocate(batch, heads, size, size, dtype)
 
     def reset(self) -> None:
         """Forget all tokens; buffers, addresses and compiled code stay valid."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._seen = 0
+        self.call.open = self.call.inside = False
+        self.call.sent = 0

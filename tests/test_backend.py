@@ -11,9 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import effcompile as ec
+from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
 from effcompile.passes import backend, report
 from effcompile.passes.options import OptionError
+from effcompile.runtime.cache import CacheError
 from models import MODELS, NanoGPT, counted
 
 IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
@@ -274,3 +276,28 @@ def test_a_mask_that_counts_from_another_tensor_is_not_taken(same, no_inductor):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     fused = any("effcompile.attend" in str(n.target) for n in no_inductor[-1].graph.nodes)
     assert fused == same
+
+
+def test_a_compiled_call_that_failed_half_way_is_not_continued(no_inductor, monkeypatch):
+    """Dynamo replays what a graph did to Python objects only after it ran, so all that is known is that it did not."""
+    model = ec.compress_kv(key_bits=8, value_bits=8)(MODELS["llama"]("sdpa"))
+    model.compile(backend="effcompile")
+    attend, calls = ops._launchers["attend", "cpu"], []
+
+    def fails_in_the_second_layer(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return attend(*args)
+
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+        whole = model(IDS[:, :1], past_key_values=cache).logits
+        monkeypatch.setitem(ops._launchers, ("attend", "cpu"), fails_in_the_second_layer)
+        with pytest.raises(RuntimeError, match="no memory"):
+            model(IDS[:, :1], past_key_values=cache)
+        with pytest.raises(CacheError, match="half way"):
+            model(IDS[:, :1], past_key_values=cache)
+        cache.reset()
+        model(IDS, past_key_values=cache)
+        assert torch.equal(model(IDS[:, :1], past_key_values=cache).logits, whole)

@@ -304,3 +304,49 @@ def test_opt_with_a_mask_and_no_positions_is_refused_where_it_would_be_wrong():
         cache = model(IDS[:, :40], attention_mask=mask[:, :40]).past_key_values
         with pytest.raises(CacheError, match="position_ids"):
             model(IDS[:, 40:41], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("outer", [True, False], ids=["model", "inner model"])
+def test_a_failed_call_is_noticed_whichever_model_was_called(llama, outer):
+    """The model within may be called by itself: its calls are counted, and a failed one is not continued."""
+    ec.compress_kv()(llama)
+    with torch.no_grad():
+        cache = ec.Cache(llama, 512)
+        llama.model(IDS[:, :200], past_key_values=cache)
+        handle = llama.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            (llama if outer else llama.model)(IDS[:, :9], past_key_values=cache)
+        handle.remove()
+        for model in (llama.model, llama):
+            with pytest.raises(CacheError, match="half way"):
+                model(IDS[:, :9], past_key_values=cache)
+        cache.reset()
+        llama.model(IDS, past_key_values=cache)
+        with pytest.raises(CapacityError, match="300 tokens are cached and 300 more"):
+            llama.model(IDS, past_key_values=cache)
+
+
+def test_the_model_within_gets_the_same_care(llama):
+    """Padding, positions and the store of ``model.model`` are those of the whole model's call."""
+    ec.compress_kv(key_bits=8, value_bits=4)(llama)
+    mask = torch.ones_like(IDS)
+    mask[0, :37] = 0
+    caches = [ec.Cache(llama, 512), ec.Cache(llama, 512)]
+    with torch.no_grad():
+        for at in (slice(0, 280), slice(280, 281), slice(281, 300)):
+            seen = mask[:, : at.stop]
+            whole = llama(IDS[:, at], attention_mask=seen, past_key_values=caches[0]).logits
+            inner = llama.model(IDS[:, at], attention_mask=seen, past_key_values=caches[1]).last_hidden_state
+            assert torch.equal(llama.lm_head(inner), whole)
+    for one, other in zip(*(cache.compressed for cache in caches)):
+        assert all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers()))
+
+
+def test_an_update_without_a_hook_is_counted(llama):
+    cache = ec.Cache(llama, 512)
+    keys = torch.randn(2, 2, 500, 32)
+    for index in range(2):
+        cache.update(keys, keys, index)
+    assert cache.tokens == 500
+    with torch.no_grad(), pytest.raises(CapacityError, match="500 tokens are cached"):
+        llama(IDS, past_key_values=cache)
