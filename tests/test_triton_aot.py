@@ -34,12 +34,13 @@ FORMS = [
 ]
 
 
-def spill_budget(program: Program, chip: str) -> int:
+def spill_budget(program: Program, chip: str, registers: int) -> int:
     """Bytes a thread may spill: none for heads up to 128 in 16-bit types.
 
     Exceptions, where a tile cannot be smaller than 32 keys and one group: larger heads, groups longer than the usual
-    tile, fp32 models (three tf32 products), 8-bit prefill on sm_80, which keeps operands in registers, and 8-bit
-    decode on sm_100, where the assembler gives up a few registers to fit a third program.
+    tile, fp32 models (three tf32 products), and 8-bit prefill on sm_80, which keeps operands in registers. And decode
+    where the assembler stays at 168 or 128 registers by itself, so that a third or fourth program fits into a
+    multiprocessor, and spills a few for it: how many differs from one release of it to the next.
     """
     wide = max(program.key_size, program.value_size) > 128
     if program.dtype == torch.float32:
@@ -47,7 +48,10 @@ def spill_budget(program: Program, chip: str) -> int:
     if wide or program.form.group > 32:
         return 256
     packed_8 = 8 in (program.form.key_bits, program.form.value_bits)
-    return 64 if packed_8 and (chip, program.phase) in (("sm_80", "prefill"), ("sm_100", "decode")) else 0
+    if program.phase == "prefill":
+        return 64 if packed_8 and chip == "sm_80" else 0
+    fits_more = chip != "gfx942" and registers in (128, 168)
+    return (64 if packed_8 and chip == "sm_100" else 16) if fits_more else 0
 
 
 def check(program: Program, chip: str) -> dict[str, int]:
@@ -57,7 +61,7 @@ def check(program: Program, chip: str) -> dict[str, int]:
     used = resources(binary)
     print(program.name, chip, used)
     assert used["shared"] <= SHARED[chip]
-    assert used["spilled"] <= spill_budget(program, chip)
+    assert used["spilled"] <= spill_budget(program, chip, used["registers"])
     if (
         program.phase == "decode"
         and program.dtype != torch.float32
