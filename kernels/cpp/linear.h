@@ -28,6 +28,7 @@ inline void linear_block(const LinearArgs& a, int64_t first) {
     for (int m = 0; m < M; ++m) x[m] = Vec::loadu(a.input + m * k + j);
     for (int n = 0; n < N; ++n) {
       const Vec v = Vec::loadu(w + n * k + j);
+      prefetch(w + (n + N) * k + j);  // the next block: rows are too short for the hardware to get into stride
       for (int m = 0; m < M; ++m) acc[m][n] = at::vec::fmadd(x[m], v, acc[m][n]);
     }
   }
