@@ -26,6 +26,7 @@ from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import (
     aten,
     between,
+    first_mutation,
     is_call,
     mutated_arguments,
     root,
@@ -182,9 +183,8 @@ def _ends_here(total: Any, offset: Any, queries: Any) -> bool:
     if root(strip_copies(length)) is not root(strip_copies(offset)):
         return False
     # Both were read while the length still was the length before this call: no write to it comes earlier in the graph.
-    held = root(strip_copies(length))
-    earliest = [n for n in total.graph.nodes if any(root(a) is held for a in mutated_arguments(n))]
-    return not earliest or (total < earliest[0] and all(user < earliest[0] for user in offset.users if _reads(user)))
+    write = first_mutation(strip_copies(length))
+    return write is None or (total < write and all(user < write for user in offset.users if _reads(user)))
 
 
 def _reads(node: fx.Node) -> bool:

@@ -130,17 +130,18 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Reason]:
     over.
     """
     found: list[AttentionSite | Reason] = []
+    proofs = masks.Proofs(gm.graph, _constants(gm))
     for node in gm.graph.nodes:
         if is_call(node, aten.scaled_dot_product_attention):
-            found.append(_from_sdpa(node, gm))
+            found.append(_from_sdpa(node, proofs))
         elif is_call(node, aten.softmax.int, aten._softmax.default):
-            site = _from_arithmetic(node, gm)
+            site = _from_arithmetic(node, proofs)
             if site is not None:
                 found.append(site)
     return found
 
 
-def _from_sdpa(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reason:
+def _from_sdpa(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason:
     args = arguments(node)
     query, scale = args["query"], args["scale"]
     if len(shape(query)) != 4:
@@ -155,7 +156,7 @@ def _from_sdpa(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reason:
         )
     terms = () if args["attn_mask"] is None else (args["attn_mask"],)
     return _site(
-        gm,
+        proofs,
         anchor=node,
         output=node,
         query=query,
@@ -170,7 +171,7 @@ def _from_sdpa(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reason:
     )
 
 
-def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reason | None:
+def _from_arithmetic(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason | None:
     """``softmax((q @ k.transpose) * scale + mask) @ v``, in the orders and spellings that models use."""
     dim = arguments(node)["dim"]
     scores = node.args[0]
@@ -229,7 +230,7 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
     if key is None:
         return Reason("attention-arithmetic", "the second factor of the scores is not a transposed key", source)
     return _site(
-        gm,
+        proofs,
         anchor=node,
         output=product,
         query=query,
@@ -245,7 +246,7 @@ def _from_arithmetic(node: fx.Node, gm: fx.GraphModule) -> AttentionSite | Reaso
 
 
 def _site(
-    gm: fx.GraphModule,
+    proofs: masks.Proofs,
     *,
     anchor: fx.Node,
     output: fx.Node,
@@ -275,7 +276,7 @@ def _site(
         return Reason(
             "attention-shape", f"{q[1]} query heads over {expanded} key heads without enable_gqa: {sizes}", source
         )
-    mask = masks.recover_all(terms, is_causal=is_causal, query_length=q[2], key_length=k[2], constants=_constants(gm))
+    mask = proofs.mask(terms, is_causal=is_causal, query_length=q[2], key_length=k[2])
     nodes = tuple(term.condition if isinstance(term, masks.Term) else term for term in terms)
     ratio = q[1] // k[1]
     return AttentionSite(anchor, output, query, key, val, scale, is_causal, nodes, dropout, ratio, spelling, mask)

@@ -109,6 +109,8 @@ class Elements:
     ----------
     domain
         Index variables and sizes.
+    writes
+        Where the graph writes to memory.
     constants
         Nodes whose tensor never changes, with their real data.
     padding_index
@@ -118,12 +120,12 @@ class Elements:
     def __init__(
         self,
         domain: Domain,
-        graph: fx.Graph,
+        writes: Writes,
         constants: Mapping[fx.Node, Tensor],
         padding_index: tuple[sympy.Expr, sympy.Symbol],
     ) -> None:
         self.domain = domain
-        self.writes = Writes(graph)
+        self.writes = writes
         self.constants = {n: t for n, v in constants.items() if (t := self._real(n, v)) is not None}
         self.padding_index = padding_index
         self.why: dict[fx.Node, str] = {}

@@ -15,6 +15,7 @@ and no guard is added.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import sympy  # type: ignore[import-untyped]
@@ -40,6 +41,7 @@ from effcompile.patterns.index_algebra import (
     Opaque,
     expression,
 )
+from effcompile.patterns.storage import Writes
 from effcompile.patterns.walk import source_line, value
 
 Size = int | torch.SymInt
@@ -105,6 +107,7 @@ def recover_all(
     query_length: Size,
     key_length: Size,
     constants: Mapping[fx.Node, Tensor] | None = None,
+    writes: Writes | None = None,
 ) -> Mask | Reason:
     """The predicate of all terms together: a key is visible if every term keeps it.
 
@@ -119,6 +122,8 @@ def recover_all(
         ``T`` and ``S``.
     constants
         Nodes whose tensor never changes between calls, with their real data, which is read to prove what it is.
+    writes
+        The writes of the terms' graph, from whoever has looked for them already.
 
     Returns
     -------
@@ -131,11 +136,48 @@ def recover_all(
         return Reason("mask-and-causal", "a mask is given beside is_causal=True; attention takes one of the two")
     nodes = [t.condition if isinstance(t, Term) else t for t in terms]
     try:
-        return _Recovery(nodes, query_length, key_length, constants or {}).mask(terms, is_causal)
+        return _Recovery(nodes, query_length, key_length, constants or {}, writes).mask(terms, is_causal)
     except _Unproved as unproved:
         return unproved.reason
     except Opaque as why:
         return Reason("mask-unknown", f"the mask is {why}", source_line(nodes[0]) if nodes else "")
+
+
+class Proofs:
+    """Masks of one graph, while it does not change. Each is proved once: most models make one mask for all layers.
+
+    Parameters
+    ----------
+    graph
+        Where all terms are.
+    constants
+        As in :func:`recover_all`.
+    """
+
+    def __init__(self, graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> None:
+        self.graph, self.constants = graph, constants
+        self._found: dict[object, Mask | Reason] = {}
+
+    @functools.cached_property
+    def writes(self) -> Writes:
+        """What the graph writes to. Finding it costs more than a proof, so masks of single layers share it."""
+        return Writes(self.graph)
+
+    def mask(
+        self, terms: tuple[fx.Node | Term, ...], *, is_causal: bool, query_length: Size, key_length: Size
+    ) -> Mask | Reason:
+        """What :func:`recover_all` says."""
+        asked = terms, is_causal, expression(query_length), expression(key_length)
+        if asked not in self._found:
+            self._found[asked] = recover_all(
+                terms,
+                is_causal=is_causal,
+                query_length=query_length,
+                key_length=key_length,
+                constants=self.constants,
+                writes=self.writes if terms else None,
+            )
+        return self._found[asked]
 
 
 class _Unproved(Exception):
@@ -147,7 +189,12 @@ class _Recovery:
     """One attempt: the four index variables, and the elements of one graph in them."""
 
     def __init__(
-        self, nodes: Sequence[fx.Node], query_length: Size, key_length: Size, constants: Mapping[fx.Node, Tensor]
+        self,
+        nodes: Sequence[fx.Node],
+        query_length: Size,
+        key_length: Size,
+        constants: Mapping[fx.Node, Tensor],
+        writes: Writes | None,
     ) -> None:
         self.domain = Domain(_shape_env(nodes, query_length, key_length))
         self.queries, self.keys = expression(query_length), expression(key_length)
@@ -168,7 +215,7 @@ class _Recovery:
         self.finite = False
         graph = nodes[0].graph if nodes else fx.Graph()
         known = {**_literals(graph), **constants}
-        self.elements = Elements(self.domain, graph, known, (self.index[0], self.key))
+        self.elements = Elements(self.domain, writes or Writes(graph), known, (self.index[0], self.key))
 
     def mask(self, terms: Sequence[fx.Node | Term], is_causal: bool) -> Mask | Reason:
         """Prove all terms together."""

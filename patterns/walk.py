@@ -116,14 +116,20 @@ def root(node: Any) -> Any:
     return node
 
 
-def first_mutation(graph: fx.Graph, target: fx.Node) -> fx.Node | None:
-    """The first node that writes to the storage of ``target``."""
-    wanted = root(target)
-    node: fx.Node
-    for node in graph.nodes:
-        if any(root(argument) is wanted for argument in mutated_arguments(node)):
-            return node
-    return None
+def first_mutation(target: fx.Node) -> fx.Node | None:
+    """The first node that writes to the storage of ``target``, as far as :func:`root` sees it."""
+    wanted: fx.Node = root(target)
+    # Down from the storage to its views and their users, which are far fewer than the nodes of a graph.
+    views, writers = {wanted}, set()
+    queue = [wanted]
+    while queue:
+        for user in queue.pop().users:
+            if any(root(argument) is wanted for argument in mutated_arguments(user)):
+                writers.add(user)
+            if user not in views and root(user) is wanted:
+                views.add(user)
+                queue.append(user)
+    return min(writers, default=None)
 
 
 def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

@@ -19,9 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile.kernels.program import Predicate
 from effcompile.kernels.reason import Reason
+from effcompile.patterns import masks, walk
 from effcompile.patterns.elements import Elements
 from effcompile.patterns.index_algebra import Domain
 from effcompile.patterns.masks import Mask, Term, recover
+from effcompile.patterns.storage import Writes
 
 SEEDS = st.integers(0, 2**40)
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -292,6 +294,47 @@ def test_a_row_of_one_batch_keeps_its_triangle() -> None:
     assert predicted(got, build.held, 1, 1, 6).tolist() == [[[True, False, True, True, False, False]]]
 
 
+def test_layers_share_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same question is proved once; another length, term or flag is another question with its own answer."""
+    s = Spelling(5, batch=2, queries=4, keys=6)
+    mask, other = s.additive(s.causal()), s.call(aten.bitwise_not.default, s.padded())
+    asked: list[tuple[tuple[fx.Node | Term, ...], bool, int]] = [
+        ((mask,), False, s.keys),
+        ((mask, Term(other, dropped=True)), False, s.keys),
+        ((mask, Term(other, dropped=False)), False, s.keys),
+        ((mask,), False, s.keys + 1),
+        ((mask,), True, s.keys),
+        ((), True, s.keys),
+    ]
+    alone = [
+        masks.recover_all(terms, is_causal=flag, query_length=s.queries, key_length=keys) for terms, flag, keys in asked
+    ]
+    calls: list[Any] = []
+    whole = masks.recover_all
+    monkeypatch.setattr(masks, "recover_all", lambda *a, **k: calls.append(a) or whole(*a, **k))
+    proofs = masks.Proofs(s.build.graph, {})
+    for _layer in range(3):
+        shared = [
+            proofs.mask(terms, is_causal=flag, query_length=s.queries, key_length=keys) for terms, flag, keys in asked
+        ]
+        assert shared == alone
+    assert len(calls) == len(asked)
+
+
+def test_the_first_write_is_found_through_views() -> None:
+    build = Build()
+    held, other = build.input(torch.zeros(4)), build.input(torch.zeros(4))
+    view = build.call(aten.view.default, held, [2, 2])
+    build.call(aten.add_.Tensor, other, held)
+    summed = build.call(aten.add.Tensor, held, 1)
+    first = build.call(aten.mul_.Tensor, build.call(aten.select.int, view, 0, 1), 2)
+    build.call(aten.add_.Tensor, held, 1)
+    build.call(aten.add_.Tensor, summed, 1)
+    for node in (held, view, first):
+        assert walk.first_mutation(node) is first
+    assert walk.first_mutation(build.call(aten.mul.Tensor, held, 2)) is None
+
+
 def test_several_terms_are_a_conjunction() -> None:
     s = Spelling(5, batch=2, queries=4, keys=6)
     first, second = s.additive(s.causal()), s.call(aten.bitwise_not.default, s.padded())
@@ -415,7 +458,7 @@ def test_elements_are_what_tensors_hold(seed: int) -> None:
         index = tuple(domain.variable(f"v{k}", sympy.Integer(n)) for k, n in enumerate(sizes))
         row = index[0] if index else sympy.S.Zero
         key = index[-1] if index else domain.variable("j", sympy.S.One)
-        element = Elements(domain, soup.build.graph, constants, (row, key)).at(node, index)
+        element = Elements(domain, Writes(soup.build.graph), constants, (row, key)).at(node, index)
         points = list(itertools.product(*map(range, sizes)))
         for point in r.sample(points, min(len(points), 12)):
             given_point = dict(zip(index, map(sympy.Integer, point)))
