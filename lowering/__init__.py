@@ -20,6 +20,11 @@ def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> No
         cpp.prebuild(programs)
 
 
+def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
+    """Why a device of this type has no generated kernel for ``program``; None where that is not known to be so."""
+    return cpp.refusal(program) if device_type == "cpu" else None
+
+
 @functools.cache
 def sources() -> tuple[str, ...]:
     """All files that decide what an operator computes, for cache keys."""

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
 
 import effcompile as ec
@@ -47,9 +48,9 @@ def no_inductor(monkeypatch):
     return graphs
 
 
-def decisions(model):
-    """(decode, prefill) decisions of all graphs recorded for a model: those over a store, and those on fresh keys."""
-    return ec.inspect(model).decisions
+def decisions(model, phase):
+    """The decisions about a model's sites in its graphs of ``phase``: "prefill" or "decode"."""
+    return [d for graph in ec.inspect(model).graphs for d in graph.decisions if graph.label == phase]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -69,17 +70,14 @@ def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    found = decisions(model)
-    prefill = [d for d in found if "attend" not in d.form]
-    decode = [d for d in found if "attend" in d.form]
+    prefill, decode = decisions(model, "prefill"), decisions(model, "decode")
+    assert len(prefill) == present
+    assert all(d.form.startswith("attend_prefill_k16v16") for d in prefill)
     if name in NO_DECODE_GRAPH:
         assert not decode
-        assert len(prefill) == present
         return
     assert len(decode) == present
-    assert all(d.action == "rewritten" for d in decode)
-    assert len(prefill) == present
-    assert {d.reason.code for d in prefill if d.action == "left"} <= {"fresh-keys"}
+    assert all(d.form.startswith("attend_decode_k16v16") for d in decode)
     targets = [str(n.target) for n in no_inductor[-1].graph.nodes]
     assert targets.count("effcompile.attend.default") == present
     assert not any("kv_load" in t or "scaled_dot_product" in t or "softmax" in t for t in targets)
@@ -94,9 +92,51 @@ def test_padding_is_recovered_and_generates_the_same(attention, no_inductor):
     ec.compress_kv(key_bits=16, value_bits=16)(model)
     model.compile(backend="effcompile")
     assert torch.equal(model.generate(IDS, attention_mask=mask, **GREEDY), expected)
-    decode = [d for d in decisions(model) if "attend" in d.form]
-    assert len(decode) == 2
-    assert all("pad" in d.form for d in decode)
+    decode, prefill = decisions(model, "decode"), decisions(model, "prefill")
+    assert len(decode) == len(prefill) == 2
+    assert all(d.form.endswith("causal_pad") for d in decode)
+    # A row of padding sees no key. SDPA gives 0 for it, as we do; arithmetic with a finite mask gives a mean.
+    assert all(d.form.endswith("causal_pad") if attention == "sdpa" else d.reason.code == "fresh-keys" for d in prefill)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_prompts_of_any_length_read_their_own_keys(attention, padded, no_inductor):
+    """Three lengths: the second graph's length is a symbol. Logits of every token, padding too, are the eager ones."""
+    model = MODELS["llama"](attention)
+    fast = ec.compress_kv()(copy.deepcopy(model))
+    fast.compile(backend="effcompile")
+    for count in (33, 300, 71):
+        mask = torch.ones(2, count, dtype=torch.long)
+        mask[0, : 9 if padded else 0] = 0
+        with torch.no_grad():
+            ids = IDS[:, :count].contiguous()
+            expected = model(ids, attention_mask=mask).logits
+            got = fast(ids, attention_mask=mask).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(no_inductor) == 2
+    found = decisions(fast, "prefill")
+    left = padded and attention == "eager"
+    assert {d.action for d in found} == {"left" if left else "rewritten"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_heads_without_a_kernel_keep_sdpa_for_the_first_call(attention, no_inductor):
+    """Heads of 20 channels have no C++ kernel; the reference body would need all scores at once."""
+    config = {"hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **config, intermediate_size=64, num_hidden_layers=2, vocab_size=128, attn_implementation=attention
+        )
+    ).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        ec.compress_kv(key_bits=16, value_bits=16)(model)
+        model.compile(backend="effcompile")
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert {d.form or d.reason.code for d in decisions(model, "prefill")} == {
+        "fresh-keys" if attention == "sdpa" else "sdpa_causal"
+    }
 
 
 @pytest.mark.parametrize("spelling", ["sdpa", "arithmetic"])
@@ -109,7 +149,7 @@ def test_nanogpt_is_found_and_left_with_a_reason_that_names_both_ways(spelling, 
     fast = torch.compile(model, backend="effcompile")
     with torch.no_grad():
         assert torch.equal(fast(ids), plain)
-    found = decisions(model)
+    found = ec.inspect(model).decisions
     assert len(found) == count.sdpa + count.softmax == 2
     assert {d.reason.code for d in found} == {"no-compressed-cache"}
     assert all("ec.Cache(model)" in d.reason.text and "ec.compress_kv" in d.reason.text for d in found)
@@ -138,7 +178,7 @@ def test_options_alone_give_a_reason_that_names_both(no_inductor):
     )
     with torch.no_grad():
         fast(IDS, use_cache=False)
-    found = decisions(model)
+    found = ec.inspect(model).decisions
     assert len(found) == 2
     assert all(d.reason.code == "no-compressed-cache" and d.rule.startswith("rule") for d in found)
 
@@ -149,10 +189,11 @@ def test_a_rule_can_switch_the_fusion_off_and_a_decorator_beats_it(no_inductor):
     model.compile(backend="effcompile", options={"rules": {"model.layers.0": {"compress_kv": False}}})
     cache = ec.Cache(model, 512, key_bits=16, value_bits=16)
     assert torch.equal(model.generate(IDS, past_key_values=cache, **GREEDY), expected)
-    decode = {d.module: d for d in decisions(model) if d.reason is None or d.reason.code == "switched-off"}
-    assert decode["model.layers.0.self_attn"].action == "left"
-    assert decode["model.layers.1.self_attn"].action == "rewritten"
-    assert decode["model.layers.1.self_attn"].rule == "ec.Cache"
+    for phase in ("prefill", "decode"):
+        found = {d.module: d for d in decisions(model, phase)}
+        assert found["model.layers.0.self_attn"].reason.code == "switched-off"
+        assert found["model.layers.1.self_attn"].action == "rewritten"
+        assert found["model.layers.1.self_attn"].rule == "ec.Cache"
 
 
 def test_unknown_options_name_the_nearest():
@@ -183,9 +224,7 @@ def test_chunked_prefill_and_decode_use_one_cache(no_inductor):
             cache = result.past_key_values
             out.append(result.logits)
     torch.testing.assert_close(torch.cat(out, 1), plain, rtol=1e-3, atol=2e-4)
-    forms = {d.form for d in decisions(model)}
-    assert any("prefill" in f for f in forms)
-    assert any("decode" in f for f in forms)
+    assert {d.form.split("_k16")[0] for d in ec.inspect(model).decisions} == {"attend_prefill", "attend_decode"}
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 4), (16, 8)])
@@ -231,8 +270,8 @@ def test_verify_records_the_difference_and_leaves_the_state_alone(no_inductor):
     model.compile(backend="effcompile", options={"verify": True})
     plain.compile(backend="effcompile")
     verified = model.generate(IDS, **GREEDY)
-    errors = [d.error for d in decisions(model) if "attend" in d.form]
-    assert len(errors) == 2
+    errors = [d.error for phase in ("prefill", "decode") for d in decisions(model, phase)]
+    assert len(errors) == 4
     assert all(e is not None and e < 1e-5 for e in errors)
     assert torch.equal(verified, plain.generate(IDS, **GREEDY))
 
@@ -248,7 +287,7 @@ def test_report_is_json_and_prints(no_inductor):
     assert "scaled_dot_product" in seen.graph("before")
     assert "modeling_llama.py" in str(seen.decisions[0].source)
     assert {d.module for d in seen.decisions} == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
-    assert "2 of 4 sites rewritten" in str(seen)
+    assert "4 of 4 sites rewritten" in str(seen)
 
 
 @pytest.mark.parametrize("same", [True, False])
