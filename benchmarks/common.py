@@ -114,6 +114,11 @@ def ratio_of_rounds(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
+def spread(values: list[float], unit: str = "") -> str:
+    """Least and most of several rounds, for a note."""
+    return f"{min(values):.4g} to {max(values):.4g}{unit} in {len(values)} rounds"
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     import transformers

@@ -18,6 +18,7 @@ from common import (
     ratio_of_rounds,
     say,
     shared,
+    spread,
 )
 
 from effcompile import measure, smollm2
@@ -61,13 +62,17 @@ def rounds_of(sides: list[Side], length: int, batch: int, rounds: int, tokens: i
 
 
 def _shown(medians: dict[str, list[float]], where: str) -> list[Measured]:
-    return [Measured(f"{name}, {where}", statistics.median(times), " ms") for name, times in medians.items()]
+    return [
+        Measured(f"{name}, {where}", statistics.median(times), " ms", note=spread(times))
+        for name, times in medians.items()
+    ]
 
 
 def _ratio(medians: dict[str, list[float]], slow: list[Side], fast: Side, where: str, goal: float) -> Measured:
     best = min((side.name for side in slow), key=lambda name: statistics.median(medians[name]))
     value = ratio_of_rounds(medians[best], medians[fast.name])
-    return Measured(f"{fast.name}, {where}: times faster", value, "x", goal, note=f"against {best}")
+    rounds = spread([a / b for a, b in zip(medians[best], medians[fast.name])])
+    return Measured(f"{fast.name}, {where}: times faster", value, "x", goal, note=f"against {best}; {rounds}")
 
 
 def run(quick: bool = False) -> list[Measured]:

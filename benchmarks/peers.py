@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import HERE, Measured, Worker, console, ratio_of_rounds, say, shared
+from common import HERE, Measured, Worker, console, ratio_of_rounds, say, shared, spread
 
 from effcompile import smollm2
 
@@ -89,7 +89,7 @@ def run(quick: bool = False) -> list[Measured]:
     for name, medians in times.items():
         slower = f"{ratio_of_rounds(medians, times[OURS]):.2f} times {OURS}; " if OURS in times else ""
         size = f", cache {last[name]['bytes'] / 2**20:.0f} MiB" if last[name]["bytes"] else ""
-        note = f"{slower}prefill {last[name]['prefill']:.1f} s{size}; said: {answers[name][:24]}"
+        note = f"{spread(medians)}; {slower}prefill {last[name]['prefill']:.1f} s{size}; said: {answers[name][:24]}"
         rows.append(Measured(f"{name}, {tokens} tokens", statistics.median(medians), " ms", note=note))
     return rows
 

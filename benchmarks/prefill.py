@@ -22,6 +22,7 @@ from common import (
     say,
     serve,
     shared,
+    spread,
     status_kib,
 )
 
@@ -73,7 +74,10 @@ def run(quick: bool = False) -> list[Measured]:
     finally:
         for process in workers.values():
             process.close()
-    rows = [Measured(f"prefill of {tokens}, {name}", statistics.median(times), " s") for name, times in seconds.items()]
+    rows = [
+        Measured(f"prefill of {tokens}, {name}", statistics.median(times), " s", note=spread(times))
+        for name, times in seconds.items()
+    ]
     for side in (OURS_16, K4V4):
         value = ratio_of_rounds(seconds[EAGER.name], seconds[side.name])
         rows.append(Measured(f"prefill of {tokens}, {side.name} against eager", value, "x", 0.95))
