@@ -193,6 +193,10 @@ def _unsupported(site: AttentionSite) -> Reason | None:
     if query.dtype not in DTYPES or size not in HEAD_SIZES or value_size not in HEAD_SIZES:
         text = f"no kernel for {query.dtype} with head sizes {size} and {value_size}"
         return Reason("not-supported", text, site.source)
+    dtypes = [value(n).dtype for n in (site.query, site.key, site.value, site.output)]
+    if len(set(dtypes)) > 1:
+        text = f"query, key, value and result are in {', '.join(map(str, dtypes))}; a kernel needs one dtype"
+        return Reason("not-supported", text, site.source)
     if torch.is_grad_enabled() and query.requires_grad:
         text = "gradients are needed and attention over a store has none; use torch.no_grad()"
         return Reason("gradients", text, site.source)

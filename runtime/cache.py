@@ -173,7 +173,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             )
         if self.first:
             self.call.inside = False
-        torch.ops.effcompile.kv_store(*self.state, self.length, key_states, value_states, self.form_name)
+        # Equal, except under autocast: there rotated keys are in fp32 and values are not, and the store takes both.
+        stored = key_states.to(self.dtype), value_states.to(self.dtype)
+        torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name)
         if self.fresh:
             result = key_states, value_states
         else:
@@ -200,11 +202,18 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 f"the cache was made for {heads} heads of {key_size} and {value_size} channels, and the model gives "
                 f"{found[0]} of {found[1]} and {found[2]}; make the cache with the model that uses it."
             )
-        if key.dtype != self.dtype or value.dtype != self.dtype:
-            return f"the cache was made for {self.dtype} and the model gives {key.dtype}; make a new cache."
+        if any(x.dtype != self.dtype and not self._widens(x) for x in (key, value)):
+            return (
+                f"the cache was made for {self.dtype} and the model gives keys in {key.dtype} and values in "
+                f"{value.dtype}; make a new cache."
+            )
         if key.device != self.device:
             return f"the cache lives on {self.device} and the model's keys on {key.device}; make a new cache."
         return ""
+
+    def _widens(self, x: Tensor) -> bool:
+        """Whether autocast made ``x`` narrower than the store, which holds it exactly."""
+        return torch.is_autocast_enabled(x.device.type) and torch.promote_types(x.dtype, self.dtype) == self.dtype
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and offset for the mask: the fresh keys on an empty cache, else the capacity."""

@@ -340,3 +340,22 @@ def test_a_compiled_call_that_failed_half_way_is_not_continued(no_inductor, monk
         cache.reset()
         model(IDS, past_key_values=cache)
         assert torch.equal(model(IDS[:, :1], past_key_values=cache).logits, whole)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_autocast(name, attention, no_inductor):
+    """Under autocast rotated keys are in fp32 and values are not; results have the type and the values of eager."""
+    model = MODELS[name](attention)
+    fast = ec.compress_kv(key_bits=16, value_bits=16)(copy.deepcopy(model))
+    fast.compile(backend="effcompile")
+    plain = compressed = None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for ids in (IDS[:, :100], IDS[:, 100:101], IDS[:, 101:102]):
+            expected = model(ids, past_key_values=plain)
+            got = fast(ids, past_key_values=compressed)
+            plain, compressed = expected.past_key_values, got.past_key_values
+            assert got.logits.dtype == expected.logits.dtype
+            torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
+    assert isinstance(compressed, ec.Cache)
+    assert compressed.tokens == 102

@@ -165,7 +165,7 @@ def test_changed_dtype(llama):
     with torch.no_grad():
         cache = llama(IDS).past_key_values
         llama.bfloat16()
-        with pytest.raises(CacheError, match=r"float32 and the model gives torch\.bfloat16"):
+        with pytest.raises(CacheError, match=r"float32 and the model gives keys in torch\.bfloat16"):
             llama(IDS, past_key_values=cache)
 
 
