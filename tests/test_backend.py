@@ -20,8 +20,9 @@ from effcompile.runtime.cache import CacheError
 from models import MODELS, NanoGPT, counted
 
 IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
-# OPT builds its positions from a size that it reads from the cache's length tensor: a graph break of its own, with
-# transformers' StaticCache too. Its decode runs the eager reference path, which the test above it compares as well.
+# OPT, as of some version of transformers between 5.17 and 5.23, builds its positions from a size that it reads from the
+# cache's length tensor: a graph break of its own, with transformers' StaticCache too. Its decode runs the eager reference
+# path, which the test compares as well.
 NO_DECODE_GRAPH = {"opt"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
@@ -73,8 +74,7 @@ def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
     prefill, decode = decisions(model, "prefill"), decisions(model, "decode")
     assert len(prefill) == present
     assert all(d.form.startswith("attend_prefill_k16v16") for d in prefill)
-    if name in NO_DECODE_GRAPH:
-        assert not decode
+    if name in NO_DECODE_GRAPH and not decode:
         return
     assert len(decode) == present
     assert all(d.form.startswith("attend_decode_k16v16") for d in decode)
