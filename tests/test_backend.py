@@ -20,9 +20,9 @@ from effcompile.runtime.cache import CacheError
 from models import MODELS, NanoGPT, counted
 
 IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
-# OPT, as of some version of transformers between 5.17 and 5.23, builds its positions from a size that it reads from the
-# cache's length tensor: a graph break of its own, with transformers' StaticCache too. Its decode runs the eager reference
-# path, which the test compares as well.
+# OPT (after transformers 5.17, by 5.23) builds its positions from a size that it reads from the cache's length tensor: a
+# graph break of its own, with transformers' StaticCache too. Its decode runs the eager reference path, which the test
+# compares as well.
 NO_DECODE_GRAPH = {"opt"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
