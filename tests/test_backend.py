@@ -20,8 +20,8 @@ from effcompile.runtime.cache import CacheError
 from models import MODELS, NanoGPT, counted
 
 IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
-# OPT (after transformers 5.17, by 5.23) builds its positions from a size that it reads from the cache's length tensor: a
-# graph break of its own, with transformers' StaticCache too. Its decode runs the eager reference path, which the test
+# OPT (after transformers 5.17, by 5.23) builds its positions from a size that it reads from the cache's length tensor:
+# a graph break of its own, with transformers' StaticCache too. Its decode runs the eager reference path, which the test
 # compares as well.
 NO_DECODE_GRAPH = {"opt"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -134,9 +134,9 @@ def test_heads_without_a_kernel_keep_sdpa_for_the_first_call(attention, no_induc
         ec.compress_kv(key_bits=16, value_bits=16)(model)
         model.compile(backend="effcompile")
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    assert {d.form or d.reason.code for d in decisions(model, "prefill")} == {
-        "fresh-keys" if attention == "sdpa" else "sdpa_causal"
-    }
+    found = {d.form or d.reason.code for d in decisions(model, "prefill")}
+    # Some versions of transformers give SDPA a causal mask here, which is not needed; others a flag.
+    assert found == {"sdpa_causal"} or (found == {"fresh-keys"} and attention == "sdpa")
 
 
 @pytest.mark.parametrize("spelling", ["sdpa", "arithmetic"])
