@@ -27,7 +27,7 @@ from effcompile.passes import base, report
 from effcompile.passes import options as choices
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
-from effcompile.patterns.attention import AttentionSite, find_attention
+from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.walk import mutated_arguments, root
 
@@ -61,8 +61,9 @@ def effcompile(
     graph = normalize(gm, example_inputs)
     if isinstance(graph, Reason):
         log.warning("compiled without rewriting: %s", graph)
+        seen = [report.left(i, site, "", site.reason) for i, site in enumerate(hidden_attention(gm, graph))]
         return _unchanged(
-            gm, example_inputs, chosen, report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph)
+            gm, example_inputs, chosen, report.GraphReport(gm, None, seen, chosen, clock.seconds, note=graph)
         )
     clock.lap("normalise")
     before = report.Snapshot(graph)
@@ -109,8 +110,8 @@ def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[r
     decisions: list[report.Decision] = []
     replaced: Replaced = []
     for index, site in enumerate(find_attention(gm)):
-        if isinstance(site, Reason):
-            decisions.append(report.left(index, None, "", site))
+        if isinstance(site, Unmatched):
+            decisions.append(report.left(index, site, "", site.reason))
             continue
         for name in base.REGISTRY:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen)
