@@ -116,9 +116,9 @@ def _at(expression: Any, sizes: tuple[tuple[str, int], ...]) -> Any:
 
 
 def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
-    """The decision to leave ``site`` as it is; without a query it is one that could not be described."""
+    """The decision to leave ``site`` as it is; without a query it is of another kind, or could not be described."""
     if not hasattr(site, "query"):
-        rows = _hint(site.queries)
+        rows = _hint(getattr(site, "queries", None))
         sizes = () if rows is None else (("T", rows),)
         place = clean_path(site.module)
         return Decision(index, site.kind, place, rule, "left", reason=reason, source=site.source, sizes=sizes)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 from effcompile.kernels import ops  # noqa: F401  (defines the operators named below)
 from effcompile.kernels.reason import Reason
 from effcompile.patterns import arithmetic, masks
+from effcompile.patterns.site import Site
 from effcompile.patterns.walk import (
     arguments,
     aten,
     first_mutation,
     is_call,
-    module_path,
     root,
     same_shape,
     same_size,
@@ -40,7 +40,7 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 @dataclasses.dataclass
-class AttentionSite:
+class AttentionSite(Site):
     """One attention in a graph.
 
     ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``value`` ``[B, G, S, E]`` are nodes; an expansion of the
@@ -48,9 +48,8 @@ class AttentionSite:
     that a rewrite replaces.
     """
 
-    kind = "attention"
+    kind: ClassVar[str] = "attention"
 
-    anchor: fx.Node
     output: fx.Node
     query: fx.Node
     key: fx.Node
@@ -62,16 +61,6 @@ class AttentionSite:
     ratio: int
     spelling: str
     mask: masks.Mask | Reason
-
-    @property
-    def module(self) -> str:
-        """Path of the module that the site was traced in."""
-        return module_path(self.anchor)
-
-    @property
-    def source(self) -> str:
-        """The user's line."""
-        return source_line(self.anchor)
 
     @property
     def load(self) -> fx.Node | None:
@@ -153,19 +142,13 @@ class AttentionSite:
 
 
 @dataclasses.dataclass
-class Unmatched:
+class Unmatched(Site):
     """Attention that was seen and cannot be described: where it is, and why. ``queries`` is their number, if known."""
 
-    kind = "attention"
+    kind: ClassVar[str] = "attention"
 
-    anchor: fx.Node
     reason: Reason
     queries: Any = None
-
-    @property
-    def module(self) -> str:
-        """Path of the module that it was traced in."""
-        return module_path(self.anchor)
 
     @property
     def source(self) -> str:

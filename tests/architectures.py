@@ -293,6 +293,30 @@ def _run(model: nn.Module, inputs: Inputs, cached: bool) -> tuple[list[Tensor], 
     return found, graphs
 
 
+_FEED_FORWARD: tuple[set[str], ...] = (
+    {"gate_proj", "up_proj", "down_proj"},
+    {"gate_up_proj", "down_proj"},
+    {"dense_h_to_4h", "dense_4h_to_h"},
+    {"c_fc", "c_proj"},
+    {"fc_in", "fc_out"},
+    {"fc1", "fc2"},
+    {"wi", "wo"},
+    {"intermediate", "output"},
+)
+"""What authors call the linears of a feed-forward block: only here, to count blocks in another way than the finder."""
+
+
+def _parts(model: nn.Module) -> dict[str, int]:
+    """Feed-forward blocks, mixtures and heads of an eager model, by what its modules are called."""
+    children = [{name for name, child in m.named_children()} for m in model.modules()]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        "ffn": sum(any(names <= own for names in _FEED_FORWARD) for own in children),
+        "moe": sum("experts" in own for own in children),
+        "lm-head": int(head is not None),
+    }
+
+
 def _told(graphs: list[Any]) -> dict[str, Any]:
     """Sites by what became of them: ``rewritten``, or the code of the reason."""
     sites = [d for graph in graphs for d in graph.decisions if d.kind == "attention"]
@@ -302,7 +326,8 @@ def _told(graphs: list[Any]) -> dict[str, Any]:
         "rewritten": sum(d.action == "rewritten" for d in sites),
         "left": dict(sorted(Counter(d.reason.code for d in sites if d.reason is not None).items())),
     }
-    return told | ({"notes": notes} if notes else {})
+    others = Counter(d.kind for graph in graphs for d in graph.others)
+    return told | {"others": dict(sorted(others.items()))} | ({"notes": notes} if notes else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +354,7 @@ def measure(name: str) -> Outcome:
         warnings.simplefilter("ignore")
         with torch.no_grad(), counted() as count:
             model(**inputs)
-        facts: dict[str, Any] = {"present": count.attention}
+        facts: dict[str, Any] = {"present": count.attention, "parts": _parts(model) | {"linear": count.linear}}
         expected, _ = _run(model, inputs, entry.cached)
         fast, cached, options = copy.deepcopy(model), entry.cached, {}
         if cached:
@@ -366,7 +391,7 @@ def main() -> None:
     """Print rows, or write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="rows; all if none is given")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write the golden file")
     given = parser.parse_args()
     facts = golden()
     for name in given.names or ARCHITECTURES:

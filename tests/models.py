@@ -105,16 +105,19 @@ class Count(TorchFunctionMode):
         Calls of SDPA, of torch's whole multi-head attention (inside which this mode is off) and of an attention
         operator from elsewhere, and each softmax whose result, through dropout, casts, views and slices, is a factor of
         a matrix product; a router's softmax is not.
+    linear
+        Calls of ``linear`` and ``addmm``.
     """
 
     def __init__(self) -> None:
-        self.sdpa = self.softmax = self.attention = 0
+        self.sdpa = self.softmax = self.attention = self.linear = 0
         # The tensors themselves: an id alone would be given to another tensor once the first is gone.
         self._weights: dict[int, Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.sdpa += func is nn.functional.scaled_dot_product_attention
         self.softmax += func in _SOFTMAX
+        self.linear += func in (nn.functional.linear, torch.addmm)
         whole = func in _WHOLE or "flash_attn" in str(func)
         flat = [x for a in args for x in (a if isinstance(a, (list, tuple)) else [a])]
         weights = [x for x in flat if id(x) in self._weights]
