@@ -15,7 +15,7 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @dataclasses.dataclass
 class LinearSite(Site):
-    """``x @ weight.T + bias`` (``linear``), or ``x @ weight + bias`` (``addmm``) on a matrix."""
+    """``x @ weight.T + bias`` (``linear``), ``x @ weight + bias`` (``addmm``), or a product with a weight."""
 
     kind: ClassVar[str] = "linear"
 
@@ -28,13 +28,18 @@ class HeadSite(Site):
 
 
 def is_linear(node: Any) -> bool:
-    """Whether a node is a linear in one of its two spellings."""
+    """Whether a node is a linear in one of its spellings."""
+    if is_call(node, aten.matmul.default):
+        weight = node.args[1]
+        if is_call(weight, aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int):
+            weight = weight.args[0]
+        return len(shape(weight)) == 2 and weight.op in ("placeholder", "get_attr")
     return is_call(node, aten.linear.default, aten.addmm.default)
 
 
 def input_of(linear: fx.Node) -> fx.Node:
     """What a linear is applied to, without views and casts."""
-    node = strip_casts(operand(linear, 0 if is_call(linear, aten.linear.default) else 1))
+    node = strip_casts(operand(linear, 1 if is_call(linear, aten.addmm.default) else 0))
     while is_call(node, *VIEWS):
         node = strip_casts(node.args[0])
     found: fx.Node = node

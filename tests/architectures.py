@@ -313,7 +313,8 @@ def _parts(model: nn.Module) -> dict[str, int]:
     return {
         "ffn": sum(any(names <= own for names in _FEED_FORWARD) for own in children),
         "moe": sum("experts" in own for own in children),
-        "lm-head": int(head is not None),
+        # The hand-written ones multiply by their embedding.
+        "lm-head": int(head is not None or hasattr(model, "embed")),
     }
 
 

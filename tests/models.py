@@ -106,7 +106,7 @@ class Count(TorchFunctionMode):
         operator from elsewhere, and each softmax whose result, through dropout, casts, views and slices, is a factor of
         a matrix product; a router's softmax is not.
     linear
-        Calls of ``linear`` and ``addmm``.
+        Calls of ``linear`` and ``addmm``, and products with a matrix.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,8 @@ class Count(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.sdpa += func is nn.functional.scaled_dot_product_attention
         self.softmax += func in _SOFTMAX
-        self.linear += func in (nn.functional.linear, torch.addmm)
+        matrix = func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[1].ndim == 2
+        self.linear += func in (nn.functional.linear, torch.addmm) or matrix
         whole = func in _WHOLE or "flash_attn" in str(func)
         flat = [x for a in args for x in (a if isinstance(a, (list, tuple)) else [a])]
         weights = [x for x in flat if id(x) in self._weights]

@@ -39,6 +39,10 @@ def by_addmm(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return torch.addmm(torch.ones(8), F.silu(flat).view(-1, 32), down.t()).view(2, 3, 8)
 
 
+def by_matmul(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.relu(x @ up.T) @ down.T
+
+
 def gated(x: Tensor, up: Tensor, down: Tensor, gate: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
@@ -54,6 +58,7 @@ def fused(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
         (plain, (X, UP, DOWN), False),
         (squared, (X, UP, DOWN), False),
         (by_addmm, (X, UP, DOWN), False),
+        (by_matmul, (X, UP, DOWN), False),
         (gated, (X, UP, DOWN, UP), True),
         (fused, (X, (64, 8), DOWN), True),
     ],
@@ -78,11 +83,17 @@ def gated_attention(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.sigmoid(F.linear(x, up)) * mixed, down)
 
 
+def of_two_activations(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.relu(x @ (up * x.mean()).T) @ down.T
+
+
 def to_another_width(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, up)), down[:5])
 
 
-@pytest.mark.parametrize("function", [no_activation, of_two_inputs, gated_attention, to_another_width])
+@pytest.mark.parametrize(
+    "function", [no_activation, of_two_inputs, gated_attention, of_two_activations, to_another_width]
+)
 def test_what_is_no_feed_forward(function: Callable[..., Tensor]) -> None:
     assert not find_feed_forward(graph(function, X, UP, DOWN))
 
