@@ -100,7 +100,7 @@ def parts_of(softmax: fx.Node) -> Parts | Reason | None:
 
 def _weights_product(softmax: fx.Node) -> tuple[fx.Node, float, set[str]] | None:
     """The matrix product that the weights go into, the dropout on the way, and what stands in the way of taking it."""
-    dropout, lacks = 0.0, set()
+    dropout = 0.0
     queue: list[tuple[fx.Node, frozenset[str]]] = [(softmax, frozenset())]
     for node, way in queue:
         if len(queue) > 64:
@@ -109,9 +109,8 @@ def _weights_product(softmax: fx.Node) -> tuple[fx.Node, float, set[str]] | None
             way |= {"weights-used"}
         for user in node.users:
             if is_call(user, *_PRODUCTS):
-                factors = user.args[1] if is_call(user, aten.einsum.default) else user.args[-2:]
-                lacks |= way if factors[0] is node else way | {"cut"}
-                return user, dropout, lacks
+                factors = operand(user, 1) if is_call(user, aten.einsum.default) else user.args[-2:]
+                return user, dropout, set(way if factors[0] is node else way | {"cut"})
             if is_call(user, aten.dropout.default):
                 dropout = float(operand(user, 1)) if user.args[2] else dropout
                 queue.append((user, way))

@@ -166,6 +166,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
     found: list[AttentionSite | Unmatched] = []
     proofs = masks.Proofs(gm.graph, _constants(gm))
     for node in gm.graph.nodes:
+        site: AttentionSite | Reason | None
         if is_call(node, aten.scaled_dot_product_attention):
             site = _from_sdpa(node, proofs)
         elif is_call(node, aten.softmax.int, aten._softmax.default):
@@ -173,8 +174,8 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
         else:
             site = _foreign(node)
         if isinstance(site, Reason):
-            site = Unmatched(node, site, _rows(node))
-        if site is not None:
+            found.append(Unmatched(node, site, _rows(node)))
+        elif site is not None:
             found.append(site)
     return found
 
