@@ -27,8 +27,12 @@ from effcompile.passes import base, report
 from effcompile.passes import options as choices
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
-from effcompile.patterns.attention import AttentionSite, find_attention
+from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
+from effcompile.patterns.ffn import find_feed_forward
+from effcompile.patterns.linear import find_heads, find_linears
+from effcompile.patterns.moe import find_experts
 from effcompile.patterns.normalize import normalize
+from effcompile.patterns.site import Site
 from effcompile.patterns.walk import mutated_arguments, root
 
 log = logging.getLogger(__name__)
@@ -61,16 +65,19 @@ def effcompile(
     graph = normalize(gm, example_inputs)
     if isinstance(graph, Reason):
         log.warning("compiled without rewriting: %s", graph)
+        seen = [report.left(i, site, "", site.reason) for i, site in enumerate(hidden_attention(gm, graph))]
         return _unchanged(
-            gm, example_inputs, chosen, report.GraphReport(gm, None, [], chosen, clock.seconds, note=graph)
+            gm, example_inputs, chosen, report.GraphReport(gm, None, seen, chosen, clock.seconds, note=graph)
         )
     clock.lap("normalise")
     before = report.Snapshot(graph)
+    others = _others(graph)
     decisions, replaced = _rewrite(graph, chosen)
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
-        return _unchanged(gm, example_inputs, chosen, report.GraphReport(gm, before, decisions, chosen, clock.seconds))
+        kept = report.GraphReport(gm, before, decisions, chosen, clock.seconds, others=others)
+        return _unchanged(gm, example_inputs, chosen, kept)
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
     linears = lower_linears(graph)
@@ -78,7 +85,9 @@ def effcompile(
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
     lowering.prebuild(programs, device)
     after = report.Snapshot(graph)
-    record = report.GraphReport(gm, before, decisions, chosen, clock.seconds, after=after, programs=programs)
+    record = report.GraphReport(
+        gm, before, decisions, chosen, clock.seconds, after=after, programs=programs, others=others
+    )
     record.linears = linears
     report.record(record)
     clock.lap("report")
@@ -109,8 +118,8 @@ def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[r
     decisions: list[report.Decision] = []
     replaced: Replaced = []
     for index, site in enumerate(find_attention(gm)):
-        if isinstance(site, Reason):
-            decisions.append(report.left(index, None, "", site))
+        if isinstance(site, Unmatched):
+            decisions.append(report.left(index, site, "", site.reason))
             continue
         for name in base.REGISTRY:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen)
@@ -128,6 +137,21 @@ def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[r
     gm.graph.lint()
     gm.recompile()
     return decisions, replaced
+
+
+def _others(gm: fx.GraphModule) -> list[report.Decision]:
+    """The sites of kinds that no pass takes, listed for those who want to know what a model is made of."""
+    finders: tuple[Callable[[fx.GraphModule], Sequence[Site]], ...] = (
+        find_feed_forward,
+        find_experts,
+        find_heads,
+        find_linears,
+    )
+    sites = [site for find in finders for site in find(gm)]
+    return [
+        report.left(i, site, "", Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source))
+        for i, site in enumerate(sites)
+    ]
 
 
 def _ask(name: str, resolved: choices.Resolved, site: AttentionSite) -> tuple[Rewrite | Reason, str]:

@@ -103,7 +103,7 @@ def match(site: AttentionSite) -> Rewrite | Reason:
 
     load, store = site.load, site.store
     if load is None and store is None:
-        return no("no-compressed-cache", NO_CACHE)
+        return no(*_elsewhere(site))
     if load is None:
         return _fresh(site)
     form = KVForm.parse(str(load.args[7]))
@@ -124,6 +124,23 @@ def match(site: AttentionSite) -> Rewrite | Reason:
     if problem := _unsupported(site):
         return problem
     return _fuse(site, form, form, lambda graph: (load.args[:6], total))
+
+
+def _elsewhere(site: AttentionSite) -> tuple[str, str]:
+    """Code and text of why a site has nothing to do with a compressed store."""
+    if site.latent:
+        return "latent-keys", (
+            "keys and values are computed from what the cache holds (multi-head latent attention), so the store is "
+            "read densely and multiplied first"
+        )
+    if site.cross:
+        return "cross-attention", "its keys are those of other tokens (an encoder's), made once and kept as they are"
+    if site.anchor.graph.find_nodes(op="call_function", target=torch.ops.effcompile.kv_store.default):
+        return "other-cache", (
+            "the model has a compressed cache, but not for this layer: layers with a sliding window or chunks keep the "
+            "cache that transformers gives them"
+        )
+    return "no-compressed-cache", NO_CACHE
 
 
 def _fresh(site: AttentionSite) -> Rewrite | Reason:

@@ -116,9 +116,12 @@ def _at(expression: Any, sizes: tuple[tuple[str, int], ...]) -> Any:
 
 
 def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
-    """The decision to leave ``site`` (``None`` if it could not even be described) as it is."""
-    if site is None:
-        return Decision(index, "attention", "", rule, "left", reason=reason, source=reason.source)
+    """The decision to leave ``site`` as it is; without a query it is of another kind, or could not be described."""
+    if not hasattr(site, "query"):
+        rows = _hint(getattr(site, "queries", None))
+        sizes = () if rows is None else (("T", rows),)
+        place = clean_path(site.module)
+        return Decision(index, site.kind, place, rule, "left", reason=reason, source=site.source, sizes=sizes)
     common = _common(index, site, rule)
     before = _cost_before(site)
     return Decision(**common, action="left", reason=reason, before=before, after=before)

@@ -20,6 +20,7 @@ import json
 import logging
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,6 +145,8 @@ class GraphReport:
         What the rewritten sites will launch.
     note
         Why the graph was compiled without being looked at.
+    others
+        Sites of kinds that no pass takes.
     """
 
     def __init__(
@@ -157,8 +160,10 @@ class GraphReport:
         after: fx.GraphModule | Snapshot | None = None,
         programs: Sequence[Any] = (),
         note: Reason | None = None,
+        others: Sequence[Decision] = (),
     ) -> None:
         self.decisions = tuple(decisions)
+        self.others = tuple(others)
         self.options = options
         self.seconds: Mapping[str, float] = {} if seconds is None else seconds
         self.before = _snapshot(gm if before is None else before)
@@ -213,7 +218,14 @@ class GraphReport:
             "note": None if self.note is None else dataclasses.asdict(self.note),
             "unmatched_rules": list(self.unmatched),
             "decisions": [d.to_dict() for d in self.decisions],
+            "others": [{"kind": d.kind, "module": d.module, "source": d.source} for d in self.others],
         }
+
+    @property
+    def others_line(self) -> str:
+        """How many sites there are of kinds that no pass takes; empty if there are none."""
+        kinds = Counter(d.kind for d in self.others)
+        return "" if not kinds else "no pass takes: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 
 
 def _snapshot(graph: fx.GraphModule | Snapshot) -> Snapshot:
@@ -300,13 +312,18 @@ class Report:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every site of every graph, once."""
+        """Every site of every graph, once; sites of kinds that no pass takes come last."""
         found: dict[tuple[int, int], Site] = {}
         for d in self.decisions:
             before = found.get((d.graph, d.site))
             done = d.action == "rewritten" or (before is not None and before.rewritten)
             found[d.graph, d.site] = Site(d.graph, d.site, d.kind, d.module, d.source, done)
-        return tuple(found.values())
+        others = [
+            Site(n, len({x.site for x in g.decisions}) + d.site, d.kind, d.module, d.source, False)
+            for n, g in enumerate(self.graphs)
+            for d in g.others
+        ]
+        return (*found.values(), *others)
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -345,7 +362,8 @@ class Report:
         """One line: how many sites were rewritten, and what that saves at a full cache."""
         if not self.graphs:
             return 'nothing is compiled yet; write model.compile(backend="effcompile") and call the model once.'
-        sites = self.sites
+        taken = {(d.graph, d.site) for d in self.decisions}
+        sites = [site for site in self.sites if (site.graph, site.index) in taken]
         done = sum(site.rewritten for site in sites)
         text = f"{done} of {_count(len(sites), 'site')} rewritten in {_count(len(self.graphs), 'graph')}"
         caches = [[d.cache for d in graph.decisions if d.action == "rewritten"] for graph in self.graphs]

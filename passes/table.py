@@ -26,6 +26,7 @@ def render(report: Report) -> Group:
             parts.append(_table(title, rows))
         else:
             parts.append(Text(f"{title}: no site was found" if graph.note is None else f"{title}: {graph.note}"))
+        parts += [Text(f"  {graph.others_line}", style="dim")] * bool(graph.others)
         parts += [Text(f"  {sentence}", style="yellow") for sentence in graph.unmatched]
     if any(d.before is not None for d in report.decisions):
         parts.append(

@@ -1,4 +1,4 @@
-"""Find attention: ``scaled_dot_product_attention`` in all its argument forms, and attention written out in arithmetic.
+"""Find attention: ``scaled_dot_product_attention`` in all its argument forms, arithmetic, and kernels from elsewhere.
 
 The search starts at a rare node (an SDPA call, a softmax) and walks outward. Nothing depends on the name of a module or
 of a parameter. A walk that ends early gives a :class:`~effcompile.kernels.reason.Reason` that says where.
@@ -9,25 +9,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from effcompile.kernels import ops  # noqa: F401  (defines the operators named below)
 from effcompile.kernels.reason import Reason
-from effcompile.patterns import masks
+from effcompile.patterns import arithmetic, masks
+from effcompile.patterns.site import Site
 from effcompile.patterns.walk import (
     arguments,
     aten,
+    first_mutation,
     is_call,
-    module_path,
-    operand,
+    root,
     same_shape,
     same_size,
     shape,
     source_line,
-    strip_casts,
     strip_copies,
     value,
 )
@@ -39,7 +40,7 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 @dataclasses.dataclass
-class AttentionSite:
+class AttentionSite(Site):
     """One attention in a graph.
 
     ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``value`` ``[B, G, S, E]`` are nodes; an expansion of the
@@ -47,9 +48,8 @@ class AttentionSite:
     that a rewrite replaces.
     """
 
-    kind = "attention"
+    kind: ClassVar[str] = "attention"
 
-    anchor: fx.Node
     output: fx.Node
     query: fx.Node
     key: fx.Node
@@ -61,17 +61,6 @@ class AttentionSite:
     ratio: int
     spelling: str
     mask: masks.Mask | Reason
-    problem: Reason | None = None
-
-    @property
-    def module(self) -> str:
-        """Path of the module that the site was traced in."""
-        return module_path(self.anchor)
-
-    @property
-    def source(self) -> str:
-        """The user's line."""
-        return source_line(self.anchor)
 
     @property
     def load(self) -> fx.Node | None:
@@ -95,6 +84,36 @@ class AttentionSite:
             if load is None and strip_copies(node.args[7]) is key and strip_copies(node.args[8]) is val:
                 return node
         return None
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are made from what a compressed store holds, and are not what it holds."""
+        made = producer(self.value)
+        if self.load is not None or self.store is not None or made is None:
+            return False
+        inner = strip_copies(made.args[0])
+        while is_call(inner, *_VIEWS) or is_call(inner, aten.transpose.int):
+            inner = strip_copies(inner.args[0])
+        if is_call(inner, operator.getitem) and is_call(inner.args[0], kv_load):
+            return True
+        stores = self.anchor.graph.find_nodes(op="call_function", target=kv_store)
+        return any(root(made.args[0]) is root(fresh) for store in stores for fresh in store.args[7:9])
+
+    @property
+    def cross(self) -> bool:
+        """Whether the keys are those of other tokens than the queries: made from another length, or ready before.
+
+        Keys of the same tokens come from a linear over as many tokens, or from a store that this call writes to.
+        """
+        keys = strip_copies(self.key)
+        made = producer(keys)
+        if made is None:
+            # Ready before: an input with no write on the way. What a cache holds of the same tokens is written to.
+            source = root(keys)
+            return source.op == "placeholder" and first_mutation(source) is None
+        tokens = math.prod(shape(made)[:-1]), shape(self.key)[0] * shape(self.key)[2]
+        queries = shape(self.query)[0] * shape(self.query)[2]
+        return same_size(*tokens) and not same_size(tokens[1], queries) and self.load is None
 
     @property
     def output_projection(self) -> fx.Node | None:
@@ -122,23 +141,126 @@ class AttentionSite:
         return rotation(self.query)
 
 
-def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Reason]:
+@dataclasses.dataclass
+class Unmatched(Site):
+    """Attention that was seen and cannot be described: where it is, and why. ``queries`` is their number, if known."""
+
+    kind: ClassVar[str] = "attention"
+
+    reason: Reason
+    queries: Any = None
+
+    @property
+    def source(self) -> str:
+        """The user's line."""
+        return self.reason.source or source_line(self.anchor)
+
+
+def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
     """All attention in a normalised graph, in graph order.
 
-    A softmax or SDPA call that is not an attention we can describe gives a typed reason instead of a site
-    (``attention-shape``, ``attention-arithmetic``); a softmax that no matrix product follows is none and is passed
-    over.
+    An attention that we cannot describe is there too, with a typed reason (``attention-shape``,
+    ``attention-arithmetic``, ``foreign-kernel`` and those of :data:`effcompile.patterns.arithmetic.MISSING`); a softmax
+    that no matrix product follows is none and is passed over.
     """
-    found: list[AttentionSite | Reason] = []
+    found: list[AttentionSite | Unmatched] = []
     proofs = masks.Proofs(gm.graph, _constants(gm))
     for node in gm.graph.nodes:
+        site: AttentionSite | Reason | None
         if is_call(node, aten.scaled_dot_product_attention):
-            found.append(_from_sdpa(node, proofs))
+            site = _from_sdpa(node, proofs)
         elif is_call(node, aten.softmax.int, aten._softmax.default):
             site = _from_arithmetic(node, proofs)
-            if site is not None:
-                found.append(site)
+        else:
+            site = _foreign(node)
+        if isinstance(site, Reason):
+            found.append(Unmatched(node, site, _rows(node)))
+        elif site is not None:
+            found.append(site)
     return found
+
+
+def hidden_attention(gm: fx.GraphModule, why: Reason) -> list[Unmatched]:
+    """The calls of attention in a graph that was not normalised for the reason ``why``, nested regions included."""
+
+    def calls(graph: fx.GraphModule) -> Iterator[fx.Node]:
+        for node in graph.graph.nodes:
+            if str(node.target) == "flex_attention" or node.target is nn.functional.scaled_dot_product_attention:
+                yield node
+            held = getattr(graph, node.target, None) if node.op == "get_attr" else None
+            if isinstance(held, fx.GraphModule):
+                yield from calls(held)
+
+    found = []
+    for node in calls(gm):
+        query = node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], fx.Node) else None
+        flex = Reason("flex-attention", FLEX, source_line(node))
+        reason = flex if str(node.target) == "flex_attention" else dataclasses.replace(why, source=source_line(node))
+        found.append(Unmatched(node, reason, query.shape[2] if isinstance(query, Tensor) and query.ndim == 4 else None))
+    return found
+
+
+FLEX = (
+    "attention is a call of flex_attention, whose score and mask functions are not read; with "
+    'attn_implementation="sdpa" it would be recognised'
+)
+
+
+def _foreign(node: fx.Node) -> Reason | None:
+    """A reason for a call of somebody else's attention kernel: an operator that takes queries, keys and values.
+
+    That is three tensors of one rank (3 or 4), dtype and last size, of which it makes a tensor like the first.
+    """
+    name = str(node.target)
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if node.target.namespace in ("aten", "prims", "prim", "effcompile"):
+        fused = node.target.namespace == "aten" and ("scaled_dot_product" in name or "_attention" in name)
+        if not fused:
+            return None
+    else:
+        given = [value(a) for a in node.args[:3]]
+        if len(given) < 3 or not all(isinstance(x, Tensor) and x.ndim in (3, 4) for x in given):
+            return None
+        made = value(node)
+        first = made[0] if isinstance(made, (list, tuple)) and made else made
+        alike = {(x.ndim, x.dtype, x.shape[-1]) for x in given}
+        if len(alike) != 1 or not isinstance(first, Tensor) or not same_shape(first.shape, given[0].shape):
+            return None
+    return Reason(
+        "foreign-kernel",
+        f"{name} takes queries, keys and values, but what it computes of them is not known here; with "
+        'attn_implementation="sdpa" or scaled_dot_product_attention it would be recognised',
+        source_line(node),
+    )
+
+
+def _rows(node: fx.Node) -> Any:
+    """Queries of an SDPA call or a softmax; ``None`` for other calls, whose layouts are their own."""
+    known = is_call(node, aten.scaled_dot_product_attention, aten.softmax.int, aten._softmax.default)
+    sizes = shape(node.args[0]) if known and isinstance(node.args[0], fx.Node) else ()
+    return sizes[-2] if len(sizes) > 1 else None
+
+
+def _from_arithmetic(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason | None:
+    """A site, or why it is none, from the parts of an attention in arithmetic."""
+    parts = arithmetic.parts_of(node)
+    if parts is None or isinstance(parts, Reason):
+        return parts
+    return _site(
+        proofs,
+        anchor=node,
+        output=parts.output,
+        query=parts.query,
+        key=parts.key,
+        val=parts.value,
+        scale=parts.scale,
+        is_causal=False,
+        terms=parts.terms,
+        dropout=parts.dropout,
+        spelling="arithmetic",
+        gqa_flag=False,
+    )
 
 
 def _from_sdpa(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason:
@@ -168,80 +290,6 @@ def _from_sdpa(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason:
         dropout=args["dropout_p"],
         spelling="sdpa",
         gqa_flag=bool(args["enable_gqa"]),
-    )
-
-
-def _from_arithmetic(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason | None:
-    """``softmax((q @ k.transpose) * scale + mask) @ v``, in the orders and spellings that models use."""
-    dim = arguments(node)["dim"]
-    scores = node.args[0]
-    if dim not in (-1, len(shape(node)) - 1):
-        return None
-    out = _weights_product(node)
-    if out is None:
-        return None
-    source = source_line(node)
-    product, weights_index, dropout = out
-    if weights_index != 0 or len(shape(node)) != 4:
-        return Reason(
-            "attention-arithmetic", f"softmax weights of shape {_sizes(node)} are not [B, H, T, S] @ values", source
-        )
-    scale, current = 1.0, strip_casts(scores)
-    terms: list[fx.Node | masks.Term] = []
-    scaled_last = False
-    for _ in range(16):
-        current = strip_casts(current)
-        if terms and scaled_last:
-            return Reason("attention-arithmetic", "the mask is added before the scores are scaled", source)
-        if is_call(current, aten.mul.Tensor, aten.div.Tensor) and isinstance(current.args[1], (int, float)):
-            factor = float(current.args[1])
-            scale *= factor if is_call(current, aten.mul.Tensor) else 1.0 / factor
-            scaled_last = scaled_last or not terms
-            current = current.args[0]
-        elif is_call(current, aten.add.Tensor) and all(isinstance(a, fx.Node) for a in current.args[:2]):
-            left, right = current.args[:2]
-            if arguments(current)["alpha"] != 1:
-                return Reason("attention-arithmetic", "scores and mask are added with a factor (alpha)", source)
-            first = _reaches_product(left)
-            if first == _reaches_product(right):
-                return Reason("attention-arithmetic", "cannot tell the scores from the mask in an addition", source)
-            terms.append(right if first else left)
-            current = left if first else right
-        elif is_call(current, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther):
-            # The whole expression is the mask term: it is proved with the scores standing for "kept".
-            filled = _filled(current)
-            if filled is None:
-                return Reason(
-                    "attention-arithmetic", "scores are replaced where a condition holds, but not by -inf", source
-                )
-            terms.append(filled)
-            current = current.args[0] if is_call(current, aten.masked_fill.Scalar) else current.args[1]
-        else:
-            break
-    if not is_call(current, aten.matmul.default, aten.bmm.default):
-        what = current.target if isinstance(current, fx.Node) else current
-        return Reason(
-            "attention-arithmetic", f"between the product of queries and keys and the softmax stands {what}", source
-        )
-    query, transposed = current.args
-    query, q_scale = _scaled(query)
-    transposed, k_scale = _scaled(transposed)
-    key = _untransposed(transposed)
-    if key is None:
-        return Reason("attention-arithmetic", "the second factor of the scores is not a transposed key", source)
-    return _site(
-        proofs,
-        anchor=node,
-        output=product,
-        query=query,
-        key=key,
-        val=operand(product, 1),
-        scale=scale * q_scale * k_scale,
-        is_causal=False,
-        terms=tuple(terms),
-        dropout=dropout,
-        spelling="arithmetic",
-        gqa_flag=False,
     )
 
 
@@ -319,84 +367,6 @@ def strip_repeat(node: fx.Node) -> fx.Node:
     r = shape(wide)[2] if len(shape(wide)) == 5 else 0
     ok = same_shape(shape(wide), (b, g, r, s, d)) and same_shape(shape(outer), (b, g * r, s, d))
     return inner if ok else node
-
-
-def _weights_product(softmax: fx.Node) -> tuple[fx.Node, int, float] | None:
-    """The matrix product that the softmax weights go into, which operand they are, and the dropout on the way."""
-    node, dropout = softmax, 0.0
-    for _ in range(6):
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        user = users[0]
-        if is_call(user, aten.dropout.default):
-            dropout = float(operand(user, 1)) if user.args[2] else 0.0
-        elif is_call(user, aten.matmul.default, aten.bmm.default):
-            return user, list(user.args).index(node), dropout
-        elif strip_casts(user) is user:
-            return None
-        node = user
-    return None
-
-
-def _reaches_product(node: Any) -> bool:
-    """Whether the scores (a matrix product) lie up this operand, through scaling, casts and masking."""
-    for _ in range(16):
-        node = strip_casts(node)
-        if is_call(node, aten.matmul.default, aten.bmm.default):
-            return True
-        if is_call(node, aten.where.self, aten.where.ScalarOther):
-            node = node.args[1]
-        elif is_call(node, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar):
-            node = node.args[0]
-        else:
-            return False
-    return False
-
-
-def _filled(node: fx.Node) -> masks.Term | None:
-    """``masked_fill(scores, c, -inf)`` as the term "dropped where c", ``where(c, scores, -inf)`` as "kept where c"."""
-    if is_call(node, aten.masked_fill.Scalar):
-        condition, fill, drop = operand(node, 1), operand(node, 2), True
-    else:
-        condition, fill, drop = operand(node, 0), operand(node, 2), False
-        if isinstance(fill, fx.Node):
-            fill = _number(fill)
-    lowest = torch.finfo(value(node).dtype).min
-    if not isinstance(fill, (int, float)) or fill > lowest:
-        return None
-    return masks.Term(condition, dropped=drop, fill=float(fill))
-
-
-def _number(node: fx.Node) -> float | None:
-    """The number of a constant tensor made by ``full``, ``scalar_tensor`` or a 0-d literal."""
-    node = strip_casts(node)
-    if is_call(node, aten.scalar_tensor.default):
-        return node.args[0] if isinstance(node.args[0], (int, float)) else None
-    if is_call(node, aten.full.default, aten.new_full.default, aten.full_like.default):
-        fill = arguments(node)["fill_value"]
-        return fill if isinstance(fill, (int, float)) else None
-    return None
-
-
-def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
-    """An operand without the constant factor that multiplies it."""
-    inner = strip_copies(node)
-    if is_call(inner, aten.mul.Tensor, aten.div.Tensor) and isinstance(inner.args[1], (int, float)):
-        factor = float(inner.args[1])
-        return inner.args[0], factor if is_call(inner, aten.mul.Tensor) else 1.0 / factor
-    return node, 1.0
-
-
-def _untransposed(node: fx.Node) -> fx.Node | None:
-    """``k`` from ``k.transpose(-1, -2)`` in its spellings."""
-    flipped = strip_copies(node)
-    swapped = (
-        (is_call(flipped, aten.transpose.int) and {d % 4 for d in flipped.args[1:3]} == {2, 3})
-        or (is_call(flipped, aten.permute.default) and [d % 4 for d in flipped.args[1]] == [0, 1, 3, 2])
-        or is_call(flipped, aten.mT.default)
-    )
-    return flipped.args[0] if swapped else None
 
 
 def producer(node: Any) -> fx.Node | None:

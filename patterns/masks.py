@@ -129,8 +129,9 @@ def recover_all(
     -------
     Mask or Reason
         Reasons: ``mask-and-causal``, ``mask-shape``, ``mask-mutated``, ``mask-unknown`` (an operation, or a tensor from
-        outside), ``mask-values`` (additive, but not 0 and the lowest), ``mask-not-affine``, ``mask-offsets-differ``,
-        ``mask-offset-unknown``, ``mask-per-head``, ``mask-two-paddings``, ``mask-alternatives``, ``mask-empty``.
+        outside), ``mask-values`` (additive, but not 0 and the lowest), ``additive-bias`` (numbers that are not known),
+        ``mask-not-affine``, ``mask-offsets-differ``, ``mask-offset-unknown``, ``mask-per-head``,
+        ``mask-two-paddings``, ``mask-alternatives``, ``mask-empty``.
     """
     if is_causal and terms:
         return Reason("mask-and-causal", "a mask is given beside is_causal=True; attention takes one of the two")
@@ -264,7 +265,8 @@ class _Recovery:
             text = f"adds {element.value} to scores; only 0 and {torch.finfo(dtype).min} or -inf make a mask"
             raise _Unproved("mask-values", text, node)
         leaf = element.node if isinstance(element, Data) else node
-        raise _Unproved("mask-unknown", f"adds numbers that are not known, {self.described(leaf)}", leaf)
+        text = f"adds numbers that are not known to be 0 or the lowest (a bias?), {self.described(leaf)}"
+        raise _Unproved("additive-bias", text, leaf)
 
     def classified(self, cnf: Cnf) -> Mask | Reason:
         """Name each conjunct, or say why not."""

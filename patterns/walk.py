@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 # Ops that hand their first argument on with the same values when dtype and shape are the same.
 _COPIES = {
@@ -160,12 +163,16 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The user's line, ``file:line: code``: the innermost frame in the file that defines the node's module."""
+    """The user's line, ``file:line: code``: the innermost frame in the file that defines the node's module.
+
+    Without one, it is the innermost frame outside of torch.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
     if not frames:
         return ""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     kind = stack[-1][1] if stack else None
     home = getattr(sys.modules.get(getattr(kind, "__module__", "")), "__file__", None)
-    chosen = next((f for f in reversed(frames) if f[0] == home), frames[-1])
+    own = [f for f in frames if not f[0].startswith(_TORCH)] or frames
+    chosen = next((f for f in reversed(frames) if f[0] == home), own[-1])
     return f"{chosen[0]}:{chosen[1]}: {chosen[2].strip()}"

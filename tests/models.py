@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -80,21 +81,65 @@ class NanoGPT(nn.Module):
         return x @ self.embed.weight.T
 
 
+_SOFTMAX = {nn.functional.softmax, torch.softmax, Tensor.softmax}
+_PRODUCTS = {torch.matmul, torch.bmm, torch.einsum, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
+_WHOLE = {
+    nn.functional.scaled_dot_product_attention,
+    nn.functional.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+}
+_SAME = {
+    nn.functional.dropout, Tensor.to, Tensor.type_as, Tensor.float, Tensor.contiguous, Tensor.view, Tensor.reshape,
+    Tensor.__getitem__, Tensor.unsqueeze,
+}  # fmt: skip
+
+
 class Count(TorchFunctionMode):
-    """Counts attention in an eager run: calls of SDPA and of softmax. The oracle for the number of sites."""
+    """Counts attention in an eager run. The oracle for the number of sites.
+
+    Attributes
+    ----------
+    sdpa, softmax
+        Calls of the two.
+    attention
+        Calls of SDPA, of torch's whole multi-head attention (inside which this mode is off) and of an attention
+        operator from elsewhere, and each softmax whose result, through dropout, casts, views and slices, is a factor of
+        a matrix product; a router's softmax is not.
+    linear
+        Calls of ``linear`` and ``addmm``, and products with a matrix.
+    """
 
     def __init__(self) -> None:
-        self.sdpa = self.softmax = 0
+        self.sdpa = self.softmax = self.attention = self.linear = 0
+        # The tensors themselves: an id alone would be given to another tensor once the first is gone.
+        self._weights: dict[int, Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.sdpa += func is nn.functional.scaled_dot_product_attention
-        self.softmax += func in (nn.functional.softmax, torch.softmax, Tensor.softmax)
-        return func(*args, **(kwargs or {}))
+        self.softmax += func in _SOFTMAX
+        matrix = func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[1].ndim == 2
+        self.linear += func in (nn.functional.linear, torch.addmm) or matrix
+        whole = func in _WHOLE or "flash_attn" in str(func)
+        flat = [x for a in args for x in (a if isinstance(a, (list, tuple)) else [a])]
+        weights = [x for x in flat if id(x) in self._weights]
+        self.attention += whole or (func in _PRODUCTS and bool(weights))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and (func in _SOFTMAX or (func in _SAME and weights)):
+            self._weights[id(out)] = out
+        return out
 
 
 @contextmanager
 def counted() -> Iterator[Count]:
     """Count the attention of everything that runs eagerly in this context."""
-    mode = Count()
-    with mode:
+    from transformers.integrations import flex_attention
+
+    mode, flex = Count(), flex_attention.compile_friendly_flex_attention
+
+    def counting(*args: object, **kwargs: object) -> object:
+        # transformers compiles it even in an eager model, out of the mode's sight.
+        mode.attention += 1
+        return flex(*args, **kwargs)
+
+    with mode, mock.patch.object(flex_attention, "compile_friendly_flex_attention", counting):
         yield mode

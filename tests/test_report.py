@@ -272,8 +272,10 @@ def test_the_numbers_of_a_site_that_is_left() -> None:
     assert d.bytes_before == 9 * 1024 * 128 * 4 + 3 * 1024 * 128 * 4
     assert d.flops_before == 9 * (1024 * 1025 // 2) * 256
     assert d.formula("before", "bytes") == str(d.bytes_before)
-    unknown = report.left(1, None, "", Reason("attention-shape", "why", "model.py:12"))
-    assert (unknown.bytes_before, unknown.source) == (None, "model.py:12")
+    seen = SimpleNamespace(kind="attention", module="layers.1.attn", source="model.py:12", queries=1)
+    unknown = report.left(1, seen, "", Reason("attention-shape", "why", "model.py:12"))
+    assert (unknown.bytes_before, unknown.source, unknown.module) == (None, "model.py:12", "layers.1.attn")
+    assert graph_report([unknown]).label == "decode"
 
 
 def graph_report(decisions: list[Decision], **more: Any) -> GraphReport:

@@ -1,0 +1,67 @@
+"""Find linears, and among them the head that makes the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import fx
+
+from effcompile.patterns.site import Site
+from effcompile.patterns.walk import aten, is_call, operand, same_size, shape, strip_casts
+
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclasses.dataclass
+class LinearSite(Site):
+    """``x @ weight.T + bias`` (``linear``), ``x @ weight + bias`` (``addmm``), or a product with a weight."""
+
+    kind: ClassVar[str] = "linear"
+
+
+@dataclasses.dataclass
+class HeadSite(Site):
+    """The linear to another width whose result leaves the graph, but for scaling and capping."""
+
+    kind: ClassVar[str] = "lm-head"
+
+
+def is_linear(node: Any) -> bool:
+    """Whether a node is a linear in one of its spellings."""
+    if is_call(node, aten.matmul.default):
+        weight = node.args[1]
+        if is_call(weight, aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int):
+            weight = weight.args[0]
+        return len(shape(weight)) == 2 and weight.op in ("placeholder", "get_attr")
+    return is_call(node, aten.linear.default, aten.addmm.default)
+
+
+def input_of(linear: fx.Node) -> fx.Node:
+    """What a linear is applied to, without views and casts."""
+    node = strip_casts(operand(linear, 1 if is_call(linear, aten.addmm.default) else 0))
+    while is_call(node, *VIEWS):
+        node = strip_casts(node.args[0])
+    found: fx.Node = node
+    return found
+
+
+def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
+    """All linears of a normalised graph, in graph order."""
+    return [LinearSite(node) for node in gm.graph.nodes if is_linear(node)]
+
+
+def find_heads(gm: fx.GraphModule) -> list[HeadSite]:
+    """The linears that make what the graph returns, of another width than they read, and feed nothing else."""
+    found = []
+    for made in gm.graph.output_node().all_input_nodes:
+        node = made
+        for _ in range(8):
+            node = strip_casts(node)
+            numbers = is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], fx.Node)
+            if not (numbers or is_call(node, aten.tanh.default, aten.slice.Tensor, *VIEWS)):
+                break
+            node = node.args[0]
+        if is_linear(node) and len(node.users) == 1 and not same_size(shape(node)[-1], shape(input_of(node))[-1]):
+            found.append(HeadSite(node))
+    return found

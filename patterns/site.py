@@ -1,0 +1,30 @@
+"""What every kind of site has: a node to name it by, and from that a module and a line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from effcompile.patterns.walk import module_path, source_line
+
+
+@dataclasses.dataclass
+class Site:
+    """A place in a graph where a method could act. ``anchor`` is the node that the search began at."""
+
+    kind: ClassVar[str]
+    """The word for this kind in reports."""
+
+    anchor: fx.Node
+
+    @property
+    def module(self) -> str:
+        """Path of the module that the site was traced in."""
+        return module_path(self.anchor)
+
+    @property
+    def source(self) -> str:
+        """The user's line."""
+        return source_line(self.anchor)
