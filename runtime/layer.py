@@ -1,0 +1,278 @@
+"""One attention layer's store, and what the host knows of the call that fills it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+
+from effcompile.kernels.form import KVForm
+
+
+class CacheError(ValueError):
+    """A cache that does not fit the call: another model's, another batch, another shape, dtype or device."""
+
+
+class GradientError(RuntimeError):
+    """Gradients were asked for through a compressed cache, which has none."""
+
+
+def lasting() -> contextlib.AbstractContextManager[Any]:
+    """A context for making tensors that outlive a call: one made under ``inference_mode`` could not change outside."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
+def change_rows(layer: cache_utils.StaticLayer, take: Callable[[Tensor], Tensor]) -> None:
+    """Give one of transformers' layers of fixed size the rows that ``take`` makes of its keys and values."""
+    if not layer.is_initialized:
+        return
+    with lasting():
+        layer.keys, layer.values = take(layer.keys), take(layer.values)
+    layer.batch_size = layer.keys.shape[0]
+    for buffer in (layer.keys, layer.values):
+        torch._dynamo.mark_static_address(buffer)
+
+
+@dataclasses.dataclass
+class Call:
+    """What the host knows of the call in progress: one object, shared by a cache and its layers.
+
+    Attributes
+    ----------
+    open
+        The call was prepared, and its last layer has not stored yet. If it still is when the next call begins, the
+        call failed: some stores may hold its tokens and some not.
+    inside
+        The call was prepared and nothing is stored yet, so the hook of a model within the called one has nothing to
+        do.
+    count
+        Tokens that the call appends; None where that is not known.
+    sent
+        Tokens sent to the cache in all; None after an ``update`` that no hook prepared. On an accelerator reading the
+        length would wait for the device.
+    """
+
+    open: bool = False
+    inside: bool = False
+    count: int | None = None
+    sent: int | None = 0
+
+
+class CompressedLayer(cache_utils.CacheLayerMixin):
+    """One layer's store. Buffers and their shapes are those of :class:`~effcompile.kernels.form.KVForm`.
+
+    Attributes
+    ----------
+    state
+        The six buffers in operator order, ``None`` where a dense side needs fewer.
+    length
+        Tokens in the store, int64 0-d, one tensor shared by all layers of a cache.
+    fresh
+        True until the first ``update``: that call attends to what it was given.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(
+        self, form: KVForm, capacity: int, length: Tensor, call: Call, index: int, ends: tuple[int, int]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.form = form
+        self.form_name = form.name
+        self.capacity = capacity
+        self.length = length
+        self.call = call
+        self.index = index
+        self.first, self.last = index == ends[0], index == ends[1]
+        self.fresh = True
+        self.state: tuple[Tensor | None, ...] = ()
+
+    def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
+        """Make the buffers, zeroed, at addresses that stay. Raises ``FormError`` if the head size does not divide."""
+        state: list[Tensor | None] = []
+        with lasting():
+            for kind, size in (("key", key_size), ("value", value_size)):
+                shapes = self.form.buffers(kind, batch, heads, self.capacity, size, dtype)  # type: ignore[arg-type]
+                buffers: list[Tensor | None] = [torch.zeros(s, dtype=d, device=self.length.device) for s, d in shapes]
+                state += buffers + [None] * (3 - len(buffers))
+        self.state = tuple(state)
+        self.shape = (batch, heads, key_size, value_size)
+        self.dtype, self.device = dtype, self.length.device
+        self.is_initialized = True
+        self.mark()
+
+    def mark(self) -> None:
+        """Say that the buffers keep their addresses; inside a graph that cannot be said."""
+        if not torch.compiler.is_compiling():
+            for buffer in self.buffers():
+                torch._dynamo.mark_static_address(buffer)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate from the first keys and values, where the config did not tell their shape."""
+        batch, heads, _, key_size = key_states.shape
+        self.allocate(batch, heads, key_size, value_states.shape[3], key_states.dtype)
+
+    def buffers(self) -> list[Tensor]:
+        """The buffers that exist."""
+        return [t for t in self.state if t is not None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys ``[B, G, T, D]`` and values ``[B, G, T, E]``; return what this call attends to.
+
+        That is the arguments on an empty cache, else the store: ``[B, G, C, D]`` and ``[B, G, C, E]``, zero past the
+        length.
+
+        Raises
+        ------
+        CacheError
+            If the shape, dtype or device is not the one this layer was made for.
+        GradientError
+            If the keys or values require gradients.
+        CapacityError
+            If they do not fit; nothing has been written.
+        """
+        if not self.is_initialized or (self.fresh and self._mismatch(key_states, value_states)):
+            self.lazy_initialization(key_states, value_states)
+        if problem := self._mismatch(key_states, value_states):
+            raise CacheError(f"layer {self.index}: {problem}")
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise GradientError(
+                f"layer {self.index}: gradients are needed here, and a compressed cache has none. Call the model under "
+                "torch.no_grad() or torch.inference_mode(), or with use_cache=False."
+            )
+        count = key_states.shape[2]
+        # Only eagerly: inside a graph the number would be guarded, and a graph is compiled for its tokens anyway.
+        if not torch.compiler.is_compiling() and self.call.open and self.call.count not in (None, count):
+            raise CacheError(
+                f"layer {self.index}: the call has {self.call.count} tokens and the model made {count} keys, probably "
+                "from a padding mask as long as the cache; pass position_ids as well."
+            )
+        if self.first:
+            self.call.inside = False
+        torch.ops.effcompile.kv_store(*self.state, self.length, key_states, value_states, self.form_name)
+        if self.fresh:
+            result = key_states, value_states
+        else:
+            result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name)
+        if self.last:
+            self.length.add_(count)
+            if not self.call.open:
+                self.call.sent = None
+            self.call.open = False
+        self.fresh = False
+        return result
+
+    def _mismatch(self, key: Tensor, value: Tensor) -> str:
+        """What is wrong with the shape, dtype or device of new keys and values, or ''."""
+        batch, heads, key_size, value_size = self.shape
+        if key.shape[0] != batch:
+            return (
+                f"the cache holds a batch of {batch} and this call has {key.shape[0]}; make a new cache, or change "
+                "this one with batch_repeat_interleave(n) or batch_select_indices(rows)."
+            )
+        found = (key.shape[1], key.shape[3], value.shape[3])
+        if found != (heads, key_size, value_size):
+            return (
+                f"the cache was made for {heads} heads of {key_size} and {value_size} channels, and the model gives "
+                f"{found[0]} of {found[1]} and {found[2]}; make the cache with the model that uses it."
+            )
+        if key.dtype != self.dtype or value.dtype != self.dtype:
+            return f"the cache was made for {self.dtype} and the model gives {key.dtype}; make a new cache."
+        if key.device != self.device:
+            return f"the cache lives on {self.device} and the model's keys on {key.device}; make a new cache."
+        return ""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset for the mask: the fresh keys on an empty cache, else the capacity."""
+        return (query_length if self.fresh else self.capacity), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens in the store: 0 when empty, else the 0-d tensor (transformers adds it to an arange)."""
+        return 0 if self.fresh else cast(int, self.length)
+
+    def get_max_length(self) -> int:
+        """The capacity in tokens."""
+        return self.capacity
+
+    def reset(self) -> None:
+        """Forget all tokens; buffers and addresses stay."""
+        self.fresh = True
+        self.length.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Permute the batch in place, codes and all, without dequantising; ``beam_idx`` has one row number per row.
+
+        Raises :class:`CacheError` if it has more or fewer: buffers of another batch would be other buffers.
+        """
+        if not self.is_initialized:
+            return
+        if beam_idx.shape != (self.shape[0],):
+            raise CacheError(
+                f"the cache holds a batch of {self.shape[0]} and is asked to reorder it by indices of shape "
+                f"{tuple(beam_idx.shape)}; the number of beams cannot change there. batch_select_indices(rows) and "
+                "batch_repeat_interleave(n) change the batch."
+            )
+        for buffer in self.buffers():
+            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def change_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Move to the rows that ``take`` makes of each buffer ``[B, ...]``: codes and all, without dequantising."""
+        if not self.is_initialized:
+            return
+        with lasting():
+            self.state = tuple(None if buffer is None else take(buffer) for buffer in self.state)
+        self.shape = (self.buffers()[0].shape[0], *self.shape[1:])
+        self.mark()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether any number of tokens can be removed: only where nothing is packed."""
+        return self.form.dense
+
+    def removable(self, length: int) -> int:
+        """The most tokens ``k`` such that ``length`` tokens can be shortened by any number up to ``k``.
+
+        Write ``P(x)`` for the tokens packed at length ``x``, ``n`` for ``length`` and ``m`` for the shorter length. A
+        store of ``m`` tokens needs two things. *Groups* ``[0, P(m))`` packed from the original values: they are, since
+        ``P(m) <= P(n)`` and a group is packed once, from the originals, whatever follows it. *Tail* ``[P(m), m)`` in
+        the ring, since appending packs from there: after ``n`` tokens the ring holds exactly the last ``W`` of them,
+        because token ``p`` is written to slot ``p % W`` when it comes and only ``p + W`` takes it over. So ``m`` will
+        do if and only if ``P(m) >= n - W``, or there is no tail, ``P(m) = m``.
+
+        With ``W = r + g``: up to ``n = W`` every ``m`` will do. Beyond, ``n - r = g*q + j`` with ``0 <= j < g``, and
+        ``n - W = g*(q - 1) + j``. Groups are whole, so ``P(m) >= n - W`` means ``P(m) >= g*q`` where ``j > 0``, that
+        is ``m >= n - j``, and ``P(m) >= g*(q - 1)`` where ``j = 0``, that is ``m >= n - g``.
+        """
+        if self.form.dense or length <= self.form.slots:
+            return length
+        return (length - self.form.residual) % self.form.group or self.form.group
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused for one layer alone: the length belongs to all of them. ``Cache.crop`` removes tokens."""
+        raise CacheError("one layer of a compressed cache cannot be cropped by itself; call crop() of the cache.")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, as ``Cache.batch_repeat_interleave`` does for all layers."""
+        self.change_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, as ``Cache.batch_select_indices`` does for all layers."""
+        self.change_rows(lambda buffer: buffer[indices.to(buffer.device)])
+
+    def grow(self, capacity: int) -> None:
+        """Move to larger buffers, keeping all tokens."""
+        old = self.state
+        self.capacity = capacity
+        if not self.is_initialized:
+            return
+        batch, heads, key_size, value_size = self.shape
+        self.allocate(batch, heads, key_size, value_size, self.dtype)
+        for before, after in zip(old, self.state):
+            if before is not None and after is not None:
+                after[:, :, : before.shape[2]] = before
