@@ -114,6 +114,7 @@ class Cache(cache_utils.Cache):
             self.length = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(self.length)
         self.call = Call()
+        self._recorded: int | None = None  # the length up to which the layers' logs go
         default = KVForm(key_bits, value_bits, group_size, residual)
         _refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
@@ -138,9 +139,8 @@ class Cache(cache_utils.Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all allocated buffers of the compressed layers, and of the length."""
-        buffers = [self.length] + [b for layer in self.compressed for b in layer.buffers()]
-        return sum(b.numel() * b.element_size() for b in buffers)
+        """Bytes of all that the compressed layers have allocated, and of the length."""
+        return sum(layer.nbytes for layer in self.compressed) + self.length.element_size()
 
     @property
     def tokens(self) -> int:
@@ -183,6 +183,11 @@ class Cache(cache_utils.Cache):
                 )
             self.reserve(seen + count)
         self._allocate(batch, dtype)
+        self._drop_old_logs(seen)
+        if any(layer.record_past for layer in layers):
+            for layer in layers:
+                layer.record(seen, count)
+            self._recorded = seen + count
         self.call.open = self.call.inside = True
         self.call.count, self.call.sent = count or None, seen + count
 
@@ -298,16 +303,20 @@ class Cache(cache_utils.Cache):
 
         With 16 bits that is every token. Packed groups are lossy and cannot be taken apart, so otherwise it is what no
         group has been packed over: all up to ``residual + group_size`` tokens, and between 1 and ``group_size`` beyond.
+        After :meth:`activate_past_recording` it is also what was appended since, up to 256 tokens or more.
         """
         length = self._seen()
-        if any(self._uncroppable(layer) for layer in self.layers):
+        self._drop_old_logs(length)
+        if self.uncroppable:
             return 0
         return min(layer.removable(length) for layer in self.compressed)
 
-    @staticmethod
-    def _uncroppable(layer: Any) -> bool:
-        """Whether this is one of transformers' layers that forget what leaves their window."""
-        return not isinstance(layer, CompressedLayer | cache_utils.DummyLayer)
+    @property
+    def uncroppable(self) -> str:
+        """Which layers are transformers' own and forget what leaves their window, in words; '' if there are none."""
+        ours = (CompressedLayer, cache_utils.DummyLayer)
+        theirs = [i for i, layer in enumerate(self.layers) if not isinstance(layer, ours)]
+        return f"layers {theirs} keep transformers' {type(self.layers[theirs[0]]).__name__}" if theirs else ""
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def crop(self, tokens_to_remove: int) -> None:
@@ -336,19 +345,27 @@ class Cache(cache_utils.Cache):
         if count == length:
             self.reset()
             return
-        if theirs := [i for i, layer in enumerate(self.layers) if self._uncroppable(layer)]:
+        if theirs := self.uncroppable:
             raise CacheError(
-                f"crop({-count}): layers {theirs} keep transformers' {type(self.layers[theirs[0]]).__name__}, which "
-                "forgets what leaves its window; start again from reset(), or from a copy.deepcopy made before."
+                f"crop({-count}): {theirs}, which forgets what leaves its window; start again from reset(), or from a "
+                "copy.deepcopy made before."
             )
         if count > self.removable:
             raise CacheError(
                 f"crop({-count}): of the {length} tokens the newest {self.removable} can be removed now; older ones "
-                "lie in packed groups, which cannot be taken apart. Start again from reset(), from a copy.deepcopy "
-                "made before, or use key_bits=value_bits=16."
+                "lie in packed groups, which cannot be taken apart. Start again from reset() or from a copy.deepcopy "
+                "made before, call activate_past_recording() before tokens that may go, or use key_bits=value_bits=16."
             )
+        for layer in self.compressed:
+            layer.undo(length, count)
         self.length.sub_(count)
-        self.call.sent = length - count
+        self.call.sent = self._recorded = length - count
+
+    def _drop_old_logs(self, length: int) -> None:
+        """Forget what the layers noted of other tokens than the ``length`` that are here."""
+        if self._recorded != length or self.call.sent is None:
+            for layer in self.compressed:
+                layer.forget()
 
     def _seen(self) -> int:
         """Tokens in the cache, without waiting for a device where the host knows the number."""

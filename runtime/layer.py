@@ -38,6 +38,10 @@ def change_rows(layer: cache_utils.StaticLayer, take: Callable[[Tensor], Tensor]
         torch._dynamo.mark_static_address(buffer)
 
 
+REACH = 256
+"""Tokens that a recording layer can take back at least, however small its ring: more than assistants propose."""
+
+
 @dataclasses.dataclass
 class Call:
     """What the host knows of the call in progress: one object, shared by a cache and its layers.
@@ -74,6 +78,10 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         Tokens in the store, int64 0-d, one tensor shared by all layers of a cache.
     fresh
         True until the first ``update``: that call attends to what it was given.
+    record_past
+        New tokens leave in :attr:`log` what they took over, so that they can be removed again.
+    log
+        For each packed side ``[B, G, L, D]``: what the slots of the newest ``L`` tokens held before them.
     """
 
     is_compileable = True
@@ -92,6 +100,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.first, self.last = index == ends[0], index == ends[1]
         self.fresh = True
         self.state: tuple[Tensor | None, ...] = ()
+        self.record_past = False
+        self.log: list[Tensor] = []
+        self.overrun: tuple[Tensor, Tensor] | None = None
 
     def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
         """Make the buffers, zeroed, at addresses that stay. Raises ``FormError`` if the head size does not divide."""
@@ -117,6 +128,14 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         """Allocate from the first keys and values, where the config did not tell their shape."""
         batch, heads, _, key_size = key_states.shape
         self.allocate(batch, heads, key_size, value_states.shape[3], key_states.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and, while it records, of the log."""
+        held = [*self.log, *(self.overrun or ())]
+        return sum(b.numel() * b.element_size() for b in self.buffers()) + sum(
+            x.untyped_storage().nbytes() for x in held
+        )
 
     def buffers(self) -> list[Tensor]:
         """The buffers that exist."""
@@ -155,6 +174,10 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             )
         if self.first:
             self.call.inside = False
+        if self.record_past and count > self.form.slots:
+            # More than the ring holds: tokens of this call take over from others of it, which no buffer will have had.
+            over = slice(max(0, count - self.form.slots - self.reach), count - self.form.slots)
+            self.overrun = key_states[:, :, over].clone(), value_states[:, :, over].clone()
         torch.ops.effcompile.kv_store(*self.state, self.length, key_states, value_states, self.form_name)
         if self.fresh:
             result = key_states, value_states
@@ -204,6 +227,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         """Forget all tokens; buffers and addresses stay."""
         self.fresh = True
         self.length.zero_()
+        self.forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Permute the batch in place, codes and all, without dequantising; ``beam_idx`` has one row number per row.
@@ -218,11 +242,13 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 f"{tuple(beam_idx.shape)}; the number of beams cannot change there. batch_select_indices(rows) and "
                 "batch_repeat_interleave(n) change the batch."
             )
+        self.forget()
         for buffer in self.buffers():
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def change_rows(self, take: Callable[[Tensor], Tensor]) -> None:
         """Move to the rows that ``take`` makes of each buffer ``[B, ...]``: codes and all, without dequantising."""
+        self.forget()
         if not self.is_initialized:
             return
         with lasting():
@@ -248,10 +274,69 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         With ``W = r + g``: up to ``n = W`` every ``m`` will do. Beyond, ``n - r = g*q + j`` with ``0 <= j < g``, and
         ``n - W = g*(q - 1) + j``. Groups are whole, so ``P(m) >= n - W`` means ``P(m) >= g*q`` where ``j > 0``, that
         is ``m >= n - j``, and ``P(m) >= g*(q - 1)`` where ``j = 0``, that is ``m >= n - g``.
+
+        With a :attr:`log` the newest ``L`` tokens can be removed first, which leaves the ring as it was before them,
+        and then as many as for ``n - L``.
         """
-        if self.form.dense or length <= self.form.slots:
+        if self.form.dense:
             return length
-        return (length - self.form.residual) % self.form.group or self.form.group
+        self._settle()
+        logged = self.log[0].shape[2] if self.log else 0
+        length -= logged
+        if length <= self.form.slots:
+            return logged + length
+        return logged + ((length - self.form.residual) % self.form.group or self.form.group)
+
+    @property
+    def reach(self) -> int:
+        """Tokens that the log goes back to, at most."""
+        return max(self.form.slots, REACH)
+
+    def activate_past_recording(self) -> None:
+        """Record from the next call on what new tokens take over; transformers asks for it before it removes tokens."""
+        self.record_past = not self.form.dense
+
+    def _tails(self) -> list[Tensor]:
+        return [tail for tail in (self.state[2], self.state[5]) if tail is not None] if self.is_initialized else []
+
+    def record(self, length: int, count: int) -> None:
+        """Before a call that appends ``count`` tokens to ``length``: note what the slots hold that they will take."""
+        if not self.record_past:
+            return
+        self._settle()
+        slots = torch.arange(length, length + min(count, self.form.slots), device=self.length.device) % self.form.slots
+        self._note([tail[:, :, slots] for tail in self._tails()])
+
+    def _settle(self) -> None:
+        """Move what a long call has noted of itself to the log."""
+        if self.overrun is not None:
+            self._note([x for x, tail in zip(self.overrun, (self.state[2], self.state[5])) if tail is not None])
+            self.overrun = None
+
+    def _note(self, held: list[Tensor]) -> None:
+        """Append to the log, of which only the newest ``reach`` tokens stay."""
+        old = self.log or [x[:, :, :0] for x in held]
+        start = [max(0, a.shape[2] - max(0, self.reach - b.shape[2])) for a, b in zip(old, held)]
+        with lasting():
+            self.log = [torch.cat([a[:, :, at:], b], 2) for a, b, at in zip(old, held, start)]
+
+    def forget(self) -> None:
+        """Drop the log, which describes other tokens than those that are here now."""
+        self.log, self.overrun = [], None
+
+    def undo(self, length: int, count: int) -> None:
+        """Put back what the newest ``count`` of ``length`` tokens took over, as far as the log goes."""
+        self._settle()
+        if not self.log:
+            return
+        logged = self.log[0].shape[2]
+        count = min(count, logged)
+        # A slot that was taken more than once gets back what the first of the removed tokens found there.
+        first, some = length - count, min(count, self.form.slots)
+        slots = torch.arange(first, first + some, device=self.length.device) % self.form.slots
+        for tail, log in zip(self._tails(), self.log):
+            tail[:, :, slots] = log[:, :, logged - count : logged - count + some]
+        self.log = [log[:, :, : logged - count] for log in self.log]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused for one layer alone: the length belongs to all of them. ``Cache.crop`` removes tokens."""
