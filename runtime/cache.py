@@ -241,8 +241,10 @@ class Cache(cache_utils.Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Permute the rows in place, codes and all: ``beam_idx`` ``[B]`` says which row each row becomes.
 
-        Raises :class:`CacheError` if it has more or fewer indices than there are rows.
+        Raises :class:`CacheError` if it has more or fewer indices than there are rows. Nothing happens to an empty cache.
         """
+        if self.compressed[0].fresh:
+            return
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompressedLayer)):
             if type(layer) in FIXED:
                 # Theirs makes new tensors, which a compiled graph would have to be told about at every step.
@@ -271,7 +273,7 @@ class Cache(cache_utils.Cache):
         not exist, or for a layer whose rows cannot be changed.
         """
         rows = torch.as_tensor(indices).detach().cpu()
-        held = [layer.shape[0] for layer in self.compressed if layer.is_initialized]
+        held = [layer.shape[0] for layer in self.compressed if not layer.fresh]
         if rows.ndim == 1 and rows.dtype == torch.bool and held and rows.shape[0] == held[0]:
             rows = rows.nonzero().flatten()
         good = rows.ndim == 1 and rows.numel() > 0 and not rows.is_floating_point() and rows.dtype != torch.bool
@@ -283,7 +285,12 @@ class Cache(cache_utils.Cache):
         self._change_rows(lambda buffer: buffer[rows.to(buffer.device)])
 
     def _change_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        """Give every layer the rows that ``take`` makes of a buffer; all layers, or none with a :class:`CacheError`."""
+        """Give every layer the rows that ``take`` makes of a buffer; all layers, or none with a :class:`CacheError`.
+
+        Nothing happens to an empty cache, whose batch the next call decides.
+        """
+        if self.compressed[0].fresh:
+            return
         self._check_whole()
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, CompressedLayer | cache_utils.DummyLayer) and type(layer) not in FIXED:

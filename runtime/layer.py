@@ -232,9 +232,10 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Permute the batch in place, codes and all, without dequantising; ``beam_idx`` has one row number per row.
 
-        Raises :class:`CacheError` if it has more or fewer: buffers of another batch would be other buffers.
+        Raises :class:`CacheError` if it has more or fewer: buffers of another batch would be other buffers. An empty
+        store has no rows to permute.
         """
-        if not self.is_initialized:
+        if self.fresh:
             return
         if beam_idx.shape != (self.shape[0],):
             raise CacheError(
@@ -247,9 +248,12 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def change_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        """Move to the rows that ``take`` makes of each buffer ``[B, ...]``: codes and all, without dequantising."""
+        """Move to the rows that ``take`` makes of each buffer ``[B, ...]``: codes and all, without dequantising.
+
+        An empty store has none; its next call decides.
+        """
         self.forget()
-        if not self.is_initialized:
+        if self.fresh:
             return
         with lasting():
             self.state = tuple(None if buffer is None else take(buffer) for buffer in self.state)

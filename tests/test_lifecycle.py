@@ -374,13 +374,19 @@ def test_sliding_layers_are_not_cropped():
 
 def test_layers_whose_rows_cannot_change_say_so(llama):
     cache = ec.Cache(llama, 512)
-    cache.layers[0] = transformers.cache_utils.LinearAttentionLayer()
+    fill(cache, torch.randn(1, 2, 40, 32))
+    cache.layers[1] = transformers.cache_utils.LinearAttentionLayer()
     for change in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
-        with pytest.raises(CacheError, match="layer 0 keeps transformers' LinearAttentionLayer"):
+        with pytest.raises(CacheError, match="layer 1 keeps transformers' LinearAttentionLayer"):
             change()
 
 
-def test_bytes_of_a_changed_batch(llama):
+def test_an_empty_cache_has_no_rows(llama):
+    """As in transformers: what is done to the rows of an empty cache is done to nothing, and the next call decides."""
     cache = ec.Cache(llama, 512, batch_size=2)
     cache.batch_repeat_interleave(3)
-    assert cache.nbytes == 2 * KVForm(4, 4).nbytes(6, 2, 512, 32, 32, torch.float32) + 8
+    cache.batch_select_indices(torch.tensor([7]))
+    cache.reorder_cache(torch.tensor([1]))
+    assert cache.nbytes == 2 * KVForm(4, 4).nbytes(2, 2, 512, 32, 32, torch.float32) + 8
+    fill(cache, torch.randn(5, 2, 40, 32))
+    assert cache.nbytes == 2 * KVForm(4, 4).nbytes(5, 2, 512, 32, 32, torch.float32) + 8
