@@ -138,6 +138,11 @@ class Cache(cache_utils.Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     @property
+    def _fixed(self) -> list[Any]:
+        """The layers of transformers' own whose rows can be changed here."""
+        return [layer for layer in self.layers if type(layer) in FIXED]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all that the compressed layers have allocated, and of the length."""
         return sum(layer.nbytes for layer in self.compressed) + self.length.element_size()
@@ -219,10 +224,10 @@ class Cache(cache_utils.Cache):
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
             elif not layer.is_initialized and heads and size:
                 layer.allocate(batch, heads, size, size, dtype)
-        for layer in self.layers:
+        for fixed in self._fixed:
             # Only an empty cache gets here with another batch; these layers then allocate again by themselves.
-            if type(layer) in FIXED and layer.is_initialized and layer.batch_size != batch:
-                layer.is_initialized = False
+            if fixed.is_initialized and fixed.batch_size != batch:
+                fixed.is_initialized = False
 
     def reset(self) -> None:
         """Forget all tokens; buffers, addresses and compiled code stay valid."""
@@ -241,18 +246,19 @@ class Cache(cache_utils.Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Permute the rows in place, codes and all: ``beam_idx`` ``[B]`` says which row each row becomes.
 
-        Raises :class:`CacheError` if it has more or fewer indices than there are rows. Nothing happens to an empty cache.
+        Raises :class:`CacheError` if it has more or fewer indices than there are rows. An empty cache has none.
         """
         if self.compressed[0].fresh:
             return
-        for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompressedLayer)):
-            if type(layer) in FIXED:
-                # Theirs makes new tensors, which a compiled graph would have to be told about at every step.
-                if layer.is_initialized:
-                    for buffer in (layer.keys, layer.values):
-                        buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
-            else:
-                layer.reorder_cache(beam_idx)
+        for layer in self.compressed:  # first, since they check the number of rows
+            layer.reorder_cache(beam_idx)
+        for fixed in self._fixed:
+            # In place: transformers' own way makes new tensors, which are no static addresses.
+            for buffer in (fixed.keys, fixed.values) if fixed.is_initialized else ():
+                buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+        for other in self.layers:
+            if not isinstance(other, CompressedLayer) and type(other) not in FIXED:
+                other.reorder_cache(beam_idx)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -298,11 +304,10 @@ class Cache(cache_utils.Cache):
                     f"layer {index} keeps transformers' {type(layer).__name__}, whose batch cannot be changed; make a "
                     "new cache for the other batch."
                 )
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                layer.change_rows(take)
-            elif type(layer) in FIXED:
-                change_rows(layer, take)
+        for ours in self.compressed:
+            ours.change_rows(take)
+        for fixed in self._fixed:
+            change_rows(fixed, take)
 
     @property
     def removable(self) -> int:
@@ -324,6 +329,10 @@ class Cache(cache_utils.Cache):
         ours = (CompressedLayer, cache_utils.DummyLayer)
         theirs = [i for i, layer in enumerate(self.layers) if not isinstance(layer, ours)]
         return f"layers {theirs} keep transformers' {type(self.layers[theirs[0]]).__name__}" if theirs else ""
+
+    def activate_past_recording(self) -> None:
+        """From the next call on note what new tokens take over, so that they can be removed: see :attr:`removable`."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def crop(self, tokens_to_remove: int) -> None:
@@ -391,10 +400,9 @@ class Cache(cache_utils.Cache):
         with lasting():
             new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         torch._dynamo.mark_static_address(new.length)
-        for layer in new.layers:
-            if isinstance(layer, CompressedLayer):
-                layer.mark()
-            elif type(layer) in FIXED and layer.is_initialized:
-                for tensor in (layer.keys, layer.values, layer.cumulative_length):
-                    torch._dynamo.mark_static_address(tensor)
+        for layer in new.compressed:
+            layer.mark()
+        for fixed in new._fixed:
+            for tensor in (fixed.keys, fixed.values, fixed.cumulative_length) if fixed.is_initialized else ():
+                torch._dynamo.mark_static_address(tensor)
         return new

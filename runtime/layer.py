@@ -27,7 +27,7 @@ def lasting() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
-def change_rows(layer: cache_utils.StaticLayer, take: Callable[[Tensor], Tensor]) -> None:
+def change_rows(layer: Any, take: Callable[[Tensor], Tensor]) -> None:
     """Give one of transformers' layers of fixed size the rows that ``take`` makes of its keys and values."""
     if not layer.is_initialized:
         return
@@ -78,6 +78,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         Tokens in the store, int64 0-d, one tensor shared by all layers of a cache.
     fresh
         True until the first ``update``: that call attends to what it was given.
+    held_from
+        The ring holds no token before this one; only removing tokens makes it more than what follows from the length.
     record_past
         New tokens leave in :attr:`log` what they took over, so that they can be removed again.
     log
@@ -100,7 +102,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.first, self.last = index == ends[0], index == ends[1]
         self.fresh = True
         self.state: tuple[Tensor | None, ...] = ()
+        self.is_croppable = form.dense  # any number of tokens can be removed
         self.record_past = False
+        self.held_from = 0
         self.log: list[Tensor] = []
         self.overrun: tuple[Tensor, Tensor] | None = None
 
@@ -134,7 +138,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         """Bytes of the buffers and, while it records, of the log."""
         held = [*self.log, *(self.overrun or ())]
         return sum(b.numel() * b.element_size() for b in self.buffers()) + sum(
-            x.untyped_storage().nbytes() for x in held
+            int(x.untyped_storage().nbytes()) for x in held
         )
 
     def buffers(self) -> list[Tensor]:
@@ -227,6 +231,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         """Forget all tokens; buffers and addresses stay."""
         self.fresh = True
         self.length.zero_()
+        self.held_from = 0
         self.forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -260,36 +265,37 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.shape = (self.buffers()[0].shape[0], *self.shape[1:])
         self.mark()
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether any number of tokens can be removed: only where nothing is packed."""
-        return self.form.dense
-
     def removable(self, length: int) -> int:
         """The most tokens ``k`` such that ``length`` tokens can be shortened by any number up to ``k``.
 
         Write ``P(x)`` for the tokens packed at length ``x``, ``n`` for ``length`` and ``m`` for the shorter length. A
         store of ``m`` tokens needs two things. *Groups* ``[0, P(m))`` packed from the original values: they are, since
         ``P(m) <= P(n)`` and a group is packed once, from the originals, whatever follows it. *Tail* ``[P(m), m)`` in
-        the ring, since appending packs from there: after ``n`` tokens the ring holds exactly the last ``W`` of them,
-        because token ``p`` is written to slot ``p % W`` when it comes and only ``p + W`` takes it over. So ``m`` will
-        do if and only if ``P(m) >= n - W``, or there is no tail, ``P(m) = m``.
+        the ring, since appending packs from there. Token ``p`` is written to slot ``p % W`` when it comes and only
+        ``p + W`` takes it over, so after ``n`` tokens the ring holds those from ``low = n - W`` on; after tokens were
+        removed it holds no more than before, so ``low`` stays at least what it was then (:attr:`held_from`). So ``m``
+        will do if and only if ``P(m) >= low``, or there is no tail, ``P(m) = m``.
 
-        With ``W = r + g``: up to ``n = W`` every ``m`` will do. Beyond, ``n - r = g*q + j`` with ``0 <= j < g``, and
-        ``n - W = g*(q - 1) + j``. Groups are whole, so ``P(m) >= n - W`` means ``P(m) >= g*q`` where ``j > 0``, that
-        is ``m >= n - j``, and ``P(m) >= g*(q - 1)`` where ``j = 0``, that is ``m >= n - g``.
+        ``P`` never falls, so the shortest such ``m`` bounds them all: 0 where ``low <= 0``, else, with ``P(m) = g *
+        floor((m - r) / g)``, it is ``m = r + g * ceil(low / g)``. Where nothing was removed before, that leaves the
+        newest ``(n - r) mod g`` tokens, and ``g`` where that is 0.
 
         With a :attr:`log` the newest ``L`` tokens can be removed first, which leaves the ring as it was before them,
         and then as many as for ``n - L``.
         """
         if self.form.dense:
             return length
+        low = self._low(length - self._logged())
+        return length - (self.form.residual - -low // self.form.group * self.form.group if low > 0 else 0)
+
+    def _low(self, length: int) -> int:
+        """The oldest token in the ring of a store of ``length`` tokens that nothing can be taken back from."""
+        return max(self.held_from, length - self.form.slots)
+
+    def _logged(self) -> int:
+        """``L``, the newest tokens that the log can take back."""
         self._settle()
-        logged = self.log[0].shape[2] if self.log else 0
-        length -= logged
-        if length <= self.form.slots:
-            return logged + length
-        return logged + ((length - self.form.residual) % self.form.group or self.form.group)
+        return self.log[0].shape[2] if self.log else 0
 
     @property
     def reach(self) -> int:
@@ -330,11 +336,12 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
 
     def undo(self, length: int, count: int) -> None:
         """Put back what the newest ``count`` of ``length`` tokens took over, as far as the log goes."""
-        self._settle()
-        if not self.log:
-            return
-        logged = self.log[0].shape[2]
+        logged = self._logged()
+        if count > logged:
+            self.held_from = self._low(length - logged)
         count = min(count, logged)
+        if not count:
+            return
         # A slot that was taken more than once gets back what the first of the removed tokens found there.
         first, some = length - count, min(count, self.form.slots)
         slots = torch.arange(first, first + some, device=self.length.device) % self.form.slots

@@ -63,7 +63,7 @@ class Lives(RuleBasedStateMachine):
     def length(self):
         return self.tokens.shape[2]
 
-    @rule(count=st.one_of(st.integers(1, 6), st.integers(1, 70)), announced=st.booleans())
+    @rule(count=st.one_of(st.integers(1, 6), st.integers(1, 70), st.integers(60, 200)), announced=st.booleans())
     def append(self, count, announced):
         count = min(count, CAPACITY - self.length)
         if not count:
@@ -109,6 +109,18 @@ class Lives(RuleBasedStateMachine):
         self.cache.crop(-count)
         self.tokens = self.tokens[:, :, : self.length - count]
         self.safe = max(0, self.safe - count)
+
+    @precondition(lambda self: self.length > 2 * self.form.slots)
+    @rule(times=st.integers(1, 3))
+    def crop_the_most(self, times):
+        """What is left may have less that can go: the ring does not get back what removed tokens took over."""
+        for _ in range(times):
+            count = self.cache.removable
+            if count < self.length:
+                self.cache.crop(-count)
+                self.tokens = self.tokens[:, :, : self.length - count]
+                self.safe = max(0, self.safe - count)
+                self.holds_what_was_given()
 
     @rule()
     def record(self):
