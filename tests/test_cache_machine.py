@@ -45,8 +45,11 @@ class Lives(RuleBasedStateMachine):
 
     reference = False
 
-    @initialize(form=st.sampled_from(FORMS), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
-    def start(self, form, batch, seed):
+    @initialize(
+        form=st.sampled_from(FORMS), batch=st.integers(1, 3), prompt=st.integers(0, 300), seed=st.integers(0, 2**31)
+    )
+    def start(self, form, batch, prompt, seed):
+        """A prompt to begin with: most of what can go wrong needs more tokens than the ring has slots."""
         self.random = torch.Generator().manual_seed(seed)
         self.form, self.batch, self.recording = form, batch, False
         self.cache = ec.Cache(
@@ -55,6 +58,7 @@ class Lives(RuleBasedStateMachine):
         )  # fmt: skip
         self.tokens = torch.zeros(batch, HEADS, 0, SIZE)
         self.safe = 0  # newest tokens that were appended since the recording began, and nothing has disturbed since
+        self.append(prompt, True)
 
     def mode(self):
         return ops.reference_only() if self.reference else contextlib.nullcontext()
