@@ -233,9 +233,7 @@ def _program(site: AttentionSite, form: KVForm) -> Program:
 State = tuple[Any, ...]
 
 
-def _fuse(
-    site: AttentionSite, form: KVForm, stored: KVForm, read: Callable[[fx.Graph], tuple[State, fx.Node]]
-) -> Rewrite:
+def _fuse(site: AttentionSite, form: KVForm, stored: KVForm, read: Callable[[fx.Graph], tuple[State, Any]]) -> Rewrite:
     """``attend`` over a store of ``form``; ``read`` gives its six state arguments and its length.
 
     ``stored`` is the form that the call appends to, whose kernel it will need too.

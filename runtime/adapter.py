@@ -188,6 +188,7 @@ def _prepare_cache_for_generation(
     if _is_cache(given):
         if given.growing:
             given.reserve(length + 1)
+        _prepare_for_assistance(given, generation_config, mode)
         return
     form = form_of(self)
     made = model_kwargs.get("past_key_values")
@@ -211,7 +212,27 @@ def _prepare_cache_for_generation(
     # One token more than generate asks for: a deferred stop check may run one step past the end.
     cache = make_cache(self, form, length + 1)
     cache.growing = True
+    _prepare_for_assistance(cache, generation_config, mode)
     model_kwargs["past_key_values"] = cache
+
+
+def _prepare_for_assistance(cache: Cache, generation_config: Any, mode: Any) -> None:
+    """Assisted generation removes what was proposed in vain, from the assistant's cache as from the model's.
+
+    Raises ``CacheError`` for layers that cannot do that, before anything is generated.
+    """
+    from transformers.generation.configuration_utils import GenerationMode
+
+    if mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
+        return
+    if theirs := cache.uncroppable:
+        from effcompile.runtime.cache import CacheError
+
+        raise CacheError(
+            f"assisted generation removes tokens from the cache, and {theirs}, whose window cannot be wound back; "
+            "generate without assistant_model and prompt_lookup_num_tokens, or ec.remove(model) for these calls."
+        )
+    cache.activate_past_recording()
 
 
 def _create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:

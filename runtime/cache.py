@@ -7,10 +7,10 @@ empty cache attends to the fresh keys and values, later calls to the store.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,21 +18,18 @@ from transformers import cache_utils
 
 from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
+from effcompile.runtime.layer import CacheError, Call, CompressedLayer, GradientError, change_rows, lasting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["Cache", "CacheError", "CompressedLayer", "GradientError", "bucket"]
+
 STEP = 512
 """Capacity comes in multiples of this up to ``LINEAR_UNTIL``, then in powers of two: few capacities, few recompiles."""
 LINEAR_UNTIL = 8192
-
-
-class CacheError(ValueError):
-    """A cache that does not fit the call: another model's, another batch, another shape, dtype or device."""
-
-
-class GradientError(RuntimeError):
-    """Gradients were asked for through a compressed cache, which has none."""
+FIXED = (cache_utils.StaticLayer, cache_utils.StaticSlidingWindowLayer)
+"""Layers of transformers that are keys and values of fixed size and no more; by exact type, as those below are more."""
 
 
 def bucket(tokens: int) -> int:
@@ -58,210 +55,6 @@ def _refuse(model: PreTrainedModel) -> None:
             f"{name} does not work with a cache of fixed size (transformers says so: _can_compile_fullgraph is False), "
             "so it cannot use a compressed one; ec.remove(model) undoes the decoration."
         )
-
-
-@dataclasses.dataclass
-class Call:
-    """What the host knows of the call in progress: one object, shared by a cache and its layers.
-
-    Attributes
-    ----------
-    open
-        The call was prepared, and its last layer has not stored yet. If it still is when the next call begins, the
-        call failed: some stores may hold its tokens and some not.
-    inside
-        The call was prepared and nothing is stored yet, so the hook of a model within the called one has nothing to
-        do.
-    count
-        Tokens that the call appends; None where that is not known.
-    sent
-        Tokens sent to the cache in all; None after an ``update`` that no hook prepared. On an accelerator reading the
-        length would wait for the device.
-    """
-
-    open: bool = False
-    inside: bool = False
-    count: int | None = None
-    sent: int | None = 0
-
-
-class CompressedLayer(cache_utils.CacheLayerMixin):
-    """One layer's store. Buffers and their shapes are those of :class:`~effcompile.kernels.form.KVForm`.
-
-    Attributes
-    ----------
-    state
-        The six buffers in operator order, ``None`` where a dense side needs fewer.
-    length
-        Tokens in the store, int64 0-d, one tensor shared by all layers of a cache.
-    fresh
-        True until the first ``update``: that call attends to what it was given.
-    """
-
-    is_compileable = True
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(
-        self, form: KVForm, capacity: int, length: Tensor, call: Call, index: int, ends: tuple[int, int]
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.form = form
-        self.form_name = form.name
-        self.capacity = capacity
-        self.length = length
-        self.call = call
-        self.index = index
-        self.first, self.last = index == ends[0], index == ends[1]
-        self.fresh = True
-        self.state: tuple[Tensor | None, ...] = ()
-
-    def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
-        """Make the buffers, zeroed, at addresses that stay. Raises ``FormError`` if the head size does not divide."""
-        state: list[Tensor | None] = []
-        for kind, size in (("key", key_size), ("value", value_size)):
-            shapes = self.form.buffers(kind, batch, heads, self.capacity, size, dtype)  # type: ignore[arg-type]
-            buffers: list[Tensor | None] = [torch.zeros(s, dtype=d, device=self.length.device) for s, d in shapes]
-            state += buffers + [None] * (3 - len(buffers))
-        self.state = tuple(state)
-        self.shape = (batch, heads, key_size, value_size)
-        self.dtype, self.device = dtype, self.length.device
-        self.is_initialized = True
-        if not torch.compiler.is_compiling():
-            for buffer in self.buffers():
-                torch._dynamo.mark_static_address(buffer)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate from the first keys and values, where the config did not tell their shape."""
-        batch, heads, _, key_size = key_states.shape
-        self.allocate(batch, heads, key_size, value_states.shape[3], key_states.dtype)
-
-    def buffers(self) -> list[Tensor]:
-        """The buffers that exist."""
-        return [t for t in self.state if t is not None]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys ``[B, G, T, D]`` and values ``[B, G, T, E]``; return what this call attends to.
-
-        That is the arguments on an empty cache, else the store: ``[B, G, C, D]`` and ``[B, G, C, E]``, zero past the
-        length.
-
-        Raises
-        ------
-        CacheError
-            If the shape, dtype or device is not the one this layer was made for.
-        GradientError
-            If the keys or values require gradients.
-        CapacityError
-            If they do not fit; nothing has been written.
-        """
-        if not self.is_initialized or (self.fresh and self._mismatch(key_states, value_states)):
-            self.lazy_initialization(key_states, value_states)
-        if problem := self._mismatch(key_states, value_states):
-            raise CacheError(f"layer {self.index}: {problem}")
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise GradientError(
-                f"layer {self.index}: gradients are needed here, and a compressed cache has none. Call the model under "
-                "torch.no_grad() or torch.inference_mode(), or with use_cache=False."
-            )
-        count = key_states.shape[2]
-        # Only eagerly: inside a graph the number would be guarded, and a graph is compiled for its tokens anyway.
-        if not torch.compiler.is_compiling() and self.call.open and self.call.count not in (None, count):
-            raise CacheError(
-                f"layer {self.index}: the call has {self.call.count} tokens and the model made {count} keys, probably "
-                "from a padding mask as long as the cache; pass position_ids as well."
-            )
-        if self.first:
-            self.call.inside = False
-        # Equal, except under autocast: there rotated keys are in fp32 and values are not, and the store takes both.
-        stored = key_states.to(self.dtype), value_states.to(self.dtype)
-        torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name)
-        if self.fresh:
-            result = key_states, value_states
-        else:
-            result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name)
-        if self.last:
-            self.length.add_(count)
-            if not self.call.open:
-                self.call.sent = None
-            self.call.open = False
-        self.fresh = False
-        return result
-
-    def _mismatch(self, key: Tensor, value: Tensor) -> str:
-        """What is wrong with the shape, dtype or device of new keys and values, or ''."""
-        batch, heads, key_size, value_size = self.shape
-        if key.shape[0] != batch:
-            return (
-                f"the cache holds a batch of {batch} and this call has {key.shape[0]}; make a new cache, or call "
-                "reset() and keep the batch."
-            )
-        found = (key.shape[1], key.shape[3], value.shape[3])
-        if found != (heads, key_size, value_size):
-            return (
-                f"the cache was made for {heads} heads of {key_size} and {value_size} channels, and the model gives "
-                f"{found[0]} of {found[1]} and {found[2]}; make the cache with the model that uses it."
-            )
-        if any(x.dtype != self.dtype and not self._widens(x) for x in (key, value)):
-            return (
-                f"the cache was made for {self.dtype} and the model gives keys in {key.dtype} and values in "
-                f"{value.dtype}; make a new cache."
-            )
-        if key.device != self.device:
-            return f"the cache lives on {self.device} and the model's keys on {key.device}; make a new cache."
-        return ""
-
-    def _widens(self, x: Tensor) -> bool:
-        """Whether autocast made ``x`` narrower than the store, which holds it exactly."""
-        return torch.is_autocast_enabled(x.device.type) and torch.promote_types(x.dtype, self.dtype) == self.dtype
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Key length and offset for the mask: the fresh keys on an empty cache, else the capacity."""
-        return (query_length if self.fresh else self.capacity), 0
-
-    def get_seq_length(self) -> int:
-        """Tokens in the store: 0 when empty, else the 0-d tensor (transformers adds it to an arange)."""
-        return 0 if self.fresh else cast(int, self.length)
-
-    def get_max_length(self) -> int:
-        """The capacity in tokens."""
-        return self.capacity
-
-    def reset(self) -> None:
-        """Forget all tokens; buffers and addresses stay."""
-        self.fresh = True
-        self.length.zero_()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Permute the batch, codes and all, without dequantising."""
-        for buffer in self.buffers():
-            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: packed groups cannot be un-packed without loss."""
-        raise CacheError(
-            "a compressed cache cannot be cropped; start again from reset(), or use key_bits=value_bits=16."
-        )
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused: the batch of a cache with fixed buffers does not change."""
-        raise CacheError("a compressed cache keeps its batch; make one with the expanded batch instead.")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Refused: the batch of a cache with fixed buffers does not change."""
-        raise CacheError("a compressed cache keeps its batch; make one with the selected batch instead.")
-
-    def grow(self, capacity: int) -> None:
-        """Move to larger buffers, keeping all tokens."""
-        old = self.state
-        self.capacity = capacity
-        if not self.is_initialized:
-            return
-        batch, heads, key_size, value_size = self.shape
-        self.allocate(batch, heads, key_size, value_size, self.dtype)
-        for before, after in zip(old, self.state):
-            if before is not None and after is not None:
-                after[:, :, : before.shape[2]] = before
 
 
 class Cache(cache_utils.Cache):
@@ -317,9 +110,11 @@ class Cache(cache_utils.Cache):
         self.growing = capacity is None
         self.capacity = bucket(capacity or 1)
         device = next(model.parameters()).device
-        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        with lasting():
+            self.length = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(self.length)
         self.call = Call()
+        self._recorded: int | None = None  # the length up to which the layers' logs go
         default = KVForm(key_bits, value_bits, group_size, residual)
         _refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
@@ -343,10 +138,14 @@ class Cache(cache_utils.Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     @property
+    def _fixed(self) -> list[Any]:
+        """The layers of transformers' own whose rows can be changed here."""
+        return [layer for layer in self.layers if type(layer) in FIXED]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all allocated buffers of the compressed layers, and of the length."""
-        buffers = [self.length] + [b for layer in self.compressed for b in layer.buffers()]
-        return sum(b.numel() * b.element_size() for b in buffers)
+        """Bytes of all that the compressed layers have allocated, and of the length."""
+        return sum(layer.nbytes for layer in self.compressed) + self.length.element_size()
 
     @property
     def tokens(self) -> int:
@@ -375,9 +174,7 @@ class Cache(cache_utils.Cache):
         layers = self.compressed
         if self.call.open:
             if not all(layer.fresh for layer in layers):
-                raise CacheError(
-                    "the last call on this cache failed half way, so its layers differ; call reset() and start again."
-                )
+                self._check_whole()
             # The very first call failed: what it wrote lies past an empty store's end.
             self.reset()
         seen = self.call.sent
@@ -391,6 +188,11 @@ class Cache(cache_utils.Cache):
                 )
             self.reserve(seen + count)
         self._allocate(batch, dtype)
+        self._drop_old_logs(seen)
+        if any(layer.record_past for layer in layers):
+            for layer in layers:
+                layer.record(seen, count)
+            self._recorded = seen + count
         self.call.open = self.call.inside = True
         self.call.count, self.call.sent = count or None, seen + count
 
@@ -417,14 +219,190 @@ class Cache(cache_utils.Cache):
                 if not layer.fresh:
                     raise CacheError(
                         f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for "
-                        "it."
+                        "it, or change this one with batch_repeat_interleave(n) or batch_select_indices(rows)."
                     )
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
             elif not layer.is_initialized and heads and size:
                 layer.allocate(batch, heads, size, size, dtype)
+        for fixed in self._fixed:
+            # Only an empty cache gets here with another batch; these layers then allocate again by themselves.
+            if fixed.is_initialized and fixed.batch_size != batch:
+                fixed.is_initialized = False
 
     def reset(self) -> None:
         """Forget all tokens; buffers, addresses and compiled code stay valid."""
         super().reset()  # type: ignore[no-untyped-call]
         self.call.open = self.call.inside = False
         self.call.sent = 0
+
+    def _check_whole(self) -> None:
+        """Raise :class:`CacheError` if the last call began and did not end."""
+        if self.call.open:
+            raise CacheError(
+                "the last call on this cache failed half way, so its layers differ; call reset() and start again."
+            )
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Permute the rows in place, codes and all: ``beam_idx`` ``[B]`` says which row each row becomes.
+
+        Raises :class:`CacheError` if it has more or fewer indices than there are rows. An empty cache has none.
+        """
+        if self.compressed[0].fresh:
+            return
+        for layer in self.compressed:  # first, since they check the number of rows
+            layer.reorder_cache(beam_idx)
+        for fixed in self._fixed:
+            # In place: transformers' own way makes new tensors, which are no static addresses.
+            for buffer in (fixed.keys, fixed.values) if fixed.is_initialized else ():
+                buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+        for other in self.layers:
+            if not isinstance(other, CompressedLayer) and type(other) not in FIXED:
+                other.reorder_cache(beam_idx)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, row by row: a prompt read once then serves several continuations.
+
+        The buffers are new ones, so ``nbytes`` grows with the batch; nothing is dequantised. Raises
+        :class:`CacheError` if ``repeats`` is not a positive number, or for a layer whose rows cannot be changed.
+        """
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise CacheError(f"batch_repeat_interleave({repeats!r}): expected a positive number of repeats.")
+        self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order and as often as they are named, or where a bool mask is true.
+
+        The buffers are new ones; nothing is dequantised. Raises :class:`CacheError` if no row is left, if a row does
+        not exist, or for a layer whose rows cannot be changed.
+        """
+        rows = torch.as_tensor(indices).detach().cpu()
+        held = [layer.shape[0] for layer in self.compressed if not layer.fresh]
+        if rows.ndim == 1 and rows.dtype == torch.bool and held and rows.shape[0] == held[0]:
+            rows = rows.nonzero().flatten()
+        good = rows.ndim == 1 and rows.numel() > 0 and not rows.is_floating_point() and rows.dtype != torch.bool
+        if not good or (held and not bool(((rows >= -held[0]) & (rows < held[0])).all())):
+            raise CacheError(
+                f"batch_select_indices({indices!r}): expected at least one row number of a batch of "
+                f"{held[0] if held else '?'}, or a bool mask over it."
+            )
+        self._change_rows(lambda buffer: buffer[rows.to(buffer.device)])
+
+    def _change_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Give every layer the rows that ``take`` makes of a buffer; all layers, or none with a :class:`CacheError`.
+
+        Nothing happens to an empty cache, whose batch the next call decides.
+        """
+        if self.compressed[0].fresh:
+            return
+        self._check_whole()
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, CompressedLayer | cache_utils.DummyLayer) and type(layer) not in FIXED:
+                raise CacheError(
+                    f"layer {index} keeps transformers' {type(layer).__name__}, whose batch cannot be changed; make a "
+                    "new cache for the other batch."
+                )
+        for ours in self.compressed:
+            ours.change_rows(take)
+        for fixed in self._fixed:
+            change_rows(fixed, take)
+
+    @property
+    def removable(self) -> int:
+        """The most tokens that :meth:`crop` can remove now; it can remove any number up to this, and all of them.
+
+        With 16 bits that is every token. Packed groups are lossy and cannot be taken apart, so otherwise it is what no
+        group has been packed over: all up to ``residual + group_size`` tokens, and between 1 and ``group_size`` beyond.
+        After :meth:`activate_past_recording` it is also what was appended since, up to 256 tokens or more.
+        """
+        length = self._seen()
+        self._drop_old_logs(length)
+        if self.uncroppable:
+            return 0
+        return min(layer.removable(length) for layer in self.compressed)
+
+    @property
+    def uncroppable(self) -> str:
+        """Which layers are transformers' own and forget what leaves their window, in words; '' if there are none."""
+        ours = (CompressedLayer, cache_utils.DummyLayer)
+        theirs = [i for i, layer in enumerate(self.layers) if not isinstance(layer, ours)]
+        return f"layers {theirs} keep transformers' {type(self.layers[theirs[0]]).__name__}" if theirs else ""
+
+    def activate_past_recording(self) -> None:
+        """From the next call on note what new tokens take over, so that they can be removed: see :attr:`removable`."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens: ``crop(-3)`` removes three, as everywhere in transformers; ``crop(0)`` none.
+
+        What remains is what it would be if the removed tokens had never come. Removing all is :meth:`reset`.
+
+        Raises
+        ------
+        CacheError
+            If the number is positive, exceeds the tokens, or reaches into packed groups (see :attr:`removable`), and
+            if a layer keeps a window of transformers' own. Nothing has changed then.
+        """
+        count = -int(tokens_to_remove)
+        if count == 0:
+            return
+        self._check_whole()
+        length = self._seen()
+        if count < 0:
+            raise CacheError(
+                f"crop({-count}): expected a negative number, -k to remove k tokens; to keep k of the {length} tokens "
+                f"write crop(k - {length})."
+            )
+        if count > length:
+            raise CacheError(f"crop({-count}): the cache has only {length} tokens.")
+        if count == length:
+            self.reset()
+            return
+        if theirs := self.uncroppable:
+            raise CacheError(
+                f"crop({-count}): {theirs}, which forgets what leaves its window; start again from reset(), or from a "
+                "copy.deepcopy made before."
+            )
+        if count > self.removable:
+            raise CacheError(
+                f"crop({-count}): of the {length} tokens the newest {self.removable} can be removed now; older ones "
+                "lie in packed groups, which cannot be taken apart. Start again from reset() or from a copy.deepcopy "
+                "made before, call activate_past_recording() before tokens that may go, or use key_bits=value_bits=16."
+            )
+        for layer in self.compressed:
+            layer.undo(length, count)
+        self.length.sub_(count)
+        self.call.sent = self._recorded = length - count
+
+    def _drop_old_logs(self, length: int) -> None:
+        """Forget what the layers noted of other tokens than the ``length`` that are here."""
+        if self._recorded != length or self.call.sent is None:
+            for layer in self.compressed:
+                layer.forget()
+
+    def _seen(self) -> int:
+        """Tokens in the cache, without waiting for a device where the host knows the number."""
+        seen = self.call.sent
+        return self.tokens if seen is None or self.length.device.type == "cpu" else seen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """An independent copy for the same model, for continuing one prompt in several ways.
+
+        Buffers, length and counts are the copy's own, and shared by its layers as they are here; model and config are
+        the same objects.
+        """
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.config)] = self.config
+        with lasting():
+            new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        torch._dynamo.mark_static_address(new.length)
+        for layer in new.compressed:
+            layer.mark()
+        for fixed in new._fixed:
+            for tensor in (fixed.keys, fixed.values, fixed.cumulative_length) if fixed.is_initialized else ():
+                torch._dynamo.mark_static_address(tensor)
+        return new
