@@ -57,6 +57,8 @@ class Side:
             raise KernelUnavailable(
                 f"no GPU kernel for {self.kind} heads of {self.size} channels (16 to 256 are offered)"
             )
+        if self.bits not in (16, 8, 4):
+            raise KernelUnavailable(f"no GPU kernel for {self.kind}s of {self.bits} bits")
         if self.bits != 16 and self.form.group not in GROUPS:
             raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
 
