@@ -36,8 +36,6 @@ State: TypeAlias = tuple[Tensor | None, ...]
 
 _CPP_TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 
-KERNEL_BITS = (16, 8, 4)
-
 # Fields of AttendArgs, StoreArgs and LoadArgs in kernels/cpp/args.h, in their order; q is 8 bytes, as is every pointer.
 _ATTEND = struct.Struct("=7q 4q 4q 3q q q d").pack
 _STORE = struct.Struct("=7q 2q 4q 6q q").pack
@@ -107,8 +105,6 @@ def refusal(program: AnyProgram) -> str | None:
         if size not in HEAD_SIZES or size % 8:
             offered = f"multiples of 8 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"
             return f"{kind} heads of {size} channels ({offered} have C++ kernels)"
-        if program.form.bits(kind) not in KERNEL_BITS:  # type: ignore[arg-type]
-            return f"{kind}s of {program.form.bits(kind)} bits"  # type: ignore[arg-type]
         try:
             program.form.check_head(kind, size)  # type: ignore[arg-type]
         except FormError as error:
