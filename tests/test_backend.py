@@ -227,7 +227,7 @@ def test_chunked_prefill_and_decode_use_one_cache(no_inductor):
     assert {d.form.split("_k16")[0] for d in ec.inspect(model).decisions} == {"attend_prefill", "attend_decode"}
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (8, 4), (16, 8)])
+@pytest.mark.parametrize("bits", [(4, 4), (8, 4), (16, 8), (3, 2)])
 def test_compiled_equals_the_eager_reference_path_token_by_token(bits, no_inductor):
     """The same store and the same meaning: eager reads it densely, compiled fuses; greedy tokens agree."""
     eager = MODELS["llama"]("sdpa")
