@@ -32,7 +32,7 @@ import effcompile.lowering  # noqa: F401  (registers the kernels)
 from effcompile.kernels.form import KVForm
 
 GROUPS, RATIO, SIZE = 3, 3, 64
-FORMS = (KVForm(16, 16), KVForm(8, 8), KVForm(4, 4))
+FORMS = (KVForm(16, 16), KVForm(8, 8), KVForm(4, 4), KVForm(3, 3), KVForm(2, 2))
 OPS = torch.ops.effcompile
 
 

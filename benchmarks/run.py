@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import decode
+import formats
 import peers
 import prefill
 import quality
@@ -29,6 +30,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "bytes": ("Bytes of the cache", quality.cache_bytes),
     "decode": ("Whole decode", decode.run),
     "perplexity": ("Perplexity", quality.perplexity),
+    "formats": ("Few bits, nothing left unquantised", formats.run),
     "passkey": ("Pass keys", quality.passkey),
     "prefill": ("Prefill", prefill.run),
     "compile": ("Cold compile", steady.compile_share),

@@ -42,7 +42,7 @@ def common(
 @app.command()
 def demo(
     tokens: Annotated[int, typer.Option(help="Length of the prompt, 300 to 8,000.")] = 7000,
-    bits: Annotated[str, typer.Option(help="Of keys and values: 4, 8 or 16, or two such as 8,4.")] = "4",
+    bits: Annotated[str, typer.Option(help="Of keys and values: 16, 8, 4, 3 or 2, or two such as 8,4.")] = "4",
     skip_inductor: Annotated[bool, typer.Option("--skip-inductor", help="Leave out stock torch.compile.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effcompile import smollm2
+from effcompile.kernels.form import BITS
 
 KEY = 71432
 """The pass key that the model has to find."""
@@ -61,8 +62,10 @@ def parse_bits(text: str) -> tuple[int, int]:
         bits = [int(part) for part in text.split(",")]
     except ValueError:
         bits = []
-    if len(bits) not in (1, 2) or not set(bits) <= {4, 8, 16}:
-        raise ValueError(f"bits={text!r}: expected 4, 8 or 16, or two of them for keys and values, such as 8,4.")
+    if len(bits) not in (1, 2) or not set(bits) <= set(BITS):
+        raise ValueError(
+            f"bits={text!r}: expected one of {', '.join(map(str, BITS))}, or two for keys and values, such as 8,4."
+        )
     return bits[0], bits[-1]
 
 

@@ -16,9 +16,16 @@ scales     ``[B, G, C/g, 2, D]`` fp16                ``[B, G, C, 2, E/g]`` fp16
 tail       ``[B, G, W, D]`` model dtype              ``[B, G, W, E]`` model dtype
 ========== ======================================== ======================================
 
-``scales[..., 0, :]`` is the scale, ``scales[..., 1, :]`` the zero: ``x = code * scale + zero``. With 4 bits a byte
-holds channel ``r`` in its low half and channel ``r + D/2`` in its high half. Token ``p`` of the tail lives in slot
-``p % W`` with ``W = residual + g``, so a group is contiguous in the ring and no live token is ever overwritten.
+``scales[..., 0, :]`` is the scale, ``scales[..., 1, :]`` the zero: ``x = code * scale + zero``. Token ``p`` of the tail
+lives in slot ``p % W`` with ``W = residual + g``, so a group is contiguous in the ring and no live token is ever
+overwritten.
+
+Codes are packed in *words*, the shortest runs of whole bytes that hold whole codes (:func:`word`): 1 channel in a byte
+with 8 bits, 2 in a byte with 4, 8 in three bytes with 3, 4 in a byte with 2. With ``n`` channels a word there are
+``R = D/n`` words in a head; word ``r`` holds channel ``r + k*R`` in its bits ``k*bits`` to ``k*bits + bits - 1``, and
+its byte ``b``, lowest first, is row ``r + b*R`` of the codes. So consecutive bytes belong to consecutive channels, and
+one shift of a vector of words gives codes of consecutive channels, whatever the width. For 3 bits a plane of two bits
+and a plane of one would take as many bytes, but two shifts and a merge for every code.
 
 Source: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision residual.
 """
@@ -26,15 +33,26 @@ Source: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, valu
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Literal
 
 import torch
 
-BITS = (16, 8, 4)
+BITS = (16, 8, 4, 3, 2)
 """Bit widths on offer; 16 means unquantised, in the model's dtype."""
 
 Kind = Literal["key", "value"]
+
+
+def word(bits: int) -> tuple[int, int]:
+    """Channels and bytes of a word of packed codes.
+
+    >>> [word(bits) for bits in (8, 4, 3, 2)]
+    [(1, 1), (2, 1), (8, 3), (4, 1)]
+    """
+    shared = math.gcd(8, bits)
+    return 8 // shared, bits // shared
 
 
 class FormError(ValueError):
@@ -56,7 +74,7 @@ class KVForm:
     Parameters
     ----------
     key_bits, value_bits
-        16, 8 or 4, chosen separately. 16 keeps that side dense in the model's dtype.
+        One of :data:`BITS`, chosen separately. 16 keeps that side dense in the model's dtype.
     group
         Tokens in a key group and channels in a value group. A multiple of 16.
     residual
@@ -132,8 +150,12 @@ class KVForm:
                 f"value heads of {size} channels do not divide into groups of {self.group}; choose a group_size that "
                 f"divides {size}, or value_bits=16."
             )
-        if size % 2:
-            raise FormError(f"{kind} heads of {size} channels cannot be packed in pairs; use {kind}_bits=16.")
+        channels, _ = word(bits)
+        if size % channels:
+            raise FormError(
+                f"{kind} heads of {size} channels cannot be packed {channels} at a time, as {bits} bits are; "
+                f"use {kind}_bits=16."
+            )
 
     def buffers(
         self, kind: Kind, batch: int, heads: int, capacity: int, size: int, dtype: torch.dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effcompile.kernels.form import Kind, KVForm
+from effcompile.kernels.form import Kind, KVForm, word
 
 FP16_MAX = 65504.0
 
@@ -37,19 +37,26 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.float() * scale.float() + zero.float()
 
 
+def _together(x: Tensor, count: int, bits: int, dim: int) -> Tensor:
+    """The ``count`` equal parts of ``x`` along ``dim``, one above the other in steps of ``bits`` bits: int32."""
+    first, *others = x.int().chunk(count, dim)
+    for k, part in enumerate(others, 1):
+        first = first | part << (k * bits)
+    return first
+
+
 def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Codes to bytes along ``dim``: 8 bits unchanged; 4 bits put ``r`` low and ``r + n/2`` high in one byte."""
-    if bits == 8:
-        return codes
-    low, high = codes.chunk(2, dim)
-    return low | (high << 4)
+    """Codes to bytes along ``dim``, in words (:mod:`effcompile.kernels.form`): ``size`` become ``size * bits / 8``."""
+    channels, length = word(bits)
+    words = _together(codes, channels, bits, dim)
+    return torch.cat([(words >> (8 * b) & 255).to(torch.uint8) for b in range(length)], dim)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """The inverse of :func:`pack`."""
-    if bits == 8:
-        return packed
-    return torch.cat([packed & 15, packed >> 4], dim)
+    channels, length = word(bits)
+    words = _together(packed, length, 8, dim)
+    return torch.cat([(words >> (k * bits) & 2**bits - 1).to(torch.uint8) for k in range(channels)], dim)
 
 
 def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind: Kind) -> None:

@@ -61,6 +61,9 @@ def blocks_for(program: Program, chip: str) -> Blocks:
         blocks = Blocks(128 if warpgroups else 64, 32, 32, warps=8, stages=2)
     elif warpgroups:
         blocks = Blocks(128, 64, 64, warps=8, stages=2 if packed else 3)
+    elif packed and vendor_of(chip) == "hip" and max(keys.parts, values.parts) > 1:
+        # Eight warps have half the registers each, which does not hold what a word of several codes becomes.
+        blocks = Blocks(64, 32, 32, warps=4, stages=2)
     elif packed:
         blocks = Blocks(128, 32, 32, warps=8, stages=2)
     else:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from effcompile.kernels.form import Kind, KVForm
+from effcompile.kernels.form import Kind, KVForm, word
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import HEAD_SIZES, Program, StoreProgram
 
@@ -59,6 +59,11 @@ class Side:
             )
         if self.bits != 16 and self.form.group not in GROUPS:
             raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
+        if self.kind == "value" and self.bits == 3 and self.size % 32:
+            # Four words of eight channels are read together.
+            raise KernelUnavailable(
+                f"no GPU kernel for value heads of {self.size} channels in 3 bits (multiples of 32 have one)"
+            )
 
     @property
     def bits(self) -> int:
@@ -67,8 +72,27 @@ class Side:
 
     @property
     def width(self) -> int:
-        """Channels of one operand: half a head with 4 bits, since a byte holds one channel of each half."""
-        return self.size // 2 if self.bits == 4 else self.size
+        """Channels of one part of an operand: those that lie in the same bits of all words of codes."""
+        return self.size if self.bits == 16 else self.size // word(self.bits)[0]
+
+    @property
+    def parts(self) -> int:
+        """Parts of an operand: 1, but 8 with 3 bits and 4 with 2. With 4 bits each of the two is its own operand."""
+        return self.size // self.width if self.bits in (3, 2) else 1
+
+    @property
+    def padded(self) -> int:
+        """Columns of one part: a power of two."""
+        return padded(self.width) if self.parts == 1 else 1 << (self.width - 1).bit_length()
+
+    @property
+    def columns(self) -> int:
+        """Columns of one operand."""
+        return self.parts * self.padded
+
+    def cut(self, first: int) -> str:
+        """The operand from channel ``first`` on, as the last arguments of ``load_rows`` and ``store_rows``."""
+        return f"{first}, {self.width}, {self.padded}" + (f", {self.parts}" if self.parts > 1 else "")
 
     @property
     def halves(self) -> tuple[tuple[str, int], ...]:
@@ -119,12 +143,14 @@ class Side:
         if self.bits == 16:
             tile = f"dense_tile({letter}0, start, stop, {self.size}, 0, {self.size}, {padded(self.size)}, TILE)"
             return [f"{letter} = " + (f"tl.trans({tile})" if self.kind == "key" else tile)]
-        span = f"{math.gcd(self.width, self.form.group) & -math.gcd(self.width, self.form.group)}, "
-        numbers = f"{self.size}, {padded(self.width)}, {self.form.group}, "
-        numbers += span if self.kind == "value" and self.bits == 4 else ""
+        shared = math.gcd(self.width, self.form.group)
+        part = f"{self.width}, " if self.parts > 1 else ""
+        numbers = f"{self.size}, {part}{self.padded}, {self.form.group}, "
+        numbers += f"{shared & -shared}, " if self.kind == "value" and self.bits < 8 else ""
         dtype = TYPES[self.dtype] if exact else self.operand
         ptx = self.fused and self.vendor == "cuda" and not exact
-        call = f"{self.kind}s_{self.bits}({letter}0, {letter}1, start, stop, {numbers}TILE, {dtype}, {ptx})"
+        name, bits = ("joined", f"{self.bits}, ") if self.parts > 1 else (str(self.bits), "")
+        call = f"{self.kind}s_{name}({letter}0, {letter}1, start, stop, {numbers}TILE, {bits}{dtype}, {ptx})"
         return [f"{self.names(letter)} = {call}"]
 
     def ring(self) -> list[str]:
@@ -135,7 +161,7 @@ class Side:
         for suffix, first in self.halves:
             tile = (
                 f"ring_tile({letter}2, start, stop, {self.form.slots}, {self.size}, {first}, {self.width}, "
-                f"{padded(self.width)}, TILE)"
+                f"{self.padded}, TILE{f', {self.parts}' if self.parts > 1 else ''})"
             )
             lines.append(f"{letter}{suffix} = " + (f"tl.trans({tile})" if self.kind == "key" else tile))
         return lines
@@ -170,13 +196,15 @@ LOAD_PARTS = (
     "dense_tile",
     "keys_4",
     "keys_8",
+    "keys_joined",
     "load_rows",
     "packed_length",
     "ring_tile",
     "store_rows",
     "values_4",
     "values_8",
+    "values_joined",
 )
 NUMBER_PARTS = ("convert", "dot", "unit_of")
 SOFTMAX_PARTS = ("log_total", "merge_rows", "merge_weights", "reciprocal", "softmax_step", "visible")
-PACK_PARTS = ("append_dense", "append_ring", "pack_keys_4", "pack_keys_8", "pack_values_4", "pack_values_8")
+PACK_PARTS = ("append_dense", "append_ring", "pack_keys", "pack_values")

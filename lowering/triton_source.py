@@ -85,17 +85,14 @@ def _attend_start(program: Program, keys: Side, values: Side, rows: int, row: st
     lines += _queries(keys)
     if keys.fused:
         lines += ["body_scale = scale"] if program.dtype == torch.float16 else _normalise(keys)
-    lines += [f"acc{suffix} = tl.zeros(({rows}, {padded(values.width)}), tl.float32)" for suffix, _ in values.halves]
+    lines += [f"acc{suffix} = tl.zeros(({rows}, {values.columns}), tl.float32)" for suffix, _ in values.halves]
     lines += [f'peak = tl.full(({rows},), float("-inf"), tl.float32)', f"total = tl.zeros(({rows},), tl.float32)"]
     return lines
 
 
 def _queries(keys: Side) -> list[str]:
     """Load the query operands in the model's dtype."""
-    return [
-        f"q{suffix} = load_rows(query, place, live, 1, {first}, {keys.width}, {padded(keys.width)})"
-        for suffix, first in keys.halves
-    ]
+    return [f"q{suffix} = load_rows(query, place, live, 1, {keys.cut(first)})" for suffix, first in keys.halves]
 
 
 def _again(program: Program, keys: Side) -> list[str]:
@@ -119,8 +116,7 @@ def _attend_end(values: Side) -> list[str]:
         "factor = reciprocal(total)",
         "place = (batch * (groups * RATIO) + member) * queries + token".replace("RATIO", "{ratio}"),
         *(
-            f"store_rows(out, place, acc{suffix} * factor[:, None], live, {values.size}, {first}, {values.width}, "
-            f"{padded(values.width)})"
+            f"store_rows(out, place, acc{suffix} * factor[:, None], live, {values.size}, {values.cut(first)})"
             for suffix, first in values.halves
         ),
         f"tl.store(lse + place, log_total(peak, total) * {math.log(2)!r}, mask=live)",
@@ -184,8 +180,7 @@ def _decode(
     lines.append("    if first < last:")
     lines.append("        factor = reciprocal(total)")
     lines += [
-        f"        store_rows(part_out, place, acc{suffix} * factor[:, None], live, {values.size}, {at}, "
-        f"{values.width}, {padded(values.width)})"
+        f"        store_rows(part_out, place, acc{suffix} * factor[:, None], live, {values.size}, {values.cut(at)})"
         for suffix, at in values.halves
     ]
     kernel = [

@@ -39,8 +39,8 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
         for side in packed:
             c, new = side.kind[0], side.kind
             kernel.append(
-                f"        pack_{new}s_{side.bits}({c}0, {c}1, {c}2, {new}, {new}_token, first, old, {side.size}, "
-                f"{padded(side.width)}, {form.slots}, {block})"
+                f"        pack_{new}s({c}0, {c}1, {c}2, {new}, {new}_token, first, old, {side.size}, "
+                f"{side.padded}, {side.size // side.width}, {side.bits}, {form.slots}, {block})"
             )
     kernel.append("if APPEND:")
     for side in sides:
@@ -91,7 +91,5 @@ def _read_back(sides: tuple[Side, Side], ring: bool) -> list[str]:
         lines += side.ring() if ring else side.body(exact=True)
         for suffix, first in side.halves:
             x = f"tl.trans({c}{suffix})" if side.kind == "key" else f"{c}{suffix}"
-            lines.append(
-                f"store_rows({side.kind}, token, {x}, keep, {side.size}, {first}, {side.width}, {padded(side.width)})"
-            )
+            lines.append(f"store_rows({side.kind}, token, {x}, keep, {side.size}, {side.cut(first)})")
     return lines

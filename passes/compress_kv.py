@@ -56,7 +56,8 @@ class CompressKV(Pass):
     Parameters
     ----------
     key_bits, value_bits
-        16, 8 or 4, separately; 16 is unquantised, in the model's dtype. Keys need the bits more (KVTuner, section 4).
+        16, 8, 4, 3 or 2, separately; 16 is unquantised, in the model's dtype. Keys need the bits more (KVTuner,
+        section 4).
     group_size
         Tokens in a key group (per channel), channels in a value group (per token).
     residual
@@ -70,7 +71,7 @@ class CompressKV(Pass):
 
     name: ClassVar[str] = "compress_kv"
     paper: ClassVar[str] = "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025)"
-    summary: ClassVar[str] = "key/value cache in 8 or 4 bits, keys per channel, values per token, read inside attention"
+    summary: ClassVar[str] = "key/value cache in 8 to 2 bits, keys per channel, values per token, read inside attention"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     limit: ClassVar[dict[str, Any]] = {"key_bits": 16, "value_bits": 16}
 

@@ -180,10 +180,10 @@ def test_gradients_keep_the_models_cache_and_say_so(llama):
 
 
 def test_bits_not_offered_name_the_choices(llama):
-    with pytest.raises(ValueError, match="16, 8, 4"):
-        ec.compress_kv(key_bits=3)
-    with pytest.raises(ValueError, match="16, 8, 4"):
-        ec.Cache(llama, value_bits=2)
+    with pytest.raises(ValueError, match="16, 8, 4, 3, 2"):
+        ec.compress_kv(key_bits=5)
+    with pytest.raises(ValueError, match="16, 8, 4, 3, 2"):
+        ec.Cache(llama, value_bits=1)
     with pytest.raises(CacheError, match="capacity=0"):
         ec.Cache(llama, 0)
 

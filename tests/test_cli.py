@@ -120,7 +120,7 @@ def test_inspect_reports_every_site(folder: str) -> None:
     ("words", "said"),
     [
         (["--key-bit", "8"], "unknown option of compress_kv 'key_bit'; nearest: key_bits"),
-        (["--key-bits", "3"], "key_bits=3 is not offered"),
+        (["--key-bits", "5"], "key_bits=5 is not offered"),
         (["--key-bits", "many"], "takes int there"),
         (["--method", "compres_kv"], "unknown method 'compres_kv'; nearest: compress_kv"),
         (["stray"], "'stray' is not an option"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effcompile.kernels import ops, quantize
-from effcompile.kernels.form import Kind, KVForm
+from effcompile.kernels.form import BITS, Kind, KVForm
 from effcompile.kernels.program import DECODE_ROWS, DTYPES, Predicate, Program, StoreProgram
 from effcompile.lowering import cpp, toolchain
 
@@ -56,8 +56,8 @@ def program_of(row: dict[str, Any]) -> Program:
 FACTORS: dict[str, tuple[Any, ...]] = {
     "sizes": ((64, 64, 32), (128, 128, 32), (80, 96, 16), (72, 80, 16)),
     "ratio": (3, 1, 8),
-    "key_bits": (4, 8, 16),
-    "value_bits": (4, 8, 16),
+    "key_bits": (4, 8, 16, 3, 2),
+    "value_bits": (4, 8, 16, 3, 2),
     "dtype": tuple(DTYPES),
     "predicate": ((None, False), (40, False), (None, True), (40, True)),
     "residual": (4, 0),
@@ -307,7 +307,7 @@ def test_split_over_threads(program: Program) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product((16, 8, 4), repeat=2)))
+@pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, repeat=2)))
 def test_attend_every_mix(phase: Any, dtype: torch.dtype, key_bits: int, value_bits: int) -> None:
     program = Program(phase, KVForm(key_bits, value_bits), Predicate(), dtype, 3, 64, 64)
     for length in (*LENGTHS, 1111):
@@ -324,7 +324,12 @@ def test_other_instruction_sets(width: int) -> None:
     if width == 256 and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("this CPU has no AVX2")
     with config.patch({"cpp.simdlen": width}):
-        programs = [BASE, Program("prefill", KVForm(8, 4, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80)]
+        programs = [
+            BASE,
+            Program("prefill", KVForm(8, 4, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80),
+            Program("decode", KVForm(2, 3, 32, 0), Predicate(), torch.float32, 3, 64, 64),
+            Program("prefill", KVForm(3, 2, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80),
+        ]
         cpp.prebuild(p for program in programs for p in (program, store_of(program)))
         for program in programs:
             for length in (65, 500):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effcompile.kernels import ops, quantize
-from effcompile.kernels.form import BITS, FormError, KVForm, packed_length
+from effcompile.kernels.form import BITS, FormError, KVForm, packed_length, word
 
 
 def make_state(form: KVForm, batch: int = 2, heads: int = 2, capacity: int = 512, size: int = 64, dtype=torch.float32):
@@ -37,7 +37,29 @@ def test_packed_length_is_a_pure_monotone_function(length, more, group, residual
     assert packed_length(length + more, group, residual) >= packed
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+PACKED = [bits for bits in BITS if bits != 16]
+
+
+@given(st.sampled_from(PACKED), st.integers(1, 12), st.integers(-3, -1), st.integers(0, 2**31))
+def test_a_word_holds_channels_that_lie_apart(bits, words, dim, seed):
+    """The layout by its definition, one code and one bit at a time; no bit is left over, and unpack inverts pack."""
+    channels, length = word(bits)
+    assert channels * bits == 8 * length
+    codes = torch.randint(2**bits, (words * channels, 3), generator=torch.Generator().manual_seed(seed)).byte()
+    expected = torch.zeros(words * length, 3, dtype=torch.uint8)
+    for channel, r in ((c, c % words) for c in range(len(codes))):
+        for bit in range(bits):
+            at = channel // words * bits + bit
+            expected[r + at // 8 * words] |= (codes[channel] >> bit & 1) << at % 8
+    # The same along any dimension: a third one of size 1 is put in so that the channels are at `dim`.
+    codes, expected = (x[:, :, None].movedim(0, dim) for x in (codes, expected))
+    packed = quantize.pack(codes, bits, dim)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(packed, expected)
+    assert torch.equal(quantize.unpack(packed, bits, dim), codes)
+
+
+@pytest.mark.parametrize("bits", PACKED)
 @pytest.mark.parametrize("dim", [2, 3])
 def test_pack_inverts_and_error_is_half_a_step(bits, dim):
     x = torch.randn(3, 2, 32, 64) * torch.logspace(-4, 3, 64)
@@ -59,7 +81,8 @@ def test_constant_group_is_kept_to_fp16():
     assert torch.equal(quantize.dequantize(codes, scale, zero), x)
 
 
-FORMS = [KVForm(k, v, g, r) for k, v, g, r in [(4, 4, 32, 128), (8, 4, 32, 0), (16, 8, 32, 32), (4, 16, 16, 64)]]
+FORMS = [KVForm(4, 4), KVForm(8, 4, 32, 0), KVForm(16, 8, 32, 32), KVForm(4, 16, 16, 64)]
+FORMS += [KVForm(2, 2, 32, 32), KVForm(3, 3, 16, 0), KVForm(2, 3, 64, 0), KVForm(3, 4)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -102,8 +125,8 @@ def test_bytes_are_the_allocated_ones(form):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"key_bits": 3}, "key_bits=3"),
-        ({"value_bits": 32}, "16, 8, 4"),
+        ({"key_bits": 5}, "key_bits=5"),
+        ({"value_bits": 32}, "16, 8, 4, 3, 2"),
         ({"key_bits": True}, "not offered"),
         ({"group": 24}, "multiple of 16"),
         ({"residual": 100}, "multiple of group_size=32"),
@@ -119,6 +142,19 @@ def test_group_that_does_not_divide_the_head():
     with pytest.raises(FormError, match="80 channels do not divide into groups of 32"):
         KVForm(4, 4).buffers("value", 1, 1, 512, 80, torch.float32)
     assert KVForm(4, 4, 16, 128).buffers("value", 1, 1, 512, 80, torch.float32)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 17), (3, 20), (2, 18)])
+def test_heads_that_hold_no_whole_words(bits, size):
+    with pytest.raises(FormError, match=f"{size} channels cannot be packed . at a time, as {bits} bits"):
+        KVForm(bits, 16).check_head("key", size)
+
+
+@pytest.mark.parametrize("bits", PACKED)
+def test_codes_take_their_bits_and_no_more(bits):
+    for kind in ("key", "value"):
+        shape, dtype = KVForm(bits, bits).buffers(kind, 1, 1, 512, 64, torch.float32)[0]
+        assert 8 * torch.Size(shape).numel() * dtype.itemsize == 512 * 64 * bits
 
 
 def test_names_round_trip():

@@ -6,6 +6,7 @@ is a pairwise cover; ``-m slow`` compiles more.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pairs import pairwise
 
 from effcompile.kernels import ops
-from effcompile.kernels.form import KVForm
+from effcompile.kernels.form import BITS, KVForm
 from effcompile.kernels.program import Predicate, Program, StoreProgram
 from effcompile.lowering import triton as lowering
 from effcompile.lowering.triton_aot import compile_ahead, resources
@@ -31,6 +32,9 @@ FORMS = [
     KVForm(4, 16),
     KVForm(16, 8),
     KVForm(4, 4, 64, 64),
+    KVForm(3, 3),
+    KVForm(2, 2),
+    KVForm(3, 2, 16, 32),
 ]
 
 
@@ -38,7 +42,8 @@ def spill_budget(program: Program, chip: str, registers: int) -> int:
     """Bytes a thread may spill: none for heads up to 128 in 16-bit types.
 
     Exceptions, where a tile cannot be smaller than 32 keys and one group: larger heads, groups longer than the usual
-    tile, fp32 models (three tf32 products), and 8-bit prefill on sm_80, which keeps operands in registers. And decode
+    tile, fp32 models (three tf32 products), and prefill with 8 or 3 bits on sm_80, which keeps operands in registers
+    (3 bits: the eight codes of a word). And decode
     where the assembler stays at 168 or 128 registers by itself, so that a third or fourth program fits into a
     multiprocessor, and spills a few for it: how many differs from one release of it to the next.
     """
@@ -49,7 +54,8 @@ def spill_budget(program: Program, chip: str, registers: int) -> int:
         return 256
     packed_8 = 8 in (program.form.key_bits, program.form.value_bits)
     if program.phase == "prefill":
-        return 64 if packed_8 and chip == "sm_80" else 0
+        packed_3 = 3 in (program.form.key_bits, program.form.value_bits)
+        return 64 if (packed_8 or packed_3) and chip == "sm_80" else 0
     fits_more = chip != "gfx942" and registers in (128, 168)
     return (64 if packed_8 and chip == "sm_100" else 16) if fits_more else 0
 
@@ -99,7 +105,9 @@ def variants(**axes: list[Any]) -> list[tuple[Program, str]]:
     for case in pairwise(**axes):
         form, (key_size, value_size) = case["form"], case["size"]
         if form.value_bits != 16 and value_size % form.group:
-            form = KVForm(form.key_bits, form.value_bits, 16, form.residual)
+            form = dataclasses.replace(form, group=16)
+        if form.value_bits == 3 and value_size % 32:
+            form = dataclasses.replace(form, value_bits=2)
         arguments = (case["phase"], form, case["predicate"], case["dtype"], case["ratio"], key_size, value_size)
         chosen.append((Program(*arguments), case["chip"]))
     return chosen
@@ -116,7 +124,12 @@ FAST = variants(
 FAST += [
     (Program(phase, KVForm(bits, bits), Predicate(), torch.bfloat16, 4, 128, 128), "sm_90")
     for phase in ("decode", "prefill")
-    for bits in (16, 8, 4)
+    for bits in BITS
+]
+FAST += [
+    (Program("prefill", KVForm(3, 2), Predicate(), torch.bfloat16, 4, 128, 128), "gfx942"),
+    (Program("prefill", KVForm(3, 3), Predicate(), torch.float16, 4, 128, 128), "sm_80"),
+    (Program("decode", KVForm(2, 3), Predicate(key_mask=True), torch.float16, 3, 80, 96), "sm_100"),
 ]
 MORE = [variant for variant in variants(**AXES) if variant not in FAST]
 
@@ -135,6 +148,10 @@ def test_attend_more(program: Program, chip: str) -> None:
 STORES = [
     (StoreProgram(form, dtype, 128, 96), chip)
     for form, dtype, chip in zip(FORMS[:4], [torch.bfloat16, torch.float32, torch.bfloat16, torch.float16], CHIPS)
+]
+STORES += [
+    (StoreProgram(KVForm(3, 2), torch.bfloat16, 128, 96), "sm_90"),
+    (StoreProgram(KVForm(2, 3), torch.float16, 80, 96), "gfx942"),
 ]
 
 
@@ -176,14 +193,14 @@ def test_generated_text() -> None:
 
 def declined(**changes: Any) -> str:
     """Why the launcher refuses a call that would be fine without ``changes``."""
-    form = changes.get("form", KVForm(4, 4))
+    form, size = changes.get("form", KVForm(4, 4)), changes.get("size", 96)
     state: list[Any] = []
     for kind in ("key", "value"):
-        buffers = form.buffers(kind, 1, 2, 6 * form.group, 96, torch.float16)
+        buffers = form.buffers(kind, 1, 2, 6 * form.group, size, torch.float16)
         state += [torch.zeros(shape, dtype=dtype) for shape, dtype in buffers]
     if "state" in changes:
         state = changes["state"](state)
-    query = torch.zeros(1, changes.get("heads", 4), 1, 96, dtype=changes.get("dtype", torch.float16))
+    query = torch.zeros(1, changes.get("heads", 4), 1, size, dtype=changes.get("dtype", torch.float16))
     with pytest.raises(ops.KernelUnavailable) as why:
         lowering.attend(query, *state, torch.tensor(1), None, form.name, 1.0, True, -1)
     return str(why.value)
@@ -191,6 +208,7 @@ def declined(**changes: Any) -> str:
 
 def test_declined_with_a_reason() -> None:
     assert "groups of 48" in declined(form=KVForm(4, 4, 48, 48))
+    assert "value heads of 80 channels in 3 bits" in declined(form=KVForm(4, 3, 16, 0), size=80)
     assert "queries are torch.float32" in declined(dtype=torch.float32)
     assert "3 query heads" in declined(heads=3)
     assert "not contiguous" in declined(state=lambda s: [s[0].mT, *s[1:]])

@@ -86,6 +86,9 @@ FORMS = [
     KVForm(8, 4, 16, 32),
     KVForm(4, 16, 32, 64),
     KVForm(16, 8, 32, 0),
+    KVForm(2, 2),
+    KVForm(3, 3, 32, 0),
+    KVForm(3, 2, 16, 32),
 ]
 SIZES = [(64, 64), (80, 80), (96, 64), (128, 128), (64, 96), (256, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -37,24 +37,17 @@ inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, c
       for (int c = 0; c < CHAINS; ++c)
         for (int r = 0; r < RB; ++r)
           for (int64_t v = 0; v < TV; ++v) acc[c][r][v] = Vec(0.f);
-      if constexpr (S::bits == 4) {
-        for (int64_t d = 0; d < D / 2; ++d) {
+      // Two words at a time where a word is one channel, so that both chains are used.
+      constexpr int pair = S::per == 1 ? 2 : 1;
+      for (int64_t w = 0; w < S::words; w += pair) {
+        for (int u = 0; u < pair; ++u) {
           for (int64_t v = 0; v < TV; ++v) {
-            Vec low, high;
-            unpack4(codes + d * g + i + v * VL, low, high);
-            for (int r = 0; r < RB; ++r) {
-              acc[0][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d]), low, acc[0][r][v]);
-              acc[CHAINS - 1][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d + D / 2]), high, acc[CHAINS - 1][r][v]);
-            }
-          }
-        }
-      } else {
-        for (int64_t d = 0; d < D; d += 2) {
-          for (int c = 0; c < 2; ++c) {
-            for (int64_t v = 0; v < TV; ++v) {
-              const Vec x = unpack8(codes + (d + c) * g + i + v * VL);
+            const Words<S::bits> words(codes + (w + u) * g + i + v * VL, S::words * g);
+            for (int k = 0; k < S::per; ++k) {
+              const Vec x = words.at(k);
+              const int64_t d = w + u + k * S::words;
               for (int r = 0; r < RB; ++r)
-                acc[c % CHAINS][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d + c]), x, acc[c % CHAINS][r][v]);
+                acc[(u + k) % CHAINS][r][v] = at::vec::fmadd(Vec(scaled[r * DP + d]), x, acc[(u + k) % CHAINS][r][v]);
             }
           }
         }

@@ -24,6 +24,8 @@ struct Side {
   static constexpr bool packed = bits != 16;
   static constexpr int64_t row = size * bits / 8;  // code bytes of one token
   static constexpr int64_t groups = size / g;      // channel groups of a value
+  static constexpr int per = packed ? word_channels(bits) : 1;
+  static constexpr int64_t words = size / per;  // of a token; word r holds channels r + k * words
 
   T* dense;        // [C, size], or the tail [W, size]
   uint8_t* codes;  // keys [C/g, row, g], values [C, row]
@@ -72,21 +74,32 @@ template <class S>
 inline void key_group_transposed(const S& side, int64_t t, float* out, int64_t ld) {
   const uint8_t* codes = side.code_at(t);
   const Half* scale = side.scale_at(t);
-  for (int64_t r = 0; r < S::row; ++r) {
+  for (int64_t r = 0; r < S::words; ++r) {
     for (int64_t i = 0; i < S::g; i += VL) {
-      const uint8_t* p = codes + r * S::g + i;
-      if constexpr (S::bits == 4) {
-        Vec low, high;
-        unpack4(p, low, high);
-        ((low + Vec(CENTER<4>)) * Vec(float(scale[r])) + Vec(float(scale[S::size + r]))).store(out + r * ld + i);
-        const int64_t h = r + S::size / 2;
-        ((high + Vec(CENTER<4>)) * Vec(float(scale[h])) + Vec(float(scale[S::size + h]))).store(out + h * ld + i);
-      } else {
-        const Vec x = unpack8(p) + Vec(CENTER<8>);
-        (x * Vec(float(scale[r])) + Vec(float(scale[S::size + r]))).store(out + r * ld + i);
+      const Words<S::bits> words(codes + r * S::g + i, S::words * S::g);
+      for (int k = 0; k < S::per; ++k) {
+        const int64_t d = r + k * S::words;
+        const Vec x = words.at(k) + Vec(CENTER<S::bits>);
+        (x * Vec(float(scale[d])) + Vec(float(scale[S::size + d]))).store(out + d * ld + i);
       }
     }
   }
+}
+
+// How the values of a token are read in vectors: `count` words at a time, VL of them or all of a token's if they are
+// half as many. None if a vector of codes would not be channels in a row.
+template <class S>
+constexpr int64_t words_at_once() {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (S::words == VL / 2 && S::per % 2 == 0) return VL / 2;
+#endif
+  return S::words % VL == 0 ? VL : 0;
+}
+
+// The first channel of vector k of the words from c on.
+template <class S>
+constexpr int64_t channel_of(int64_t c, int k) {
+  return S::words < VL ? k * VL : c + k * S::words;
 }
 
 // One token of packed values as fp32: out[channel], padded to whole vectors by the caller.
@@ -94,25 +107,26 @@ template <class S>
 inline void value_row(const S& side, int64_t t, float* out) {
   const uint8_t* codes = side.code_at(t);
   const Half* scale = side.scale_at(t);
-  constexpr int64_t half = S::size / 2;
-  if constexpr (S::bits == 4 && half % VL == 0) {
-    for (int64_t i = 0; i < half; i += VL) {
-      Vec low, high;
-      unpack4(codes + i, low, high);
-      const int64_t a = i / S::g, b = (i + half) / S::g;
-      ((low + Vec(CENTER<4>)) * Vec(float(scale[a])) + Vec(float(scale[S::groups + a]))).store(out + i);
-      ((high + Vec(CENTER<4>)) * Vec(float(scale[b])) + Vec(float(scale[S::groups + b]))).store(out + i + half);
-    }
-  } else if constexpr (S::bits == 8) {
-    for (int64_t i = 0; i < S::size; i += VL) {
-      const int64_t a = i / S::g;
-      const Vec x = unpack8(codes + i) + Vec(CENTER<8>);
-      (x * Vec(float(scale[a])) + Vec(float(scale[S::groups + a]))).store(out + i);
+  constexpr int64_t count = words_at_once<S>();
+  if constexpr (count > 0) {
+    using W = Words<S::bits, count>;
+    for (int64_t c = 0; c < S::words; c += count) {
+      const W words(codes + c, S::words);
+      for (int k = 0; k < W::vectors; ++k) {
+        const int64_t e = channel_of<S>(c, k), group = e / S::g;
+        const Vec x = words.at(k) + Vec(CENTER<S::bits>);
+        (x * Vec(float(scale[group])) + Vec(float(scale[S::groups + group]))).store(out + e);
+      }
     }
   } else {
-    for (int64_t i = 0; i < S::size; ++i) {
-      const int code = i < half ? codes[i] & 15 : codes[i - half] >> 4;
-      out[i] = float(code) * float(scale[i / S::g]) + float(scale[S::groups + i / S::g]);
+    for (int64_t r = 0; r < S::words; ++r) {
+      uint32_t word = 0;
+      for (int b = 0; b < word_bytes(S::bits); ++b) word |= uint32_t(codes[r + b * S::words]) << (8 * b);
+      for (int k = 0; k < S::per; ++k) {
+        const int64_t e = r + k * S::words, group = e / S::g;
+        const uint32_t code = word >> (k * S::bits) & ((1 << S::bits) - 1);
+        out[e] = float(code) * float(scale[group]) + float(scale[S::groups + group]);
+      }
     }
   }
 }

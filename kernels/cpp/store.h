@@ -39,6 +39,14 @@ inline void to_bytes(Vec x, uint8_t* p) {
 #endif
 }
 
+// One word of codes, from bytes that lie S::words apart to bytes that lie `stride` apart.
+template <class S>
+inline void write_word(const uint8_t* codes, uint8_t* out, int64_t stride) {
+  uint32_t word = codes[0];
+  for (int k = 1; k < S::per; ++k) word |= uint32_t(codes[k * S::words]) << (k * S::bits);
+  for (int b = 0; b < word_bytes(S::bits); ++b) out[b * stride] = static_cast<uint8_t>(word >> (8 * b));
+}
+
 // Where tokens come from: old ones from the ring, new ones from the caller's tensor.
 template <class P, Kind kind>
 struct Source {
@@ -76,16 +84,14 @@ inline void pack_group(const Source<P, Kind::key>& from, int64_t t) {
     for (int64_t i = 0; i < g; ++i)
       to_bytes(quantized<S::bits>(load_f32(from.at(t + i) + d, D - d), scale, zero), codes + i * DP + d);
   }
-  uint8_t* out = from.side.code_at(t);
-  for (int64_t r = 0; r < S::row; ++r)
-    for (int64_t i = 0; i < g; ++i)
-      out[r * g + i] = S::bits == 8 ? codes[i * DP + r] : codes[i * DP + r] | codes[i * DP + r + D / 2] << 4;
+  for (int64_t r = 0; r < S::words; ++r)
+    for (int64_t i = 0; i < g; ++i) write_word<S>(codes + i * DP + r, from.side.code_at(t) + r * g + i, S::words * g);
 }
 
 template <class P>
 inline void pack_group(const Source<P, Kind::value>& from, int64_t first) {
   using S = Side<P, Kind::value>;
-  constexpr int64_t E = S::size, g = S::g, half = E / 2;
+  constexpr int64_t E = S::size, g = S::g;
   for (int64_t t = first; t < first + g; ++t) {
     alignas(64) uint8_t codes[E];
     Half* scales = from.side.scale_at(t);
@@ -102,8 +108,7 @@ inline void pack_group(const Source<P, Kind::value>& from, int64_t first) {
       for (int64_t e = 0; e < g; e += VL)
         to_bytes(quantized<S::bits>(load_f32(x + e), Vec(float(step.scale)), Vec(float(step.zero))), codes + j * g + e);
     }
-    uint8_t* out = from.side.code_at(t);
-    for (int64_t r = 0; r < S::row; ++r) out[r] = S::bits == 8 ? codes[r] : codes[r] | codes[r + half] << 4;
+    for (int64_t r = 0; r < S::words; ++r) write_word<S>(codes + r, from.side.code_at(t) + r, S::words);
   }
 }
 

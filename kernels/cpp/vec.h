@@ -100,47 +100,92 @@ inline void prefetch(const void* p) {
 // Codes are read minus this constant. Sums over codes of both signs cancel less than sums over 0..2^bits-1, and the
 // constant goes into the zero: c * s + z = (c - CENTER) * s + (z + CENTER * s).
 template <int bits>
-inline constexpr float CENTER = bits == 4 ? 7.5f : 128.f;
+inline constexpr float CENTER = bits == 8 ? 128.f : ((1 << bits) - 1) / 2.f;
 
-// VL bytes of two 4-bit codes each: the low halves and the high halves, minus CENTER<4>.
-inline void unpack4(const uint8_t* p, Vec& low, Vec& high) {
+// Channels and bytes of a word of codes, as effcompile/kernels/form.py packs them.
+constexpr int word_channels(int bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8; }
+constexpr int word_bytes(int bits) { return word_channels(bits) * bits / 8; }
+
+// A vector of words, one a lane. at(k) is its k-th vector of codes, minus CENTER. `count` words are read: byte b of word
+// i is p[b * stride + i]. With fewer words than lanes they are repeated, and a lane's part of the vector comes from its
+// own repetition of the words: lane i of at(k) is code k * VL / count + i / count of word i % count.
+template <int bits, int64_t count = VL>
+struct Words {
+  static_assert(count <= VL && VL % count == 0 && word_channels(bits) % (VL / count) == 0);
+  static constexpr int vectors = word_channels(bits) / static_cast<int>(VL / count);
+  static constexpr int step = bits * static_cast<int>(VL / count);
 #if defined(CPU_CAPABILITY_AVX512)
-  // A permute looks at the lowest four bits of each lane only, so it is mask, conversion and subtraction in one.
-  const __m512 table = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -.5f, .5f, 1.5f, 2.5f, 3.5f, 4.5f,
-                                      5.5f, 6.5f, 7.5f);
-  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  low = _mm512_permutexvar_ps(codes, table);
-  high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  low = Vec(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)))) - Vec(CENTER<4>);
-  high = Vec(_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4))) - Vec(CENTER<4>);
-#else
-  float a[VL], b[VL];
-  for (int64_t i = 0; i < VL; ++i) {
-    a[i] = float(p[i] & 15) - CENTER<4>;
-    b[i] = float(p[i] >> 4) - CENTER<4>;
+  __m512i words;
+  explicit Words(const uint8_t* p, int64_t stride = 0) : words(lanes(p)) {
+    if constexpr (word_bytes(bits) == 3)
+      words = _mm512_or_si512(words, _mm512_or_si512(_mm512_slli_epi32(lanes(p + stride), 8),
+                                                     _mm512_slli_epi32(lanes(p + 2 * stride), 16)));
+    if constexpr (count == VL / 2) {
+      const __m512i later = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, bits, bits, bits, bits, bits, bits, bits, bits);
+      words = _mm512_srlv_epi32(words, later);
+    }
   }
-  low = Vec::loadu(a);
-  high = Vec::loadu(b);
-#endif
-}
-
-// VL 8-bit codes, minus CENTER<8>.
-inline Vec unpack8(const uint8_t* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  // Flipping the top bit turns unsigned codes into signed ones, 128 less.
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(-128))));
+  static __m512i lanes(const uint8_t* p) {
+    static_assert(count == VL || count == VL / 2);
+    __m128i bytes;
+    if constexpr (count == VL)
+      bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    else
+      bytes = _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(p)));
+    // Flipping the top bit turns unsigned codes into signed ones, 128 less.
+    if constexpr (bits == 8) return _mm512_cvtepi8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+    return _mm512_cvtepu8_epi32(bytes);
+  }
+  Vec at(int k) const {
+    if constexpr (bits == 8) {
+      return _mm512_cvtepi32_ps(words);
+    } else {
+      // A permute looks at the lowest four bits of each lane only, so with a table that repeats every 2^bits entries it
+      // is mask, conversion and subtraction in one.
+      constexpr int m = (1 << bits) - 1;
+      constexpr float c = CENTER<bits>;
+      const __m512 table = _mm512_setr_ps(0 - c, 1 - c, 2 - c, 3 - c, (4 & m) - c, (5 & m) - c, (6 & m) - c, (7 & m) - c,
+                                          (8 & m) - c, (9 & m) - c, (10 & m) - c, (11 & m) - c, (12 & m) - c,
+                                          (13 & m) - c, (14 & m) - c, (15 & m) - c);
+      return _mm512_permutexvar_ps(k == 0 ? words : _mm512_srli_epi32(words, k * step), table);
+    }
+  }
 #elif defined(CPU_CAPABILITY_AVX2)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(-128))));
+  __m256i words;
+  explicit Words(const uint8_t* p, int64_t stride = 0) : words(lanes(p)) {
+    static_assert(count == VL);
+    if constexpr (word_bytes(bits) == 3)
+      words = _mm256_or_si256(words, _mm256_or_si256(_mm256_slli_epi32(lanes(p + stride), 8),
+                                                     _mm256_slli_epi32(lanes(p + 2 * stride), 16)));
+  }
+  static __m256i lanes(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    if constexpr (bits == 8) return _mm256_cvtepi8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+    return _mm256_cvtepu8_epi32(bytes);
+  }
+  Vec at(int k) const {
+    if constexpr (bits == 8) return _mm256_cvtepi32_ps(words);
+    __m256i codes = k == 0 ? words : _mm256_srli_epi32(words, k * step);
+    // Nothing stands above the last code of a word.
+    if (k + 1 < vectors) codes = _mm256_and_si256(codes, _mm256_set1_epi32((1 << bits) - 1));
+    return Vec(_mm256_cvtepi32_ps(codes)) - Vec(CENTER<bits>);
+  }
 #else
-  float a[VL];
-  for (int64_t i = 0; i < VL; ++i) a[i] = float(p[i]) - CENTER<8>;
-  return Vec::loadu(a);
+  uint32_t words[VL];
+  explicit Words(const uint8_t* p, int64_t stride = 0) {
+    for (int64_t i = 0; i < VL; ++i) {
+      words[i] = 0;
+      for (int b = 0; b < word_bytes(bits); ++b) words[i] |= uint32_t(p[b * stride + i % count]) << (8 * b);
+      words[i] >>= i / count * bits;
+    }
+  }
+  Vec at(int k) const {
+    float codes[VL];
+    for (int64_t i = 0; i < VL; ++i) codes[i] = float(words[i] >> (k * step) & ((1 << bits) - 1)) - CENTER<bits>;
+    return Vec::loadu(codes);
+  }
 #endif
-}
+};
 
 // Lane i is p[i / times]: VL / times values, each repeated. `times` is a power of two, at most VL.
 template <int64_t times>

@@ -54,10 +54,12 @@ template <class P, int RB>
 inline void weigh_packed(const Side<P, Kind::value>& values, int64_t t, int64_t n, const float* p, int64_t ld,
                          const float* alpha, float* o) {
   using S = Side<P, Kind::value>;
-  constexpr int64_t E = S::size, g = S::g, N = 2 * S::groups, half = E / 2;
-  constexpr int64_t chunks = S::row / VL;  // vectors of bytes in a token
-  constexpr int per = S::bits == 4 ? 2 : 1;  // vectors of values in one vector of bytes
-  constexpr int64_t fit = most(1, ACCUMULATORS / (RB * per));
+  using W = Words<S::bits, words_at_once<S>()>;
+  constexpr int64_t E = S::size, N = 2 * S::groups, at_once = words_at_once<S>();
+  // NC vectors of words are read together, and KC of the vectors of codes in each of them are summed at a time.
+  constexpr int64_t chunks = S::words / at_once;
+  constexpr int KC = W::vectors <= 2 || RB * W::vectors <= ACCUMULATORS ? W::vectors : RB * 4 <= ACCUMULATORS ? 4 : 2;
+  constexpr int64_t fit = most(1, ACCUMULATORS / (RB * KC));
   constexpr int64_t NC = chunks % least(fit, chunks) == 0 ? least(fit, chunks) : chunks % 2 == 0 && fit >= 2 ? 2 : 1;
   struct Weights;
   const int64_t wld = round_up(n * N, VL);
@@ -66,32 +68,32 @@ inline void weigh_packed(const Side<P, Kind::value>& values, int64_t t, int64_t 
   const uint8_t* codes = values.code_at(t);
   scaled_weights<P, RB>(values.scale_at(t), n, p, ld, w, wld, sums);
   for (int64_t c = 0; c < chunks; c += NC) {
-    Vec acc[RB][NC][per];
-    int64_t group[NC][per];
-    for (int64_t j = 0; j < NC; ++j) {
-      for (int u = 0; u < per; ++u) {
-        group[j][u] = ((c + j) * VL + u * half) / g;
-        for (int r = 0; r < RB; ++r) acc[r][j][u] = Vec(0.f);
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) {
+    for (int first = 0; first < W::vectors; first += KC) {
+      Vec acc[RB][NC][KC];
+      int64_t group[NC][KC];
       for (int64_t j = 0; j < NC; ++j) {
-        Vec x[2];
-        if constexpr (S::bits == 4)
-          unpack4(codes + i * S::row + (c + j) * VL, x[0], x[1]);
-        else
-          x[0] = unpack8(codes + i * S::row + (c + j) * VL);
-        for (int u = 0; u < per; ++u)
-          for (int r = 0; r < RB; ++r)
-            acc[r][j][u] = at::vec::fmadd(Vec(w[r * wld + i * N + group[j][u]]), x[u], acc[r][j][u]);
+        for (int u = 0; u < KC; ++u) {
+          group[j][u] = channel_of<S>((c + j) * at_once, first + u) / S::g;
+          for (int r = 0; r < RB; ++r) acc[r][j][u] = Vec(0.f);
+        }
       }
-    }
-    for (int r = 0; r < RB; ++r) {
-      for (int64_t j = 0; j < NC; ++j) {
-        for (int u = 0; u < per; ++u) {
-          const float offset = sums[r * N + S::groups + group[j][u]] + CENTER<S::bits> * sums[r * N + group[j][u]];
-          float* to = o + r * E + (c + j) * VL + u * half;
-          at::vec::fmadd(Vec::loadu(to), Vec(alpha[r]), acc[r][j][u] + Vec(offset)).store(to);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < NC; ++j) {
+          const W words(codes + i * S::row + (c + j) * at_once, S::words);
+          for (int u = 0; u < KC; ++u) {
+            const Vec x = words.at(first + u);
+            for (int r = 0; r < RB; ++r)
+              acc[r][j][u] = at::vec::fmadd(Vec(w[r * wld + i * N + group[j][u]]), x, acc[r][j][u]);
+          }
+        }
+      }
+      for (int r = 0; r < RB; ++r) {
+        for (int64_t j = 0; j < NC; ++j) {
+          for (int u = 0; u < KC; ++u) {
+            const float offset = sums[r * N + S::groups + group[j][u]] + CENTER<S::bits> * sums[r * N + group[j][u]];
+            float* to = o + r * E + channel_of<S>((c + j) * at_once, first + u);
+            at::vec::fmadd(Vec::loadu(to), Vec(alpha[r]), acc[r][j][u] + Vec(offset)).store(to);
+          }
         }
       }
     }
@@ -105,10 +107,10 @@ inline void weigh(const Side<P, Kind::value>& values, int64_t t, int64_t n, bool
   constexpr int64_t E = S::size;
   if constexpr (S::packed) {
     if (!tail) {
-      if constexpr (S::row % VL == 0) {
+      if constexpr (words_at_once<S>() > 0) {
         return weigh_packed<P, RB>(values, t, n, p, ld, alpha, o);
       } else {
-        // A vector of bytes would straddle the two halves: read the run densely first.
+        // A vector of words would straddle a part of the channels: read the run densely first.
         struct Dense;
         constexpr int64_t EP = round_up(E, VL);
         float* tile = scratch<Dense>(n * EP);

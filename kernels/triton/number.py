@@ -102,6 +102,44 @@ def dequantize_4(word, scale, zero, high_scale, high_zero, DTYPE: tl.constexpr, 
 
 
 @triton.jit
+def field(a, b, c, K: tl.constexpr, BITS: tl.constexpr):
+    """Code ``K`` of words whose bytes, lowest first, are those of ``a``, ``b`` and ``c``: four words side by side."""
+    FIRST: tl.constexpr = K * BITS // 8
+    AT: tl.constexpr = K * BITS % 8
+    HERE: tl.constexpr = min(BITS, 8 - AT)
+    x = a
+    y = b
+    if FIRST == 1:
+        x = b
+        y = c
+    if FIRST == 2:
+        x = c
+    code = (x >> AT) & ((2**HERE - 1) * 0x01010101)
+    if HERE < BITS:
+        code = code | ((y << HERE) & ((2**BITS - 2**HERE) * 0x01010101))
+    return code
+
+
+@triton.jit
+def two_fields(a, b, c, K: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
+    """:func:`field` ``K`` and ``K + STEP``, joined."""
+    return tl.join(field(a, b, c, K, BITS), field(a, b, c, K + STEP, BITS))
+
+
+@triton.jit
+def fields(a, b, c, BITS: tl.constexpr):
+    """All codes of words of 2 or 3 bits, ``[X, Y, Z]`` to ``[X, Y, Z, 4 or 8]``, without an exchange of threads."""
+    COUNT: tl.constexpr = 4 if BITS == 2 else 8
+    HALF: tl.constexpr = COUNT // 2
+    even = two_fields(a, b, c, 0, HALF, BITS)
+    odd = two_fields(a, b, c, 1, HALF, BITS)
+    if COUNT == 8:
+        even = tl.join(even, two_fields(a, b, c, 2, HALF, BITS))
+        odd = tl.join(odd, two_fields(a, b, c, 3, HALF, BITS))
+    return tl.reshape(tl.join(even, odd), (a.shape[0], a.shape[1], a.shape[2], COUNT))
+
+
+@triton.jit
 def unit_of(low, high):
     """The power of two ``[M]`` below the largest magnitude of each row of two operands: dividing by it is exact."""
     peak = tl.maximum(tl.max(tl.abs(low.to(tl.float32)), 1), tl.max(tl.abs(high.to(tl.float32)), 1))

@@ -7,7 +7,7 @@ Division is IEEE (``div_rn``) and rounding is half to even; codes come from the 
 import triton
 import triton.language as tl
 
-from effcompile.kernels.triton.load import store_rows
+from effcompile.kernels.triton.load import channels, store_rows
 
 FP16_MAX = tl.constexpr(65504.0)
 
@@ -32,108 +32,74 @@ def encode(x, scale, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def group_rows(new, new_stride, tail, first, length, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-               PADDED: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """``[GROUP, PADDED]`` fp32: the group at ``first``, from the tail before ``length``, else the new tokens."""
+def group_rows(new, new_stride, tail, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+               PARTS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """``[GROUP, PARTS * PADDED]`` fp32: the group at ``first``, its tokens before ``length`` from the tail."""
     token = first + tl.arange(0, GROUP)
-    channel = tl.arange(0, PADDED)
-    live = (channel < WIDTH)[None, :]
+    channel, real = channels(WIDTH, PADDED, PARTS)
+    live = real[None, :]
     fresh = (token >= length)[:, None]
-    place = (FIRST + channel)[None, :]
+    place = channel[None, :]
     given = tl.load(new + (token - length)[:, None] * new_stride + place, mask=fresh & live, other=0.0)
     kept = tl.load(tail + (token % SLOTS)[:, None] * SIZE + place, mask=(token < length)[:, None] & live, other=0.0)
     return tl.where(fresh, given.to(tl.float32), kept.to(tl.float32))
 
 
 @triton.jit
-def encode_keys(x, scales, at, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                BITS: tl.constexpr):  # fmt: skip
-    """Codes of a key group ``x [GROUP, PADDED]``, one scale per channel, stored in group row ``at``."""
-    channel = tl.arange(0, PADDED)
+def words_of(code, PADDED: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr):
+    """Codes ``[X, PARTS * PADDED]`` as words ``[X, PADDED]`` of one code of each part: uint32."""
+    part = tl.reshape(code.to(tl.uint32), (code.shape[0], PARTS, PADDED))
+    # Every bit is set by one part only: the sum puts them together.
+    return tl.sum(part << (tl.arange(0, PARTS) * BITS).to(tl.uint32)[None, :, None], 1)
+
+
+@triton.jit
+def pack_keys(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
+              PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Quantise the key group at token ``first``: one scale per channel, ``PARTS`` channels a word."""
+    WIDTH: tl.constexpr = SIZE // PARTS
+    BYTES: tl.constexpr = PARTS * BITS // 8
+    at = first // GROUP
+    x = group_rows(new, new_stride, tail, first, length, SIZE, WIDTH, PADDED, PARTS, SLOTS, GROUP)
     scale, zero = steps(tl.min(x, 0), tl.max(x, 0), BITS)
-    place = scales + at * (2 * SIZE) + FIRST + channel
-    tl.store(place, scale, mask=channel < WIDTH)
-    tl.store(place + SIZE, zero, mask=channel < WIDTH)
-    return encode(x, scale[None, :], zero[None, :], BITS)
+    channel, real = channels(WIDTH, PADDED, PARTS)
+    place = scales + at * (2 * SIZE) + channel
+    tl.store(place, scale, mask=real)
+    tl.store(place + SIZE, zero, mask=real)
+    word = tl.trans(words_of(encode(x, scale[None, :], zero[None, :], BITS), PADDED, PARTS, BITS))
+    row = tl.arange(0, PADDED)
+    place = codes + at * (SIZE * BITS // 8 * GROUP) + (row * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    for byte in tl.static_range(BYTES):
+        tl.store(place + byte * WIDTH * GROUP, (word >> (8 * byte)).to(tl.uint8), mask=(row < WIDTH)[:, None])
 
 
 @triton.jit
-def store_key_codes(codes, at, byte, ROWS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr):
-    """Store bytes ``[GROUP, PADDED]`` as group ``at`` of ``[*, ROWS, GROUP]``: channel by channel."""
-    channel = tl.arange(0, PADDED)
-    place = at * (ROWS * GROUP) + (channel * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    tl.store(codes + place, tl.trans(byte), mask=(channel < ROWS)[:, None])
+def pack_values(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
+                PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Quantise the values of ``GROUP`` tokens from ``first``: one scale per token and channel group.
 
-
-@triton.jit
-def pack_keys_8(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
-                SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Quantise the key group at token ``first`` to 8 bits."""
-    x = group_rows(new, new_stride, tail, first, length, 0, SIZE, SIZE, PADDED, SLOTS, GROUP)
-    code = encode_keys(x, scales, first // GROUP, 0, SIZE, SIZE, PADDED, 8)
-    store_key_codes(codes, first // GROUP, code, SIZE, PADDED, GROUP)
-
-
-@triton.jit
-def pack_keys_4(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
-                SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Quantise the key group at token ``first`` to 4 bits; ``PADDED`` covers half a head."""
-    HALF: tl.constexpr = SIZE // 2
-    x = group_rows(new, new_stride, tail, first, length, 0, SIZE, HALF, PADDED, SLOTS, GROUP)
-    low = encode_keys(x, scales, first // GROUP, 0, SIZE, HALF, PADDED, 4)
-    x = group_rows(new, new_stride, tail, first, length, HALF, SIZE, HALF, PADDED, SLOTS, GROUP)
-    high = encode_keys(x, scales, first // GROUP, HALF, SIZE, HALF, PADDED, 4)
-    store_key_codes(codes, first // GROUP, low | (high << 4), HALF, PADDED, GROUP)
-
-
-@triton.jit
-def bounds(x, FIRST: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, AT: tl.constexpr):
-    """Least and greatest ``[T]`` of those channels of ``x [T, PADDED]`` (``FIRST`` on) that lie in group ``AT``."""
-    channel = tl.arange(0, PADDED)
-    inside = ((channel < WIDTH) & ((FIRST + channel) // GROUP == AT))[None, :]
-    low = tl.min(tl.where(inside, x, float("inf")), 1)
-    return inside, low, tl.max(tl.where(inside, x, float("-inf")), 1)
-
-
-@triton.jit
-def pack_values_8(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
-                  SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Quantise the values of ``GROUP`` tokens from ``first`` to 8 bits, one scale per token and channel group."""
+    A channel group may lie in several parts, and a part hold several groups.
+    """
+    WIDTH: tl.constexpr = SIZE // PARTS
+    BYTES: tl.constexpr = PARTS * BITS // 8
     GROUPS: tl.constexpr = SIZE // GROUP
     token = tl.arange(0, GROUP)
-    x = group_rows(new, new_stride, tail, first, length, 0, SIZE, SIZE, PADDED, SLOTS, GROUP)
+    x = group_rows(new, new_stride, tail, first, length, SIZE, WIDTH, PADDED, PARTS, SLOTS, GROUP)
+    channel, real = channels(WIDTH, PADDED, PARTS)
     code = tl.zeros(x.shape, tl.uint8)
     for at in tl.static_range(GROUPS):
-        inside, low, high = bounds(x, 0, SIZE, PADDED, GROUP, at)
-        scale, zero = steps(low, high, 8)
+        inside = (real & (channel // GROUP == at))[None, :]
+        low = tl.min(tl.where(inside, x, float("inf")), 1)
+        scale, zero = steps(low, tl.max(tl.where(inside, x, float("-inf")), 1), BITS)
         place = scales + (first + token) * (2 * GROUPS) + at
         tl.store(place, scale)
         tl.store(place + GROUPS, zero)
-        code = tl.where(inside, encode(x, scale[:, None], zero[:, None], 8), code)
-    store_rows(codes + first * SIZE, token, code, token >= 0, SIZE, 0, SIZE, PADDED)
-
-
-@triton.jit
-def pack_values_4(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
-                  SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Quantise the values of ``GROUP`` tokens from ``first`` to 4 bits; a channel group may lie in both halves."""
-    HALF: tl.constexpr = SIZE // 2
-    GROUPS: tl.constexpr = SIZE // GROUP
-    token = tl.arange(0, GROUP)
-    x = group_rows(new, new_stride, tail, first, length, 0, SIZE, HALF, PADDED, SLOTS, GROUP)
-    y = group_rows(new, new_stride, tail, first, length, HALF, SIZE, HALF, PADDED, SLOTS, GROUP)
-    code = tl.zeros(x.shape, tl.uint8)
-    for at in tl.static_range(GROUPS):
-        in_x, low_x, high_x = bounds(x, 0, HALF, PADDED, GROUP, at)
-        in_y, low_y, high_y = bounds(y, HALF, HALF, PADDED, GROUP, at)
-        scale, zero = steps(tl.minimum(low_x, low_y), tl.maximum(high_x, high_y), 4)
-        place = scales + (first + token) * (2 * GROUPS) + at
-        tl.store(place, scale)
-        tl.store(place + GROUPS, zero)
-        low = encode(x, scale[:, None], zero[:, None], 4)
-        high = encode(y, scale[:, None], zero[:, None], 4)
-        code = code | tl.where(in_x, low, 0) | (tl.where(in_y, high, 0) << 4)
-    store_rows(codes + first * HALF, token, code, token >= 0, HALF, 0, HALF, PADDED)
+        code = tl.where(inside, encode(x, scale[:, None], zero[:, None], BITS), code)
+    word = words_of(code, PADDED, PARTS, BITS)
+    row = codes + first * (WIDTH * BYTES)
+    for byte in tl.static_range(BYTES):
+        part = (word >> (8 * byte)).to(tl.uint8)
+        store_rows(row, token, part, token >= 0, WIDTH * BYTES, byte * WIDTH, WIDTH, PADDED)
 
 
 @triton.jit
