@@ -108,6 +108,10 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     inputs = given.get("inputs_embeds")
     inputs = given.get("input_ids") if inputs is None else inputs
     if inputs is None:
+        if form_of(module) is not None:  # an encoder-decoder, whose decoration would be ignored without a word
+            from effcompile.runtime.cache import refuse
+
+            refuse(module)  # type: ignore[arg-type]
         return None
     if cache is None:
         cache = _new_cache(module, given)
@@ -135,7 +139,7 @@ def _before_inner_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
     Dynamo traces this one, so that the outer model stays one graph.
     """
-    if any(_is_cache(given) and given.call.inside for given in (*args, *kwargs.values())):
+    if any(_is_cache(given) and given.call.entry.open for given in (*args, *kwargs.values())):
         return None
     prepared: tuple[Any, Any] | None = _before_forward(module, args, kwargs)
     return prepared

@@ -43,7 +43,7 @@ def bucket(tokens: int) -> int:
     return int(1 << (tokens - 1).bit_length())
 
 
-def _refuse(model: PreTrainedModel) -> None:
+def refuse(model: PreTrainedModel) -> None:
     """Raise :class:`CacheError` for models that do not work with keys longer than the tokens."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -116,7 +116,7 @@ class Cache(cache_utils.Cache):
         self.call = Call()
         self._recorded: int | None = None  # the length up to which the layers' logs go
         default = KVForm(key_bits, value_bits, group_size, residual)
-        _refuse(model)
+        refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
         window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
         layers = cache_utils.StaticCache(config=self.config, max_cache_len=max(self.capacity, window)).layers
@@ -193,7 +193,7 @@ class Cache(cache_utils.Cache):
             for layer in layers:
                 layer.record(seen, count)
             self._recorded = seen + count
-        self.call.open = self.call.inside = True
+        self.call.open = self.call.entry.open = True
         self.call.count, self.call.sent = count or None, seen + count
 
     def reserve(self, tokens: int) -> None:
@@ -232,7 +232,7 @@ class Cache(cache_utils.Cache):
     def reset(self) -> None:
         """Forget all tokens; buffers, addresses and compiled code stay valid."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.call.open = self.call.inside = False
+        self.call.open = self.call.entry.open = False
         self.call.sent = 0
 
     def _check_whole(self) -> None:

@@ -43,6 +43,17 @@ REACH = 256
 
 
 @dataclasses.dataclass
+class Entry:
+    """Whether a call was prepared and nothing is stored yet.
+
+    Then the hook of a model within the called one has nothing to do. An object of its own: of two writes to one object
+    with a higher-order operator (flex attention) between them, Dynamo replays only the first.
+    """
+
+    open: bool = False
+
+
+@dataclasses.dataclass
 class Call:
     """What the host knows of the call in progress: one object, shared by a cache and its layers.
 
@@ -51,9 +62,8 @@ class Call:
     open
         The call was prepared, and its last layer has not stored yet. If it still is when the next call begins, the
         call failed: some stores may hold its tokens and some not.
-    inside
-        The call was prepared and nothing is stored yet, so the hook of a model within the called one has nothing to
-        do.
+    entry
+        Whether its first layer has not stored yet either.
     count
         Tokens that the call appends; None where that is not known.
     sent
@@ -62,7 +72,7 @@ class Call:
     """
 
     open: bool = False
-    inside: bool = False
+    entry: Entry = dataclasses.field(default_factory=Entry)
     count: int | None = None
     sent: int | None = 0
 
@@ -177,7 +187,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 "from a padding mask as long as the cache; pass position_ids as well."
             )
         if self.first:
-            self.call.inside = False
+            self.call.entry.open = False
         if self.record_past and count > self.form.slots:
             # More than the ring holds: tokens of this call take over from others of it, which no buffer will have had.
             over = slice(max(0, count - self.form.slots - self.reach), count - self.form.slots)
@@ -229,8 +239,12 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         return (query_length if self.fresh else self.capacity), 0
 
     def get_seq_length(self) -> int:
-        """Tokens in the store: 0 when empty, else the 0-d tensor (transformers adds it to an arange)."""
-        return 0 if self.fresh else cast(int, self.length)
+        """Tokens in the store: 0 when empty, else a 0-d tensor (transformers adds it to an arange).
+
+        A tensor of its own: a mask that is computed late, within attention (flex), must not see the last layer count
+        this call's tokens.
+        """
+        return 0 if self.fresh else cast(int, self.length.clone())
 
     def get_max_length(self) -> int:
         """The capacity in tokens."""

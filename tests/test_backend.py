@@ -223,7 +223,7 @@ def test_chunked_prefill_and_decode_use_one_cache(no_inductor):
             result = model(part, past_key_values=cache)
             cache = result.past_key_values
             out.append(result.logits)
-    torch.testing.assert_close(torch.cat(out, 1), plain, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(torch.cat(out, 1), plain, rtol=1e-4, atol=2e-5)
     assert {d.form.split("_k16")[0] for d in ec.inspect(model).decisions} == {"attend_prefill", "attend_decode"}
 
 
@@ -240,7 +240,7 @@ def test_compiled_equals_the_eager_reference_path_token_by_token(bits, no_induct
     got = fast.generate(IDS, **GREEDY, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
 
 
 def test_two_graphs_serve_every_step(no_inductor):
@@ -359,3 +359,22 @@ def test_autocast(name, attention, no_inductor):
             torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
     assert isinstance(compressed, ec.Cache)
     assert compressed.tokens == 102
+
+
+def test_flex_attention_decodes_on_the_store(no_inductor):
+    """Its operator stands between the first layer's store and the last one's, and Dynamo loses writes around it."""
+    config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**config, vocab_size=128, attn_implementation="flex_attention")
+    ).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        fast = ec.compress_kv(key_bits=16, value_bits=16)(copy.deepcopy(model))
+        fast.compile(backend="effcompile")
+        cache, out = None, []
+        for part in IDS.split([298, 1, 1], dim=1):
+            result = fast(part, past_key_values=cache)
+            cache = result.past_key_values
+            out.append(result.logits)
+    torch.testing.assert_close(torch.cat(out, 1), expected, rtol=1e-4, atol=2e-5)
+    assert cache.tokens == 300
