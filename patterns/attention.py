@@ -358,8 +358,6 @@ def strip_repeat(node: fx.Node) -> fx.Node:
     if not is_call(wide, aten.expand.default):
         return node
     thin = strip_copies(wide.args[0])
-    while is_call(thin, aten.slice.Tensor) and same_shape(shape(thin), shape(thin.args[0])):
-        thin = thin.args[0]
     if not is_call(thin, aten.unsqueeze.default) or thin.args[1] not in (2, -3):
         return node
     inner = thin.args[0]

@@ -79,8 +79,14 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def strip_copies(node: Any) -> Any:
-    """Walk up through copies and casts that do not change dtype, shape or device."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _COPIES:
+    """Walk up through copies, casts and slices that do not change dtype, shape or device."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        # A slice of everything stays in a graph whose sizes are symbols; of equal size, it is the whole.
+        if not (
+            node.target in _COPIES
+            or (node.target is aten.slice.Tensor and same_shape(shape(node), shape(operand(node, 0))))
+        ):
+            break
         before, after = value(node.args[0]), value(node)
         if not isinstance(before, Tensor) or before.dtype != after.dtype or before.device != after.device:
             break

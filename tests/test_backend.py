@@ -378,3 +378,15 @@ def test_flex_attention_decodes_on_the_store(no_inductor):
             out.append(result.logits)
     torch.testing.assert_close(torch.cat(out, 1), expected, rtol=1e-4, atol=2e-5)
     assert cache.tokens == 300
+
+
+def test_batches_of_any_size_decode_on_the_kernel(no_inductor):
+    """After two batch sizes the batch is a symbol, and a graph keeps slices of everything."""
+    model = MODELS["llama"]("sdpa")
+    fast = ec.compress_kv(key_bits=16, value_bits=16)(copy.deepcopy(model))
+    fast.compile(backend="effcompile")
+    for rows in (2, 4, 3):
+        ids = IDS.repeat(2, 1)[:rows, :50].contiguous()
+        assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+    assert len(no_inductor) == 4
+    assert {d.action for d in ec.inspect(fast).decisions} == {"rewritten"}

@@ -24,7 +24,8 @@ runner = CliRunner()
 
 
 def run(*words: str) -> Any:
-    return runner.invoke(cli.app, list(words), catch_exceptions=False)
+    # Wide, so that no word is broken over two lines of a table.
+    return runner.invoke(cli.app, list(words), catch_exceptions=False, env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
