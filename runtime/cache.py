@@ -177,6 +177,7 @@ class Cache(cache_utils.Cache):
                 self._check_whole()
             # The very first call failed: what it wrote lies past an empty store's end.
             self.reset()
+        self._check_rows(batch)
         seen = self.call.sent
         if seen is None or self.length.device.type == "cpu" or seen + count > self.capacity:
             seen = self.tokens
@@ -205,10 +206,7 @@ class Cache(cache_utils.Cache):
             layer.grow(self.capacity)
 
     def _allocate(self, batch: int, dtype: torch.dtype) -> None:
-        """Make the buffers that are missing, where the config tells the heads; else the first ``update`` does.
-
-        Raises :class:`CacheError` if there are tokens of another batch.
-        """
+        """Make the buffers that are missing, where the config tells the heads; else the first ``update`` does."""
         heads = getattr(self.config, "num_key_value_heads", None) or getattr(self.config, "num_attention_heads", None)
         width = getattr(self.config, "hidden_size", None)
         size = getattr(self.config, "head_dim", None) or (
@@ -216,11 +214,6 @@ class Cache(cache_utils.Cache):
         )
         for layer in self.compressed:
             if layer.is_initialized and layer.shape[0] != batch:
-                if not layer.fresh:
-                    raise CacheError(
-                        f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for "
-                        "it, or change this one with batch_repeat_interleave(n) or batch_select_indices(rows)."
-                    )
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
             elif not layer.is_initialized and heads and size:
                 layer.allocate(batch, heads, size, size, dtype)
@@ -234,6 +227,15 @@ class Cache(cache_utils.Cache):
         super().reset()  # type: ignore[no-untyped-call]
         self.call.open = self.call.entry.open = False
         self.call.sent = 0
+
+    def _check_rows(self, batch: int) -> None:
+        """Raise :class:`CacheError` if there are tokens of another batch."""
+        for layer in self.compressed:
+            if layer.is_initialized and not layer.fresh and layer.shape[0] != batch:
+                raise CacheError(
+                    f"the cache holds a batch of {layer.shape[0]} and this call has {batch}; make a new cache for it, "
+                    "or change this one with batch_repeat_interleave(n) or batch_select_indices(rows)."
+                )
 
     def _check_whole(self) -> None:
         """Raise :class:`CacheError` if the last call began and did not end."""
