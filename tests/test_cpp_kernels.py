@@ -181,15 +181,19 @@ def exact(
     return out, lse
 
 
-def assert_within_budget(ours: Tensor, reference: Tensor, truth: Tensor, what: str) -> None:
-    """At most twice what the reference loses against fp64, plus one rounding in the result's dtype."""
+def assert_within_budget(ours: Tensor, reference: Tensor, truth: Tensor, what: str, roundings: int = 1) -> None:
+    """At most twice what the reference loses against fp64, plus a number of roundings in the result's dtype.
+
+    An lse has two, one of the largest score and one of the sum with its logarithm; of one query the reference may by
+    luck lose next to nothing.
+    """
     seen = truth.isfinite()
     assert torch.equal(ours.isfinite(), seen), what
     if bool(seen.any()):
         truth = truth[seen]
         error = (ours[seen].double() - truth).abs().max()
         lost = (reference[seen].double() - truth).abs().max()
-        budget = 2 * lost + torch.finfo(ours.dtype).eps / 2 * truth.abs().max()
+        budget = 2 * lost + roundings * torch.finfo(ours.dtype).eps / 2 * truth.abs().max()
         assert error <= budget, f"{what}: {error:.3g} > {budget:.3g} (the reference loses {lost:.3g})"
 
 
@@ -244,7 +248,7 @@ class Call:
         truth = exact(self.query, self.state, self.length, self.mask, p.form, self.scale, p.predicate)
         what = f"{p.name}, {self.queries} queries on {self.length} keys"
         assert_within_budget(out, reference, truth[0], what)
-        assert_within_budget(lse, reference_lse, truth[1], f"lse of {what}")
+        assert_within_budget(lse, reference_lse, truth[1], f"lse of {what}", roundings=2)
         assert not out[truth[1].isinf()].any(), what
 
 
