@@ -36,8 +36,7 @@ B, H, G, T, S, C, D, E = (_size(name) for name in "BHGTSCDE")
 _LETTERS = {symbol.name: symbol for symbol in (B, H, G, T, S, C, D, E)}
 
 _KINDS: tuple[Kind, Kind] = ("key", "value")
-SCALE_BYTES = 2 * 2
-"""An fp16 scale and an fp16 zero: what one quantised group carries besides its codes."""
+_SIZES: dict[Kind, Any] = {"key": D, "value": E}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +119,17 @@ def tokens_read(predicate: Predicate) -> Expr:
     return S if predicate.window is None else Min(S, predicate.window + T - 1)
 
 
+def scale_bytes(form: KVForm, kind: Kind) -> int:
+    """What one quantised group carries besides its codes: an fp16 scale and, but with fp8, an fp16 zero."""
+    return 2 if form.fp8(kind) else 4
+
+
 def _side_allocation(form: KVForm, kind: Kind, itemsize: int) -> Expr:
-    size, bits = (D, form.key_bits) if kind == "key" else (E, form.value_bits)
+    size, bits = _SIZES[kind], form.bits(kind)
     if bits == 16:
         return B * G * C * size * itemsize
-    codes = C * size * bits / 8
-    groups = C / form.group * size if kind == "key" else C * size / form.group
-    return B * G * (codes + groups * SCALE_BYTES + form.slots * size * itemsize)
+    codes, groups = C * size * bits / 8, C * size / form.group
+    return B * G * (codes + groups * scale_bytes(form, kind) + form.slots * size * itemsize)
 
 
 @functools.cache
@@ -137,13 +140,14 @@ def allocation(form: KVForm, itemsize: int) -> Expr:
 
 def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any) -> Cost:
     """Reading the newest ``count`` of ``length`` tokens of one side: codes, scales, tail, and dequantisation."""
-    size, bits = (D, form.key_bits) if kind == "key" else (E, form.value_bits)
+    size, bits = _SIZES[kind], form.bits(kind)
     if bits == 16:
         return Cost(B * G * count * size * itemsize, Integer(0))
     tail = length - packed_length(form, length)
     packed = Max(0, count - tail)
-    groups = ceiling(packed / form.group) * size if kind == "key" else packed * size / form.group
-    moved = packed * size * bits / 8 + groups * SCALE_BYTES + Min(count, tail) * size * itemsize
+    channel = form.axis(kind) == "channel"
+    groups = ceiling(packed / form.group) * size if channel else packed * size / form.group
+    moved = packed * size * bits / 8 + groups * scale_bytes(form, kind) + Min(count, tail) * size * itemsize
     return Cost(B * G * moved, 2 * B * G * packed * size)
 
 
@@ -194,14 +198,15 @@ def store(form: KVForm, itemsize: int) -> Cost:
     Quantising is counted as two FLOPs a value.
     """
     total = Cost(Integer(0), Integer(0))
-    for size, bits, kind in ((D, form.key_bits, "key"), (E, form.value_bits, "value")):
+    for kind in _KINDS:
+        size, bits = _SIZES[kind], form.bits(kind)
         if bits == 16:
             total += Cost(2 * B * G * T * size * itemsize, Integer(0))
             continue
         start, stop = packed_length(form, S - T), packed_length(form, S)
         packed = stop - start
-        groups = packed / form.group * size if kind == "key" else packed * size / form.group
+        groups = packed / form.group * size
         from_tail = Min(packed, S - T - start)
-        moved = (T + from_tail + Min(T, form.slots)) * size * itemsize + packed * size * bits / 8 + groups * SCALE_BYTES
-        total += Cost(B * G * moved, 2 * B * G * packed * size)
+        moved = (T + from_tail + Min(T, form.slots)) * size * itemsize + packed * size * bits / 8
+        total += Cost(B * G * (moved + groups * scale_bytes(form, kind)), 2 * B * G * packed * size)
     return total

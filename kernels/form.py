@@ -4,21 +4,27 @@ Letters used in every shape: ``B`` batch, ``H`` query heads, ``G`` key/value hea
 length, ``C`` capacity in tokens, ``D`` key head size, ``E`` value head size, ``g`` quantisation group, ``W`` tail
 slots.
 
-A side (keys, or values) is either *dense*, one buffer in the model's dtype, or *packed*: integer codes with an fp16
-scale and zero per group, and a ring of the last tokens in the model's dtype.
+A side (keys, or values) is either *dense*, one buffer in the model's dtype, or *packed*: codes with an fp16 scale and
+zero per group, and a ring of the last tokens in the model's dtype. A group lies along one *axis*: ``g`` tokens of one
+channel, which is the default of keys, or ``g`` channels of one token, the default of values. For ``D`` channels:
 
-========== ======================================== ======================================
-buffer     keys (per channel, ``g`` tokens a group)  values (per token, ``g`` channels)
-========== ======================================== ======================================
-dense      ``[B, G, C, D]`` model dtype              ``[B, G, C, E]`` model dtype
-codes      ``[B, G, C/g, D*bits/8, g]`` uint8        ``[B, G, C, E*bits/8]`` uint8
-scales     ``[B, G, C/g, 2, D]`` fp16                ``[B, G, C, 2, E/g]`` fp16
-tail       ``[B, G, W, D]`` model dtype              ``[B, G, W, E]`` model dtype
-========== ======================================== ======================================
+========== ====================================== ======================================
+buffer     axis ``channel`` (``g`` tokens a group) axis ``token`` (``g`` channels a group)
+========== ====================================== ======================================
+dense      ``[B, G, C, D]`` model dtype            the same
+codes      ``[B, G, C/g, D*bits/8, g]`` uint8      ``[B, G, C, D*bits/8]`` uint8
+scales     ``[B, G, C/g, 2, D]`` fp16              ``[B, G, C, 2, D/g]`` fp16
+tail       ``[B, G, W, D]`` model dtype            the same
+========== ====================================== ======================================
 
 ``scales[..., 0, :]`` is the scale, ``scales[..., 1, :]`` the zero: ``x = code * scale + zero``. Token ``p`` of the tail
 lives in slot ``p % W`` with ``W = residual + g``, so a group is contiguous in the ring and no live token is ever
-overwritten.
+overwritten. Tokens are packed ``g`` at a time on either axis, so that both sides pack the same length.
+
+``"fp8"`` stands for codes that are the bits of e4m3 numbers (``float8_e4m3fn``), 8 a value: ``x = e4m3(code) * scale``
+with ``scale`` the largest magnitude of the group over 448, the largest e4m3 number. It has no zero, so the 2 in the
+shape of its scales is 1. e4m3 is symmetric, and finer near 0 than at the ends; a scale for each group, and not one for
+a tensor as in serving engines, since groups exist here anyway and keep an outlier from costing others their subnormals.
 
 Codes are packed in *words*, the shortest runs of whole bytes that hold whole codes (:func:`word`): 1 channel in a byte
 with 8 bits, 2 in a byte with 4, 8 in three bytes with 3, 4 in a byte with 2. With ``n`` channels a word there are
@@ -27,7 +33,9 @@ its byte ``b``, lowest first, is row ``r + b*R`` of the codes. So consecutive by
 one shift of a vector of words gives codes of consecutive channels, whatever the width. For 3 bits a plane of two bits
 and a plane of one would take as many bytes, but two shifts and a merge for every code.
 
-Source: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision residual.
+Sources: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision
+residual. KVTuner (Li et al., ICML 2025) serves keys per channel and keys per token. FP8 Formats for Deep Learning
+(Micikevicius et al., 2022), section 3: e4m3.
 """
 
 from __future__ import annotations
@@ -35,14 +43,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 BITS = (16, 8, 4, 3, 2)
 """Bit widths on offer; 16 means unquantised, in the model's dtype."""
 
+Bits = int | Literal["fp8"]
 Kind = Literal["key", "value"]
+Axis = Literal["channel", "token"]
+"""What the numbers of a group have in common, and so share a scale along: one channel, or one token."""
+_AXES: dict[Kind, Axis] = {"key": "channel", "value": "token"}
+"""The axes that need no word in the name of a form."""
 
 
 def word(bits: int) -> tuple[int, int]:
@@ -74,11 +87,13 @@ class KVForm:
     Parameters
     ----------
     key_bits, value_bits
-        One of :data:`BITS`, chosen separately. 16 keeps that side dense in the model's dtype.
+        One of :data:`BITS` or ``"fp8"``, chosen separately. 16 keeps that side dense in the model's dtype.
     group
-        Tokens in a key group and channels in a value group. A multiple of 16.
+        Tokens in a group of one channel, channels in a group of one token. A multiple of 16.
     residual
         The newest tokens that stay in the model's dtype. A multiple of ``group``, 0 allowed.
+    key_axis, value_axis
+        What a scale is shared along. An unquantised side has no axis: it is set to the default.
 
     Raises
     ------
@@ -88,19 +103,31 @@ class KVForm:
     >>> KVForm(4, 4).name
     'k4v4g32r128'
     >>> KVForm.parse('k8v4g32r0')
-    KVForm(key_bits=8, value_bits=4, group=32, residual=0)
+    KVForm(key_bits=8, value_bits=4, group=32, residual=0, key_axis='channel', value_axis='token')
+    >>> KVForm('fp8', 4, key_axis='token').name
+    'kfp8v4g32r128kt'
     """
 
-    key_bits: int = 4
-    value_bits: int = 4
+    key_bits: Bits = 4
+    value_bits: Bits = 4
     group: int = 32
     residual: int = 128
+    key_axis: Axis = "channel"
+    value_axis: Axis = "token"
 
     def __post_init__(self) -> None:
-        for name in ("key_bits", "value_bits"):
-            bits = getattr(self, name)
-            if isinstance(bits, bool) or bits not in BITS:
-                raise FormError(f"{name}={bits!r} is not offered; choose one of {', '.join(map(str, BITS))}.")
+        for kind, axis in _AXES.items():
+            name, bits = f"{kind}_bits", getattr(self, f"{kind}_bits")
+            if isinstance(bits, bool) or not (bits == "fp8" or bits in BITS):
+                raise FormError(f"{name}={bits!r} is not offered; choose one of {', '.join(map(str, BITS))}, or 'fp8'.")
+            if bits == "fp8" and not hasattr(torch, "float8_e4m3fn"):
+                raise FormError(f"{name}='fp8' needs torch.float8_e4m3fn, which this torch does not have; choose 8.")
+            if getattr(self, f"{kind}_axis") not in ("channel", "token"):
+                raise FormError(
+                    f"{kind}_axis={getattr(self, f'{kind}_axis')!r} is not offered; choose 'channel' or 'token'."
+                )
+            if bits == 16:
+                object.__setattr__(self, f"{kind}_axis", axis)
         if not isinstance(self.group, int) or self.group < 16 or self.group % 16:
             raise FormError(f"group_size={self.group!r} is not offered; choose a multiple of 16, such as 32.")
         if not isinstance(self.residual, int) or self.residual < 0 or self.residual % self.group:
@@ -112,15 +139,30 @@ class KVForm:
     @property
     def name(self) -> str:
         """The form as one word; it travels in graphs as an operator argument and so reaches every cache key."""
-        return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}"
+        axes = ("kt" if self.key_axis == "token" else "") + ("vc" if self.value_axis == "channel" else "")
+        return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}{axes}"
 
     @classmethod
     def parse(cls, name: str) -> KVForm:
         """The form whose :attr:`name` is ``name``. Raises :class:`FormError` for anything else."""
-        found = re.fullmatch(r"k(\d+)v(\d+)g(\d+)r(\d+)", name)
+        found = re.fullmatch(r"k(\d+|fp8)v(\d+|fp8)g(\d+)r(\d+)(kt)?(vc)?", name)
         if not found:
             raise FormError(f"{name!r} is not the name of a form; expected for example 'k4v4g32r128'.")
-        return cls(*map(int, found.groups()))
+        key, value, group, residual, key_token, value_channel = found.groups()
+        return cls(
+            "fp8" if key == "fp8" else int(key),
+            "fp8" if value == "fp8" else int(value),
+            int(group),
+            int(residual),
+            "token" if key_token else "channel",
+            "channel" if value_channel else "token",
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The form in the words of users: the arguments of ``ec.compress_kv`` and ``ec.Cache`` that describe it."""
+        fields = dataclasses.asdict(self)
+        return {("group_size" if name == "group" else name): value for name, value in fields.items()}
 
     @property
     def dense(self) -> bool:
@@ -133,8 +175,21 @@ class KVForm:
         return self.residual + self.group
 
     def bits(self, kind: Kind) -> int:
-        """Bits of the keys or of the values."""
-        return self.key_bits if kind == "key" else self.value_bits
+        """Bits that a key or a value takes: 8 for ``"fp8"``."""
+        bits = self.key_bits if kind == "key" else self.value_bits
+        return 8 if bits == "fp8" else bits
+
+    def fp8(self, kind: Kind) -> bool:
+        """Whether codes are e4m3 numbers, which have a scale and no zero."""
+        return (self.key_bits if kind == "key" else self.value_bits) == "fp8"
+
+    def axis(self, kind: Kind) -> Axis:
+        """What a scale of the keys or of the values is shared along."""
+        return self.key_axis if kind == "key" else self.value_axis
+
+    def span(self, kind: Kind) -> int:
+        """Tokens that one row of a side's first buffer stands for: a group of channels that are packed, else 1."""
+        return self.group if self.bits(kind) != 16 and self.axis(kind) == "channel" else 1
 
     def packed(self, length: int) -> int:
         """:func:`packed_length` of this form."""
@@ -145,10 +200,10 @@ class KVForm:
         bits = self.bits(kind)
         if bits == 16:
             return
-        if kind == "value" and size % self.group:
+        if self.axis(kind) == "token" and size % self.group:
             raise FormError(
-                f"value heads of {size} channels do not divide into groups of {self.group}; choose a group_size that "
-                f"divides {size}, or value_bits=16."
+                f"{kind} heads of {size} channels do not divide into groups of {self.group}; choose a group_size that "
+                f"divides {size}, {kind}_axis='channel', or {kind}_bits=16."
             )
         channels, _ = word(bits)
         if size % channels:
@@ -167,14 +222,14 @@ class KVForm:
         self.check_head(kind, size)
         if capacity % self.group:
             raise FormError(f"capacity {capacity} does not hold whole groups of {self.group} tokens.")
-        row = size * bits // 8
+        row, steps = size * bits // 8, 1 if self.fp8(kind) else 2
         codes: tuple[int, ...]
         scales: tuple[int, ...]
-        if kind == "key":
+        if self.axis(kind) == "channel":
             groups = capacity // self.group
-            codes, scales = (batch, heads, groups, row, self.group), (batch, heads, groups, 2, size)
+            codes, scales = (batch, heads, groups, row, self.group), (batch, heads, groups, steps, size)
         else:
-            codes, scales = (batch, heads, capacity, row), (batch, heads, capacity, 2, size // self.group)
+            codes, scales = (batch, heads, capacity, row), (batch, heads, capacity, steps, size // self.group)
         return [(codes, torch.uint8), (scales, torch.float16), ((batch, heads, self.slots, size), dtype)]
 
     def nbytes(self, batch: int, heads: int, capacity: int, key_size: int, value_size: int, dtype: torch.dtype) -> int:

@@ -98,7 +98,7 @@ def split_state(state: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Te
 
 def capacity_of(keys: list[Tensor], form: KVForm) -> int:
     """Tokens that fit, from the key side's first buffer."""
-    return keys[0].shape[2] * (1 if form.key_bits == 16 else form.group)
+    return keys[0].shape[2] * form.span("key")
 
 
 def _kv_store(*args: Any) -> None:
@@ -167,7 +167,7 @@ def _empty_dense(state: Any, form: KVForm) -> tuple[Tensor, Tensor]:
     k0, _, k_tail, v0, _, v_tail = state
     key_like = k0 if form.key_bits == 16 else k_tail
     value_like = v0 if form.value_bits == 16 else v_tail
-    capacity = k0.shape[2] * (1 if form.key_bits == 16 else form.group)
+    capacity = k0.shape[2] * form.span("key")
     batch, heads = k0.shape[:2]
     return (
         key_like.new_empty(batch, heads, capacity, key_like.shape[3]),

@@ -12,6 +12,7 @@ from torch import Tensor
 from effcompile.kernels.form import Kind, KVForm, word
 
 FP16_MAX = 65504.0
+E4M3_MAX = 448.0
 
 
 def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,8 +33,28 @@ def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes.to(torch.uint8), scale, zero
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """``code * scale + zero`` in fp32."""
+def quantize_fp8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Every group of ``x`` along ``dim`` as e4m3 numbers, round to nearest even, and one scale: see :func:`quantize`.
+
+    Returns codes (the bits of ``float8_e4m3fn``, uint8, shape of ``x``) and scale (fp16, ``dim`` kept with size 1): the
+    largest magnitude over 448. Numbers that the rounding of the scale, or its end, leaves beyond 448 saturate, so no
+    code is NaN. As with integers a NaN makes the scale NaN, and with it all that its group gives back; an infinity
+    becomes 448 times the largest scale.
+
+    Source: FP8 Formats for Deep Learning (Micikevicius et al., 2022), section 3.
+    """
+    x = x.float()
+    scale = (x.abs().amax(dim, keepdim=True) / E4M3_MAX).clamp(max=FP16_MAX).half()
+    step = scale.float()
+    numbers = (x / torch.where(step > 0, step, torch.ones_like(step))).clamp(-E4M3_MAX, E4M3_MAX)
+    numbers = torch.where(step > 0, numbers, torch.zeros_like(numbers))
+    return numbers.to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """``code * scale + zero`` in fp32; without a zero, codes are e4m3 numbers: ``e4m3(code) * scale``."""
+    if zero is None:
+        return codes.view(torch.float8_e4m3fn).float() * scale.float()
     return codes.float() * scale.float() + zero.float()
 
 
@@ -76,16 +97,16 @@ def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind
         fresh = torch.cat([tail[:, :, old], new[:, :, max(0, start - length) : max(0, stop - length)]], dim=2)
         batch, heads, count, size = fresh.shape
         g, bits = form.group, form.bits(kind)
-        if kind == "key":
+        if form.axis(kind) == "channel":
             grouped = fresh.reshape(batch, heads, count // g, g, size)
-            q, scale, zero = quantize(grouped, bits, dim=3)
+            q, *steps = quantize_fp8(grouped, dim=3) if form.fp8(kind) else quantize(grouped, bits, dim=3)
             codes[:, :, start // g : stop // g] = pack(q, bits, dim=4).transpose(3, 4)
-            scales[:, :, start // g : stop // g] = torch.cat([scale, zero], dim=3)
+            scales[:, :, start // g : stop // g] = torch.cat(steps, dim=3)
         else:
             grouped = fresh.reshape(batch, heads, count, size // g, g)
-            q, scale, zero = quantize(grouped, bits, dim=4)
+            q, *steps = quantize_fp8(grouped, dim=4) if form.fp8(kind) else quantize(grouped, bits, dim=4)
             codes[:, :, start:stop] = pack(q.flatten(3), bits, dim=3)
-            scales[:, :, start:stop] = torch.stack([scale.squeeze(4), zero.squeeze(4)], dim=3)
+            scales[:, :, start:stop] = torch.stack([step.squeeze(4) for step in steps], dim=3)
     first = max(length, total - form.slots)
     tail[:, :, torch.arange(first, total, device=new.device) % form.slots] = new[:, :, first - length :]
 
@@ -97,13 +118,11 @@ def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind) -> Ten
     codes, scales, tail = state
     bits, g = form.bits(kind), form.group
     stop = form.packed(length)
-    if kind == "key":
+    if form.axis(kind) == "channel":
         q = unpack(codes[:, :, : stop // g].transpose(3, 4), bits, dim=4)
-        scale, zero = scales[:, :, : stop // g].split(1, dim=3)
-        body = dequantize(q, scale, zero).flatten(2, 3)
+        body = dequantize(q, *scales[:, :, : stop // g].split(1, dim=3)).flatten(2, 3)
     else:
         q = unpack(codes[:, :, :stop], bits, dim=3).unflatten(3, (-1, g))
-        scale, zero = scales[:, :, :stop].unsqueeze(5).unbind(3)
-        body = dequantize(q, scale, zero).flatten(3)
+        body = dequantize(q, *scales[:, :, :stop].unsqueeze(5).unbind(3)).flatten(3)
     slots = torch.arange(stop, length, device=tail.device) % form.slots
     return torch.cat([body, tail[:, :, slots].float()], dim=2)

@@ -102,6 +102,9 @@ def source(program: AnyProgram) -> str:
 
 def refusal(program: AnyProgram) -> str | None:
     """Why no C++ kernel can serve ``program``, or None."""
+    form = program.form
+    if form.key_axis != "channel" or form.value_axis != "token" or form.fp8("key") or form.fp8("value"):
+        return f"the form {form.name} has no C++ kernel yet (keys per channel, values per token, integers have)"
     for kind, size in (("key", program.key_size), ("value", program.value_size)):
         if size not in HEAD_SIZES or size % 8:
             offered = f"multiples of 8 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"

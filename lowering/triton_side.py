@@ -53,6 +53,10 @@ class Side:
 
     def __post_init__(self) -> None:
         self.form.check_head(self.kind, self.size)
+        if self.bits != 16 and (
+            self.form.fp8(self.kind) or self.form.axis(self.kind) != {"key": "channel", "value": "token"}[self.kind]
+        ):
+            raise KernelUnavailable(f"no GPU kernel yet for {self.kind}s as the form {self.form.name} keeps them")
         if self.size not in HEAD_SIZES:
             raise KernelUnavailable(
                 f"no GPU kernel for {self.kind} heads of {self.size} channels (16 to 256 are offered)"

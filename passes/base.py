@@ -100,6 +100,8 @@ def accepts(value: object, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """A type as a user would write it: ``int``, ``int | None``, ``'key' | 'value'``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join("None" if part is type(None) else type_name(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from effcompile import lowering
-from effcompile.kernels.form import KVForm
+from effcompile.kernels.form import Axis, Bits, KVForm
 from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
@@ -56,18 +56,23 @@ class CompressKV(Pass):
     Parameters
     ----------
     key_bits, value_bits
-        16, 8, 4, 3 or 2, separately; 16 is unquantised, in the model's dtype. Keys need the bits more (KVTuner,
-        section 4).
+        16, 8, 4, 3 or 2, or ``"fp8"`` (e4m3), separately; 16 is unquantised, in the model's dtype. Keys need the bits
+        more (KVTuner, section 4).
     group_size
-        Tokens in a key group (per channel), channels in a value group (per token).
+        Tokens of a channel, or channels of a token, that share a scale.
     residual
         The newest tokens kept in the model's dtype; a multiple of ``group_size``, 0 allowed.
+    key_axis, value_axis
+        Whether a scale belongs to one ``"channel"`` of some tokens or to one ``"token"`` and some of its channels. Keys
+        have channels that are large throughout, which cost the others nothing per channel (KIVI, section 3.1).
     """
 
-    key_bits: int = 4
-    value_bits: int = 4
+    key_bits: Bits = 4
+    value_bits: Bits = 4
     group_size: int = 32
     residual: int = 128
+    key_axis: Axis = "channel"
+    value_axis: Axis = "token"
 
     name: ClassVar[str] = "compress_kv"
     paper: ClassVar[str] = "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025)"
@@ -81,7 +86,8 @@ class CompressKV(Pass):
     @property
     def form(self) -> KVForm:
         """The store that these options describe."""
-        return KVForm(self.key_bits, self.value_bits, self.group_size, self.residual)
+        bits = self.key_bits, self.value_bits
+        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis)
 
     def on_decorate(self, module: nn.Module) -> None:
         """Choose the form for the caches of this model, and attach the hooks that make them."""

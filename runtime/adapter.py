@@ -166,8 +166,7 @@ def make_cache(module: Any, form: KVForm, capacity: int | None) -> Cache:
     """A cache of ``form`` for ``module``."""
     from effcompile.runtime.cache import Cache
 
-    bits = {"key_bits": form.key_bits, "value_bits": form.value_bits}
-    return Cache(module, capacity, **bits, group_size=form.group, residual=form.residual)
+    return Cache(module, capacity, **form.options)
 
 
 def _padding(mask: Tensor, cache: Cache) -> Tensor | None:

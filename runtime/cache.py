@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from effcompile.kernels import ops
-from effcompile.kernels.form import KVForm
+from effcompile.kernels.form import Axis, Bits, KVForm
 from effcompile.runtime.layer import CacheError, Call, CompressedLayer, GradientError, change_rows, lasting
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Cache(cache_utils.Cache):
     capacity
         Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as
         needed.
-    key_bits, value_bits, group_size, residual
+    key_bits, value_bits, group_size, residual, key_axis, value_axis
         As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
     batch_size
         Rows, if the buffers are to be allocated now; else the first call decides.
@@ -94,10 +94,12 @@ class Cache(cache_utils.Cache):
         model: PreTrainedModel,
         capacity: int | None = None,
         *,
-        key_bits: int = 4,
-        value_bits: int = 4,
+        key_bits: Bits = 4,
+        value_bits: Bits = 4,
         group_size: int = 32,
         residual: int = 128,
+        key_axis: Axis = "channel",
+        value_axis: Axis = "token",
         batch_size: int | None = None,
     ) -> None:
         from effcompile.runtime import adapter
@@ -115,7 +117,7 @@ class Cache(cache_utils.Cache):
         torch._dynamo.mark_static_address(self.length)
         self.call = Call()
         self._recorded: int | None = None  # the length up to which the layers' logs go
-        default = KVForm(key_bits, value_bits, group_size, residual)
+        default = KVForm(key_bits, value_bits, group_size, residual, key_axis, value_axis)
         refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
         window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))

@@ -15,29 +15,21 @@ import transformers
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stores import plain
 
 import effcompile as ec
-from effcompile.kernels import ops, quantize
+from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
 from effcompile.runtime.cache import CacheError
 
 HEADS, SIZE, CAPACITY = 1, 16, 512
 FORMS = [KVForm(4, 4, 16, 0), KVForm(8, 4, 16, 16), KVForm(4, 16, 16, 32), KVForm(16, 8, 16, 16), KVForm(16, 16, 16, 0)]
+FORMS += [KVForm(4, 8, 16, 16, "token", "channel"), KVForm("fp8", 2, 16, 0, "channel", "channel")]
+FORMS += [KVForm(8, "fp8", 16, 32, "token")]
 HEAD = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": SIZE}
 MODEL = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, vocab_size=8, **HEAD)
 )
-
-
-def stored(tokens: torch.Tensor, form: KVForm, kind: str) -> torch.Tensor:
-    """What a store gives back of tokens ``[B, G, n, D]``, by the definition of the form."""
-    bits, stop, g = form.bits(kind), form.packed(tokens.shape[2]), form.group
-    if bits == 16 or not stop:
-        return tokens
-    axis = (2, 3) if kind == "key" else (3, 4)
-    body = quantize.dequantize(*quantize.quantize(tokens[:, :, :stop].unflatten(axis[0], (-1, g)), bits, axis[1]))
-    # A key group is split from the tokens, a value group from the channels: either way the group is axis[1].
-    return torch.cat([body.flatten(axis[0], axis[0] + 1), tokens[:, :, stop:]], 2)
 
 
 class Lives(RuleBasedStateMachine):
@@ -52,10 +44,7 @@ class Lives(RuleBasedStateMachine):
         """A prompt to begin with: most of what can go wrong needs more tokens than the ring has slots."""
         self.random = torch.Generator().manual_seed(seed)
         self.form, self.batch, self.recording = form, batch, False
-        self.cache = ec.Cache(
-            MODEL, CAPACITY, key_bits=form.key_bits, value_bits=form.value_bits, group_size=form.group,
-            residual=form.residual,
-        )  # fmt: skip
+        self.cache = ec.Cache(MODEL, CAPACITY, **form.options)
         self.tokens = torch.zeros(batch, HEADS, 0, SIZE)
         self.safe = 0  # newest tokens that were appended since the recording began, and nothing has disturbed since
         self.append(prompt, True)
@@ -169,7 +158,7 @@ class Lives(RuleBasedStateMachine):
             given = self.tokens * (index + 1), self.tokens - index
             for kind, x, y in zip(("key", "value"), got, given):
                 assert x.shape[0] == self.batch
-                assert torch.equal(x[:, :, : self.length], stored(y, self.form, kind))
+                assert torch.equal(x[:, :, : self.length], plain(y, self.form, kind))
                 assert not x[:, :, self.length :].any()
 
     @invariant()

@@ -77,7 +77,7 @@ def test_methods_come_from_the_registry() -> None:
         }
     table = run("methods").stdout
     assert all(name in table for name in rows)
-    assert "key_bits: int = 4" in table
+    assert "key_bits: int | 'fp8' = 4" in table
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_inspect_reports_every_site(folder: str) -> None:
     [
         (["--key-bit", "8"], "unknown option of compress_kv 'key_bit'; nearest: key_bits"),
         (["--key-bits", "5"], "key_bits=5 is not offered"),
-        (["--key-bits", "many"], "takes int there"),
+        (["--key-bits", "many"], "takes int | 'fp8' there"),
         (["--method", "compres_kv"], "unknown method 'compres_kv'; nearest: compress_kv"),
         (["stray"], "'stray' is not an option"),
     ],

@@ -16,11 +16,13 @@ from effcompile.kernels.form import BITS, KVForm
 from effcompile.kernels.program import Predicate
 
 forms = st.builds(
-    lambda k, v, g, r: KVForm(k, v, g, g * r),
-    st.sampled_from(BITS),
-    st.sampled_from(BITS),
+    lambda k, v, g, r, *axes: KVForm(k, v, g, g * r, *axes),
+    st.sampled_from([*BITS, "fp8"]),
+    st.sampled_from([*BITS, "fp8"]),
     st.sampled_from([16, 32, 64]),
     st.integers(0, 5),
+    st.sampled_from(["channel", "token"]),
+    st.sampled_from(["token", "channel"]),
 )
 predicates = st.builds(Predicate, st.booleans(), st.none() | st.integers(1, 50), st.booleans())
 
@@ -31,7 +33,7 @@ def test_allocation_equals_the_bytes_of_the_buffers(
     form: KVForm, batch: int, heads: int, groups: int, blocks: int, itemsize: int
 ) -> None:
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-    key_size, value_size, capacity = 48, 64 * blocks, 64 * groups
+    key_size, value_size, capacity = 48 if form.key_axis == "channel" else 64, 64 * blocks, 64 * groups
     formula = cost.at(cost.allocation(form, itemsize), B=batch, G=heads, C=capacity, D=key_size, E=value_size)
     assert formula == form.nbytes(batch, heads, capacity, key_size, value_size, dtype)
     buffers = [
@@ -65,7 +67,9 @@ def _read_by_hand(form: KVForm, length: int, size: int, itemsize: int) -> int:
         if bits == 16:
             total += length * size * itemsize
         else:
-            total += packed * size * bits // 8 + packed * size // form.group * 4 + (length - packed) * size * itemsize
+            width, scale = (8, 2) if bits == "fp8" else (bits, 4)
+            total += packed * size * width // 8 + packed * size // form.group * scale
+            total += (length - packed) * size * itemsize
     return total
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from stores import dequantised
 from torch import Tensor
 
-from effcompile.kernels import ops, quantize
-from effcompile.kernels.form import BITS, Kind, KVForm
+from effcompile.kernels import ops
+from effcompile.kernels.form import BITS, KVForm
 from effcompile.kernels.program import DECODE_ROWS, DTYPES, Predicate, Program, StoreProgram
 from effcompile.lowering import cpp, toolchain
 
@@ -135,24 +136,6 @@ def copy(state: State) -> State:
 def fresh(batch: int, groups: int, tokens: int, size: int, dtype: torch.dtype) -> Tensor:
     """Keys or values ``[B, G, T, D]`` as models give them: a view of ``[B, T, G, D]``, with an offset per channel."""
     return (torch.randn(batch, tokens, groups, size) + 2 * torch.randn(size)).to(dtype).transpose(1, 2)
-
-
-def dequantised(state: list[Tensor], length: int, form: KVForm, kind: Kind) -> Tensor:
-    """What the store holds, in fp64 and without any rounding: ``code * scale + zero`` is exact there."""
-    if form.bits(kind) == 16:
-        return state[0][:, :, :length].double()
-    codes, scales, tail = state
-    stop, g = form.packed(length), form.group
-    if kind == "key":
-        q = quantize.unpack(codes[:, :, : stop // g].transpose(3, 4), form.bits(kind), 4).double()
-        scale, zero = scales[:, :, : stop // g].double().split(1, 3)
-        body = (q * scale + zero).flatten(2, 3)
-    else:
-        q = quantize.unpack(codes[:, :, :stop], form.bits(kind), 3).unflatten(3, (-1, g)).double()
-        scale, zero = scales[:, :, :stop].double().unsqueeze(5).unbind(3)
-        body = (q * scale + zero).flatten(3)
-    ring = torch.arange(stop, length) % form.slots
-    return torch.cat([body, tail[:, :, ring].double()], 2)
 
 
 def exact(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import plain
 
 from effcompile.kernels import ops, quantize
 from effcompile.kernels.form import BITS, FormError, KVForm, packed_length, word
@@ -83,6 +84,8 @@ def test_constant_group_is_kept_to_fp16():
 
 FORMS = [KVForm(4, 4), KVForm(8, 4, 32, 0), KVForm(16, 8, 32, 32), KVForm(4, 16, 16, 64)]
 FORMS += [KVForm(2, 2, 32, 32), KVForm(3, 3, 16, 0), KVForm(2, 3, 64, 0), KVForm(3, 4)]
+FORMS += [KVForm(4, 3, 32, 32, "token", "channel"), KVForm("fp8", "fp8", 16, 0), KVForm(2, "fp8", 32, 0, "token")]
+FORMS += [KVForm("fp8", 8, 16, 32, "token", "channel"), KVForm(16, "fp8", 32, 64, value_axis="channel")]
 
 
 @settings(deadline=None, max_examples=60)
@@ -99,17 +102,8 @@ def test_store_equals_plain_model_whatever_the_chunks(chunks, form, seed):
             append(state, length, key[:, :, at : at + count], value[:, :, at : at + count], form)
             at += count
         loaded = torch.ops.effcompile.kv_load(*state, length, form.name)
-    stop, g = form.packed(total), form.group
     for kind, given_, got in (("key", key, loaded[0]), ("value", value, loaded[1])):
-        bits, expected = form.bits(kind), given_.clone()
-        if bits != 16 and stop:
-            body = given_[:, :, :stop]
-            if kind == "key":
-                q = quantize.quantize(body.unflatten(2, (-1, g)), bits, 3)
-                expected[:, :, :stop] = quantize.dequantize(*q).flatten(2, 3)
-            else:
-                q = quantize.quantize(body.unflatten(3, (-1, g)), bits, 4)
-                expected[:, :, :stop] = quantize.dequantize(*q).flatten(3)
+        expected = plain(given_, form, kind)
         assert torch.equal(got[:, :, :total], expected)
         assert (got[:, :, total:] == 0).all()
 
@@ -126,7 +120,10 @@ def test_bytes_are_the_allocated_ones(form):
     ("arguments", "words"),
     [
         ({"key_bits": 5}, "key_bits=5"),
-        ({"value_bits": 32}, "16, 8, 4, 3, 2"),
+        ({"value_bits": 32}, "16, 8, 4, 3, 2, or 'fp8'"),
+        ({"key_bits": "fp4"}, "'fp4' is not offered"),
+        ({"key_axis": "head"}, "key_axis='head' is not offered; choose 'channel' or 'token'"),
+        ({"value_axis": 1}, "value_axis=1"),
         ({"key_bits": True}, "not offered"),
         ({"group": 24}, "multiple of 16"),
         ({"residual": 100}, "multiple of group_size=32"),
