@@ -15,7 +15,14 @@ inline void key_tile(const Side<P, Kind::key>& keys, int64_t t, int64_t n, bool 
   using S = Side<P, Kind::key>;
   if constexpr (S::packed) {
     if (!tail) {
-      for (int64_t i = 0; i < n; i += S::g) key_group_transposed(keys, t + i, out + i, ld);
+      if constexpr (S::per_channel) {
+        for (int64_t i = 0; i < n; i += S::g) group_columns(keys, t + i, out + i, ld);
+      } else {
+        struct Rows;
+        float* rows = scratch<Rows>(n * S::size);
+        for (int64_t i = 0; i < n; ++i) token_row(keys, t + i, rows + i * S::size);
+        transpose(rows, S::size, n, S::size, out, ld);
+      }
       return;
     }
   }
@@ -29,7 +36,16 @@ inline const float* value_tile(const Side<P, Kind::value>& values, int64_t t, in
   constexpr int64_t E = S::size, EP = round_up(E, VL);
   if constexpr (S::packed) {
     if (!tail) {
-      for (int64_t i = 0; i < n; ++i) value_row(values, t + i, out + i * EP);
+      if constexpr (S::per_channel) {
+        struct Columns;
+        float* columns = scratch<Columns>(E * S::g);
+        for (int64_t i = 0; i < n; i += S::g) {
+          group_columns(values, t + i, columns, S::g);
+          transpose(columns, S::g, E, S::g, out + i * EP, EP);
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i) token_row(values, t + i, out + i * EP);
+      }
       return out;
     }
   }

@@ -23,7 +23,7 @@ inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, c
     for (int r = 0; r < RB; ++r) offset[r] = Vec(0.f);
     for (int64_t d = 0; d < D; d += VL) {
       const Vec step = load_f32(scale + d, D - d);
-      const Vec zero = at::vec::fmadd(step, Vec(CENTER<S::bits>), load_f32(scale + D + d, D - d));
+      const Vec zero = S::fp8 ? Vec(0.f) : at::vec::fmadd(step, Vec(CENTER<S::bits>), load_f32(scale + D + d, D - d));
       for (int r = 0; r < RB; ++r) {
         const Vec x = Vec::loadu(q + r * DP + d);
         (x * step).store(scaled + r * DP + d);
@@ -42,7 +42,7 @@ inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, c
       for (int64_t w = 0; w < S::words; w += pair) {
         for (int u = 0; u < pair; ++u) {
           for (int64_t v = 0; v < TV; ++v) {
-            const Words<S::bits> words(codes + (w + u) * g + i + v * VL, S::words * g);
+            const Words<S::format> words(codes + (w + u) * g + i + v * VL, S::words * g);
             for (int k = 0; k < S::per; ++k) {
               const Vec x = words.at(k);
               const int64_t d = w + u + k * S::words;
@@ -94,7 +94,16 @@ template <class P, int RB>
 inline void score(const Side<P, Kind::key>& keys, int64_t t, int64_t n, bool tail, const float* q, float* s, int64_t ld) {
   using S = Side<P, Kind::key>;
   if constexpr (S::packed) {
-    if (!tail) return score_packed<P, RB>(keys, t, n, q, s, ld);
+    if (!tail) {
+      if constexpr (S::per_channel) {
+        return score_packed<P, RB>(keys, t, n, q, s, ld);
+      } else {
+        struct Dense;
+        float* tile = scratch<Dense>(n * S::size);
+        for (int64_t i = 0; i < n; ++i) token_row(keys, t + i, tile + i * S::size);
+        return score_dense<float, S::size, RB>(tile, n, q, s, ld);
+      }
+    }
   }
   score_dense<typename P::scalar, S::size, RB>(keys.rows(t), n, q, s, ld);
 }

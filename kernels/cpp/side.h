@@ -8,6 +8,12 @@ namespace ec {
 
 enum class Kind { key, value };
 
+// What P derives from where a side is not as usual: keys are integers with a scale per channel, values per token.
+struct keys_per_token {};
+struct values_per_channel {};
+struct keys_e4m3 {};
+struct values_e4m3 {};
+
 // Tokens of the first n that are packed.
 template <class P>
 inline int64_t packed_length(int64_t n) {
@@ -19,23 +25,28 @@ template <class P, Kind kind>
 struct Side {
   using T = typename P::scalar;
   static constexpr int bits = kind == Kind::key ? P::key_bits : P::value_bits;
+  static constexpr bool fp8 = std::is_base_of_v<std::conditional_t<kind == Kind::key, keys_e4m3, values_e4m3>, P>;
+  static constexpr int format = fp8 ? E4M3 : bits;
+  static constexpr bool per_channel =
+      kind == Kind::key ? !std::is_base_of_v<keys_per_token, P> : std::is_base_of_v<values_per_channel, P>;
+  static constexpr int64_t steps = fp8 ? 1 : 2;  // of a group: its scale, and its zero
   static constexpr int64_t size = kind == Kind::key ? P::key_size : P::value_size;
   static constexpr int64_t g = P::group, slots = P::residual + P::group;
   static constexpr bool packed = bits != 16;
   static constexpr int64_t row = size * bits / 8;  // code bytes of one token
-  static constexpr int64_t groups = size / g;      // channel groups of a value
-  static constexpr int per = packed ? word_channels(bits) : 1;
+  static constexpr int64_t groups = size / g;      // of a token's channels
+  static constexpr int per = packed ? word_channels(format) : 1;
   static constexpr int64_t words = size / per;  // of a token; word r holds channels r + k * words
 
   T* dense;        // [C, size], or the tail [W, size]
-  uint8_t* codes;  // keys [C/g, row, g], values [C, row]
-  Half* scales;    // keys [C/g, 2, size], values [C, 2, size/g]
+  uint8_t* codes;  // per channel [C/g, row, g], per token [C, row]
+  Half* scales;    // per channel [C/g, steps, size], per token [C, steps, size/g]
 
   Side(const State& state, int64_t head, int64_t capacity) {
     void* const* at = kind == Kind::key ? state.k : state.v;
     if constexpr (packed) {
       codes = static_cast<uint8_t*>(at[0]) + head * capacity * row;
-      scales = static_cast<Half*>(at[1]) + head * (kind == Kind::key ? capacity / g * 2 * size : capacity * 2 * groups);
+      scales = static_cast<Half*>(at[1]) + head * steps * (per_channel ? capacity / g * size : capacity * groups);
       dense = static_cast<T*>(at[2]) + head * slots * size;
     } else {
       codes = nullptr;
@@ -46,8 +57,8 @@ struct Side {
 
   // Rows of model dtype from token t on: in the ring for a packed side. A run never crosses the end of the ring.
   T* rows(int64_t t) const { return dense + (packed ? t % slots : t) * size; }
-  uint8_t* code_at(int64_t t) const { return codes + t * row; }  // of keys: t is a multiple of g
-  Half* scale_at(int64_t t) const { return scales + (kind == Kind::key ? t / g * 2 * size : t * 2 * groups); }
+  uint8_t* code_at(int64_t t) const { return codes + t * row; }  // per channel: t is a multiple of g
+  Half* scale_at(int64_t t) const { return scales + steps * (per_channel ? t / g * size : t * groups); }
 };
 
 // Calls body(first, count, in_tail) for runs of tokens that cover [from, to), each at most `block` long and contiguous in
@@ -68,25 +79,33 @@ inline void for_runs(int64_t from, int64_t to, int64_t stop, int64_t block, Body
   }
 }
 
-// One group of packed keys as fp32, transposed: out[channel][token], row length ld. As the reference rounds it:
-// a product, then a sum.
+// Codes as they come from Words, dequantised as the reference rounds it: a product, then a sum. `at` says which of the
+// scales, `count` how many there are before the zeros.
 template <class S>
-inline void key_group_transposed(const S& side, int64_t t, float* out, int64_t ld) {
+inline Vec dequantised(Vec code, const Half* scale, int64_t at, int64_t count) {
+  if constexpr (S::fp8)
+    return code * Vec(float(scale[at]));
+  else
+    return (code + Vec(CENTER<S::bits>)) * Vec(float(scale[at])) + Vec(float(scale[count + at]));
+}
+
+// One group of tokens, packed per channel, as fp32 and transposed: out[channel][token], row length ld.
+template <class S>
+inline void group_columns(const S& side, int64_t t, float* out, int64_t ld) {
   const uint8_t* codes = side.code_at(t);
   const Half* scale = side.scale_at(t);
   for (int64_t r = 0; r < S::words; ++r) {
     for (int64_t i = 0; i < S::g; i += VL) {
-      const Words<S::bits> words(codes + r * S::g + i, S::words * S::g);
+      const Words<S::format> words(codes + r * S::g + i, S::words * S::g);
       for (int k = 0; k < S::per; ++k) {
         const int64_t d = r + k * S::words;
-        const Vec x = words.at(k) + Vec(CENTER<S::bits>);
-        (x * Vec(float(scale[d])) + Vec(float(scale[S::size + d]))).store(out + d * ld + i);
+        dequantised<S>(words.at(k), scale, d, S::size).store(out + d * ld + i);
       }
     }
   }
 }
 
-// How the values of a token are read in vectors: `count` words at a time, VL of them or all of a token's if they are
+// How the channels of a token are read in vectors: `count` words at a time, VL of them or all of a token's if they are
 // half as many. None if a vector of codes would not be channels in a row.
 template <class S>
 constexpr int64_t words_at_once() {
@@ -102,30 +121,30 @@ constexpr int64_t channel_of(int64_t c, int k) {
   return S::words < VL ? k * VL : c + k * S::words;
 }
 
-// One token of packed values as fp32: out[channel], padded to whole vectors by the caller.
+// One token, packed per token, as fp32: out[channel].
 template <class S>
-inline void value_row(const S& side, int64_t t, float* out) {
+inline void token_row(const S& side, int64_t t, float* out) {
   const uint8_t* codes = side.code_at(t);
   const Half* scale = side.scale_at(t);
   constexpr int64_t count = words_at_once<S>();
   if constexpr (count > 0) {
-    using W = Words<S::bits, count>;
+    using W = Words<S::format, count>;
     for (int64_t c = 0; c < S::words; c += count) {
       const W words(codes + c, S::words);
       for (int k = 0; k < W::vectors; ++k) {
-        const int64_t e = channel_of<S>(c, k), group = e / S::g;
-        const Vec x = words.at(k) + Vec(CENTER<S::bits>);
-        (x * Vec(float(scale[group])) + Vec(float(scale[S::groups + group]))).store(out + e);
+        const int64_t e = channel_of<S>(c, k);
+        dequantised<S>(words.at(k), scale, e / S::g, S::groups).store(out + e);
       }
     }
   } else {
     for (int64_t r = 0; r < S::words; ++r) {
       uint32_t word = 0;
-      for (int b = 0; b < word_bytes(S::bits); ++b) word |= uint32_t(codes[r + b * S::words]) << (8 * b);
+      for (int b = 0; b < word_bytes(S::format); ++b) word |= uint32_t(codes[r + b * S::words]) << (8 * b);
       for (int k = 0; k < S::per; ++k) {
         const int64_t e = r + k * S::words, group = e / S::g;
         const uint32_t code = word >> (k * S::bits) & ((1 << S::bits) - 1);
-        out[e] = float(code) * float(scale[group]) + float(scale[S::groups + group]);
+        out[e] = number<S::format>(code) * float(scale[group]);
+        if constexpr (!S::fp8) out[e] = out[e] + float(scale[S::groups + group]);
       }
     }
   }

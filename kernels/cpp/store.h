@@ -20,6 +20,16 @@ struct Step {
   }
 };
 
+template <>
+struct Step<E4M3> {
+  static constexpr float zero = 0.f;
+  Half scale;
+  Step(float low, float high) {
+    const float size = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
+    scale = Half(size / 448.f > FP16_MAX ? FP16_MAX : size / 448.f);
+  }
+};
+
 // Codes as fp32 integers: round half to even of (x - zero) / scale, clamped; 0 where the scale is not positive.
 template <int bits>
 inline Vec quantized(Vec x, Vec scale, Vec zero) {
@@ -39,12 +49,26 @@ inline void to_bytes(Vec x, uint8_t* p) {
 #endif
 }
 
+// The codes of VL numbers, one a byte.
+template <int format>
+inline void encode(Vec x, Vec scale, Vec zero, uint8_t* p) {
+  if constexpr (format == E4M3) {
+    const Vec positive = scale > Vec(0.f);
+    const Vec step = Vec::blendv(Vec(1.f), scale, positive);
+    alignas(64) float lanes[VL];
+    (at::vec::clamp(x / step, Vec(-448.f), Vec(448.f)) & positive).store(lanes);
+    for (int64_t i = 0; i < VL; ++i) p[i] = e4m3_code(lanes[i]);
+  } else {
+    to_bytes(quantized<format>(x, scale, zero), p);
+  }
+}
+
 // One word of codes, from bytes that lie S::words apart to bytes that lie `stride` apart.
 template <class S>
 inline void write_word(const uint8_t* codes, uint8_t* out, int64_t stride) {
   uint32_t word = codes[0];
   for (int k = 1; k < S::per; ++k) word |= uint32_t(codes[k * S::words]) << (k * S::bits);
-  for (int b = 0; b < word_bytes(S::bits); ++b) out[b * stride] = static_cast<uint8_t>(word >> (8 * b));
+  for (int b = 0; b < word_bytes(S::format); ++b) out[b * stride] = static_cast<uint8_t>(word >> (8 * b));
 }
 
 // Where tokens come from: old ones from the ring, new ones from the caller's tensor.
@@ -58,9 +82,9 @@ struct Source {
   const T* at(int64_t t) const { return t < length ? side.rows(t) : fresh + (t - length) * stride; }
 };
 
-template <class P>
-inline void pack_group(const Source<P, Kind::key>& from, int64_t t) {
-  using S = Side<P, Kind::key>;
+template <class P, Kind kind>
+inline void pack_channels(const Source<P, kind>& from, int64_t t) {
+  using S = Side<P, kind>;
   constexpr int64_t D = S::size, DP = round_up(D, VL), g = S::g;
   struct Codes;
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch<Codes>(g * DP / 4));
@@ -76,21 +100,21 @@ inline void pack_group(const Source<P, Kind::key>& from, int64_t t) {
     low.store(lows);
     high.store(highs);
     for (int64_t j = 0; j < least(VL, D - d); ++j) {
-      const Step<S::bits> step(lows[j], highs[j]);
+      const Step<S::format> step(lows[j], highs[j]);
       scales[d + j] = step.scale;
-      scales[D + d + j] = step.zero;
+      if constexpr (S::steps == 2) scales[D + d + j] = step.zero;
     }
-    const Vec scale = load_f32(scales + d, D - d), zero = load_f32(scales + D + d, D - d);
+    const Vec scale = load_f32(scales + d, D - d), zero = S::fp8 ? Vec(0.f) : load_f32(scales + D + d, D - d);
     for (int64_t i = 0; i < g; ++i)
-      to_bytes(quantized<S::bits>(load_f32(from.at(t + i) + d, D - d), scale, zero), codes + i * DP + d);
+      encode<S::format>(load_f32(from.at(t + i) + d, D - d), scale, zero, codes + i * DP + d);
   }
   for (int64_t r = 0; r < S::words; ++r)
     for (int64_t i = 0; i < g; ++i) write_word<S>(codes + i * DP + r, from.side.code_at(t) + r * g + i, S::words * g);
 }
 
-template <class P>
-inline void pack_group(const Source<P, Kind::value>& from, int64_t first) {
-  using S = Side<P, Kind::value>;
+template <class P, Kind kind>
+inline void pack_tokens(const Source<P, kind>& from, int64_t first) {
+  using S = Side<P, kind>;
   constexpr int64_t E = S::size, g = S::g;
   for (int64_t t = first; t < first + g; ++t) {
     alignas(64) uint8_t codes[E];
@@ -102,11 +126,11 @@ inline void pack_group(const Source<P, Kind::value>& from, int64_t first) {
         low = at::vec::minimum(low, load_f32(x + e));
         high = at::vec::maximum(high, load_f32(x + e));
       }
-      const Step<S::bits> step(min_of(low), max_of(high));
+      const Step<S::format> step(min_of(low), max_of(high));
       scales[j] = step.scale;
-      scales[S::groups + j] = step.zero;
+      if constexpr (S::steps == 2) scales[S::groups + j] = step.zero;
       for (int64_t e = 0; e < g; e += VL)
-        to_bytes(quantized<S::bits>(load_f32(x + e), Vec(float(step.scale)), Vec(float(step.zero))), codes + j * g + e);
+        encode<S::format>(load_f32(x + e), Vec(float(step.scale)), Vec(float(step.zero)), codes + j * g + e);
     }
     for (int64_t r = 0; r < S::words; ++r) write_word<S>(codes + r, from.side.code_at(t) + r, S::words);
   }
@@ -124,7 +148,8 @@ inline Source<P, kind> source(const StoreArgs& a, int64_t head, int64_t length) 
 // tokens take over, so all packing comes first.
 template <class P, Kind kind>
 inline void pack(const StoreArgs& a, int64_t head, int64_t length, int64_t t) {
-  if constexpr (Side<P, kind>::packed) pack_group(source<P, kind>(a, head, length), t);
+  if constexpr (Side<P, kind>::packed && Side<P, kind>::per_channel) pack_channels(source<P, kind>(a, head, length), t);
+  if constexpr (Side<P, kind>::packed && !Side<P, kind>::per_channel) pack_tokens(source<P, kind>(a, head, length), t);
 }
 
 template <class P, Kind kind>
@@ -177,16 +202,16 @@ inline void read_back(const LoadArgs& a, int64_t head, int64_t t, int64_t n, boo
       constexpr int64_t g = S::g, padded = round_up(S::size, VL);
       float* tile = scratch<Tile>((g + VL) * padded);
       for (int64_t first = 0; first < n; first += g) {
-        if constexpr (kind == Kind::key) {
+        if constexpr (S::per_channel) {
           float* row = tile + g * padded;
-          key_group_transposed(side, t + first, tile, g);
+          group_columns(side, t + first, tile, g);
           for (int64_t i = 0; i < g; ++i) {
             for (int64_t d = 0; d < S::size; ++d) row[d] = tile[d * g + i];
             convert_row(row, out + (first + i) * S::size, S::size);
           }
         } else {
           for (int64_t i = 0; i < g; ++i) {
-            value_row(side, t + first + i, tile);
+            token_row(side, t + first + i, tile);
             convert_row(tile, out + (first + i) * S::size, S::size);
           }
         }

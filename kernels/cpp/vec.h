@@ -99,12 +99,38 @@ inline void prefetch(const void* p) {
 
 // Codes are read minus this constant. Sums over codes of both signs cancel less than sums over 0..2^bits-1, and the
 // constant goes into the zero: c * s + z = (c - CENTER) * s + (z + CENTER * s).
+// In place of bits, E4M3 stands for codes that are the bits of e4m3 numbers, which need no constant.
+inline constexpr int E4M3 = -8;
+
 template <int bits>
-inline constexpr float CENTER = bits == 8 ? 128.f : ((1 << bits) - 1) / 2.f;
+inline constexpr float CENTER = bits == E4M3 ? 0.f : bits == 8 ? 128.f : ((1 << bits) - 1) / 2.f;
 
 // Channels and bytes of a word of codes, as effcompile/kernels/form.py packs them.
-constexpr int word_channels(int bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8; }
-constexpr int word_bytes(int bits) { return word_channels(bits) * bits / 8; }
+constexpr int word_channels(int bits) { return bits == 8 || bits == E4M3 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8; }
+constexpr int word_bytes(int bits) { return word_channels(bits) * (bits == E4M3 ? 8 : bits) / 8; }
+
+// The number that a code stands for. The bits of an e4m3 number in those of an fp16 number are a 256th of it, the small
+// ones with a mantissa only included.
+template <int bits>
+inline float number(uint32_t code) {
+  if constexpr (bits == E4M3) {
+    const auto half = static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7);
+    return float(Half(half, Half::from_bits())) * 256.f;
+  } else {
+    return float(code);
+  }
+}
+
+// The code of the e4m3 number nearest to x, |x| <= 448, ties to even.
+inline uint8_t e4m3_code(float x) {
+  uint32_t bits, small;
+  const float shifted = std::fabs(x) + 16384.f;  // whose last bit is worth 2^-9, as that of small e4m3 numbers
+  std::memcpy(&bits, &x, 4);
+  std::memcpy(&small, &shifted, 4);
+  const uint32_t size = bits & 0x7fffffff, rounded = (size + 0x7ffff + (size >> 20 & 1)) >> 20;
+  // The exponent's bias goes from 127 to 7, above 2^-6.
+  return static_cast<uint8_t>((bits >> 24 & 0x80) | (size < 0x3c800000 ? small - 0x46800000 : rounded - (120 << 3)));
+}
 
 // A vector of words, one a lane. at(k) is its k-th vector of codes, minus CENTER. `count` words are read: byte b of word
 // i is p[b * stride + i]. With fewer words than lanes they are repeated, and a lane's part of the vector comes from its
@@ -185,6 +211,31 @@ struct Words {
     return Vec::loadu(codes);
   }
 #endif
+};
+
+// Words of one e4m3 code each.
+template <int64_t count>
+struct Words<E4M3, count> {
+  static_assert(count == VL);
+  static constexpr int vectors = 1;
+  Vec numbers;
+  explicit Words(const uint8_t* p, int64_t = 0) {
+#if defined(CPU_CAPABILITY_AVX512)
+    // As number() does it: the sign stays where it is, exponent and mantissa go one bit down.
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i moved = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 1);
+    numbers = Vec(_mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16(static_cast<short>(0xbfff))))) * Vec(256.f);
+#elif defined(CPU_CAPABILITY_AVX2)
+    const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i moved = _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 1);
+    numbers = Vec(_mm256_cvtph_ps(_mm_and_si128(moved, _mm_set1_epi16(static_cast<short>(0xbfff))))) * Vec(256.f);
+#else
+    float lanes[VL];
+    for (int64_t i = 0; i < VL; ++i) lanes[i] = number<E4M3>(p[i]);
+    numbers = Vec::loadu(lanes);
+#endif
+  }
+  Vec at(int) const { return numbers; }
 };
 
 // Lane i is p[i / times]: VL / times values, each repeated. `times` is a power of two, at most VL.
