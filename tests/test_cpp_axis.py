@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from stores import E4M3
-from test_cpp_kernels import (  # noqa: F401  (two are fixtures)
+from test_cpp_kernels import (  # noqa: F401  (three are fixtures)
     LENGTHS,
     LOAD,
     STORE,
@@ -18,6 +15,8 @@ from test_cpp_kernels import (  # noqa: F401  (two are fixtures)
     _build_ahead,
     _no_fallback,
     assert_same,
+    bits,
+    forgetful,
     fresh,
     pairwise,
     poisoned,
@@ -79,3 +78,60 @@ def test_attend_and_store(program: Program) -> None:
         for queries in queries_for(program, length):
             Call(program, length, queries).check()
     store_and_load(program)
+
+
+def test_numbers_on_every_edge_of_fp8() -> None:
+    """Each e4m3 number, the middles between them, and what lies a little to either side, to the bit; and -0."""
+    steps = E4M3[:127].float()
+    edges = torch.cat([steps, (steps[1:] + steps[:-1]) / 2])
+    near = torch.stack([edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(1e9))], 1).flatten()
+    near = torch.cat([near, -near]).clamp(-448, 448)
+    rows = torch.cat([near, near.new_zeros(64 * 31 - len(near))]).view(64, 31)
+    x = torch.cat([rows, torch.full((64, 1), 448.0)], 1)[None, None]  # so each group has a scale of 1
+    form = KVForm("fp8", "fp8", 32, 0, "token", "token")
+    ours, theirs = (poisoned(form, 1, 1, 64, (32, 32), torch.float32) for _ in range(2))
+    STORE(*ours, torch.tensor(0), x, x, form.name)
+    with ops.reference_only():
+        STORE(*theirs, torch.tensor(0), x, x, form.name)
+        expected = LOAD(*theirs, torch.tensor(64), form.name)
+    assert_same(ours, theirs)
+    for got, wanted in zip(LOAD(*ours, torch.tensor(64), form.name), expected, strict=True):
+        assert torch.equal(bits(got), bits(wanted))
+    assert expected[0].flatten().unique().numel() >= 2 * 126 + 1
+    assert (theirs[0] == 128).any()  # -0 was among them
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_extreme_values_in_fp8(axis: Any) -> None:
+    form = KVForm("fp8", "fp8", 32, 0, axis, axis)
+    x = fresh(1, 1, 64, 64, torch.float32)
+    x[0, 0, 3, 0], x[0, 0, 4, 33], x[0, 0, 40, 2] = float("nan"), float("inf"), float("-inf")
+    x[0, 0, :, 5], x[0, 0, 9], x[0, 0, 10] = -0.0, 1e38, -0.0
+    x[0, 0, 11] = torch.linspace(0, 1e-9, 64)
+    ours, theirs = (poisoned(form, 1, 1, 64, (64, 64), torch.float32) for _ in range(2))
+    STORE(*ours, torch.tensor(0), x, x, form.name)
+    with ops.reference_only():
+        STORE(*theirs, torch.tensor(0), x, x, form.name)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(bits(a.nan_to_num(1)), bits(b.nan_to_num(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
+def test_other_instruction_sets(width: int) -> None:
+    from torch._inductor import config
+
+    if width == 256 and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this CPU has no AVX2")
+    with config.patch({"cpp.simdlen": width}):
+        cpp.prebuild(p for program in FEW for p in (program, store_of(program)))
+        for program in FEW:
+            for length in (65, 500):
+                for queries in queries_for(program, length):
+                    Call(program, length, queries).check()
+            store_and_load(program)
+        test_numbers_on_every_edge_of_fp8()

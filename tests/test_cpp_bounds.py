@@ -62,10 +62,14 @@ def test_fresh_keys_of_any_length(size, dtype):
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("bits", [(16, 16), (8, 4), (4, 8), (3, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "bits",
+    [(16, 16), (8, 4), (4, 8), (3, 2), (2, 3), (4, "fp8", "token", "channel"), ("fp8", 3, "channel", "channel")],
+    ids=str,
+)
 def test_a_full_store(bits):
     """Appending up to the last slot and attending to it, in decode and in prefill, equals the reference body."""
-    form, fence, capacity = KVForm(*bits, group=32, residual=32), Fence(), 160
+    form, fence, capacity = KVForm(*bits[:2], 32, 32, *bits[2:]), Fence(), 160
     torch.manual_seed(0)
     state = []
     for kind in ("key", "value"):
