@@ -43,6 +43,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -163,6 +164,11 @@ class KVForm:
         """The form in the words of users: the arguments of ``ec.compress_kv`` and ``ec.Cache`` that describe it."""
         fields = dataclasses.asdict(self)
         return {("group_size" if name == "group" else name): value for name, value in fields.items()}
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> KVForm:
+        """The form that :attr:`options` of it describe."""
+        return cls(**{("group" if name == "group_size" else name): value for name, value in options.items()})
 
     @property
     def dense(self) -> bool:

@@ -48,6 +48,9 @@ class Pass:
         """The form this pass gives to ``site``, or the :class:`~effcompile.kernels.reason.Reason` why it does not."""
         return Reason("pass-without-match", f"{type(self).__name__} does not say which sites it takes.")
 
+    def check(self, module: nn.Module) -> None:
+        """Called before a decorator changes anything: raises ``ValueError`` if these options do not fit ``module``."""
+
     def on_decorate(self, module: nn.Module) -> None:
         """Called when a decorator puts these options on ``module``; attaches what must live outside the graph."""
 
@@ -89,6 +92,8 @@ def accepts(value: object, hint: Any) -> bool:
         return any(accepts(value, part) for part in typing.get_args(hint))
     if origin is tuple:
         return isinstance(value, tuple) and all(accepts(item, typing.get_args(hint)[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
@@ -102,6 +107,8 @@ def type_name(hint: Any) -> str:
     """A type as a user would write it: ``int``, ``int | None``, ``'key' | 'value'``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join("None" if part is type(None) else type_name(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) in (Mapping, tuple):
+        return "dict" if typing.get_origin(hint) is Mapping else "tuple"
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

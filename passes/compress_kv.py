@@ -39,6 +39,7 @@ from effcompile.patterns.walk import (
     value,
 )
 from effcompile.runtime import adapter
+from effcompile.runtime import rules as by_layer
 
 NO_CACHE = (
     "no compressed cache reaches this attention, and a cache exists before a back end does, so options alone cannot "
@@ -65,6 +66,10 @@ class CompressKV(Pass):
     key_axis, value_axis
         Whether a scale belongs to one ``"channel"`` of some tokens or to one ``"token"`` and some of its channels. Keys
         have channels that are large throughout, which cost the others nothing per channel (KIVI, section 3.1).
+    rules
+        Other values of these options for some layers: a pattern of module paths (as seen from the decorated module)
+        and what differs there, such as ``{"model.layers.[0-3]": {"key_bits": 8}}``. The deepest match wins, of equally
+        deep ones the last.
     """
 
     key_bits: Bits = 4
@@ -73,6 +78,7 @@ class CompressKV(Pass):
     residual: int = 128
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
+    rules: by_layer.Rules = None
 
     name: ClassVar[str] = "compress_kv"
     paper: ClassVar[str] = "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025)"
@@ -81,7 +87,8 @@ class CompressKV(Pass):
     limit: ClassVar[dict[str, Any]] = {"key_bits": 16, "value_bits": 16}
 
     def __post_init__(self) -> None:
-        self.form  # noqa: B018  (building the form checks every value)
+        by_layer.parse(self.rules, self.form)
+        object.__setattr__(self, "rules", by_layer.freeze(self.rules))
 
     @property
     def form(self) -> KVForm:
@@ -89,9 +96,13 @@ class CompressKV(Pass):
         bits = self.key_bits, self.value_bits
         return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis)
 
+    def check(self, module: nn.Module) -> None:
+        """Raise ``FormError`` for a rule that names no layer of ``module``."""
+        adapter.check_rules(module, by_layer.parse(self.rules, self.form))
+
     def on_decorate(self, module: nn.Module) -> None:
         """Choose the form for the caches of this model, and attach the hooks that make them."""
-        adapter.set_form(module, self.form)
+        adapter.set_form(module, self.form, by_layer.parse(self.rules, self.form))
 
     def on_remove(self, module: nn.Module) -> None:
         """Take the hooks and the choice off again."""

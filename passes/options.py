@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import functools
 import inspect
 import json
@@ -30,6 +29,7 @@ from torch import nn
 from torch.fx.traceback import annotate
 
 from effcompile.passes.base import REGISTRY, Pass, accepts, fields_of, get, type_name
+from effcompile.runtime.rules import depth
 
 PREFIX = "effcompile."
 """Of every annotation key: ``effcompile.compress_kv``."""
@@ -202,6 +202,7 @@ def options_of(module: nn.Module) -> dict[str, Pass]:
 def decorate(module: nn.Module, options: Pass) -> None:
     """Put ``options`` on ``module``, in place of earlier ones of the same pass. Raises :class:`DecorationError`."""
     target = _target(module, options.name)
+    options.check(target)
     _take_off(target, options.name)
     options.on_decorate(target)
     key = json.dumps({"on": type(target).__name__, "options": json.loads(options.text)}, sort_keys=True)
@@ -267,16 +268,7 @@ class Rule:
 
     def depth(self, path: str) -> int:
         """Names in the deepest module, of ``path`` and those around it, that the pattern matches; 0 if none does."""
-        parts, pattern = path.split("."), self.pattern.split(".")
-        return next((n for n in range(len(parts), 0, -1) if _matches(tuple(parts[:n]), tuple(pattern))), 0)
-
-
-def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return depth(self.pattern, path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from effcompile.kernels.form import KVForm
+from effcompile.runtime import rules
+from effcompile.runtime.rules import FormRule
 
 if TYPE_CHECKING:
     from effcompile.runtime.cache import Cache
 
 FORM = "_effcompile_form"
 """Instance attribute with the form that a decorator chose for a module and all below it."""
+RULES = "_effcompile_rules"
+"""Instance attribute with the rules that came with it, for some of the layers below."""
 HOOK = "_effcompile_hook"
 """Instance attribute with the handle of the forward pre-hook, on a model and on the models within it."""
 _METHODS = ("_prepare_cache_for_generation", "create_masks_for_generate")
 
 
-def set_form(module: nn.Module, form: KVForm) -> None:
+def set_form(module: nn.Module, form: KVForm, rules: tuple[FormRule, ...] = ()) -> None:
     """Choose the form for ``module`` and below, and attach the hooks if it is a whole transformers model."""
-    module.__dict__[FORM] = form
+    module.__dict__[FORM], module.__dict__[RULES] = form, rules
     attach_hooks(module)
 
 
@@ -38,17 +42,39 @@ def form_of(module: nn.Module) -> KVForm | None:
     return module.__dict__.get(FORM)
 
 
-def layer_forms(model: nn.Module, default: KVForm, count: int) -> list[KVForm]:
-    """The form of each cache layer: that of the deepest decorated module around the module with that ``layer_idx``."""
+def check_rules(module: nn.Module, found: tuple[FormRule, ...]) -> None:
+    """Raise ``FormError`` for a rule that names no layer of ``module``, or none that a cache of it would compress."""
+    if not found:
+        return
+    from transformers import PreTrainedModel
+
+    from effcompile.runtime.cache import compressible
+
+    rules.check(found, module, compressible(module) if isinstance(module, PreTrainedModel) else None)
+
+
+def layer_forms(model: nn.Module, default: KVForm, count: int, found: tuple[FormRule, ...] = ()) -> list[KVForm]:
+    """The form of each cache layer: that of the deepest decorated module around the module with that ``layer_idx``.
+
+    Of the rules that came with that decoration the deepest one decides; without a decoration, of ``found``.
+    """
     forms = [form_of(model) or default] * count
-    chosen = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
-    for path, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and index < count:
-            above = [p for p in chosen if p == "" or path == p or path.startswith(p + ".")]
-            # A decorated part below the module that owns the index (a projection, say) does not decide for it.
-            if above:
-                forms[index] = chosen[max(above, key=len)]
+    ranks = [(-1, -1)] * count
+    chosen = {rules.clean(path): module for path, module in model.named_modules() if form_of(module) is not None}
+    for path, index in rules.layers(model):
+        if index >= count:
+            continue
+        # A decorated part below the module that owns the index (a projection, say) does not decide for it.
+        above = [p for p in chosen if p == "" or path == p or path.startswith(p + ".")]
+        form, here, at = default, found, -1
+        if above:
+            on = max(above, key=len)
+            form, here, at = chosen[on].__dict__[FORM], chosen[on].__dict__[RULES], len(on)
+        depth, rule = rules.choose(here, path[max(at, 0) :].removeprefix("."))
+        rank = (at, depth)
+        # Several modules may have one number: what is said of the deepest holds.
+        if rank >= ranks[index]:
+            ranks[index], forms[index] = rank, form if rule is None else rule.form
     return forms
 
 
@@ -73,6 +99,7 @@ def attach_hooks(module: nn.Module) -> None:
 def detach(module: nn.Module) -> None:
     """Undo :func:`set_form` and :func:`attach_hooks` on exactly this module."""
     module.__dict__.pop(FORM, None)
+    module.__dict__.pop(RULES, None)
     handle = module.__dict__.pop(HOOK, None)
     if handle is None:
         return

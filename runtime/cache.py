@@ -19,6 +19,7 @@ from transformers import cache_utils
 from effcompile.kernels import ops
 from effcompile.kernels.form import Axis, Bits, KVForm
 from effcompile.runtime.layer import CacheError, Call, CompressedLayer, GradientError, change_rows, lasting
+from effcompile.runtime.rules import Rules, check, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,17 @@ def refuse(model: PreTrainedModel) -> None:
         )
 
 
+def _full(layers: Sequence[Any]) -> list[int]:
+    """The layers of full attention among those that transformers would make."""
+    return [i for i, layer in enumerate(layers) if type(layer) is cache_utils.StaticLayer]
+
+
+def compressible(model: PreTrainedModel) -> list[int]:
+    """The layers of ``model`` that a :class:`Cache` compresses."""
+    config = model.config.get_text_config(decoder=True)
+    return _full(cache_utils.StaticCache(config=config, max_cache_len=LINEAR_UNTIL).layers)
+
+
 class Cache(cache_utils.Cache):
     """A compressed key/value cache for ``model``: pass it as ``past_key_values``.
 
@@ -73,13 +85,16 @@ class Cache(cache_utils.Cache):
         needed.
     key_bits, value_bits, group_size, residual, key_axis, value_axis
         As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
+    rules
+        Other values of these for some layers: a pattern of module paths and what differs there, such as
+        ``{"model.layers.[0-3]": {"key_bits": 8}}``. The deepest match wins, of equally deep ones the last.
     batch_size
         Rows, if the buffers are to be allocated now; else the first call decides.
 
     Raises
     ------
     FormError
-        Bits not offered, or a group that does not divide.
+        Bits not offered, a group that does not divide, or a rule that names no layer.
     CacheError
         A model without a transformers config, or one with no full-attention layer.
 
@@ -100,6 +115,7 @@ class Cache(cache_utils.Cache):
         residual: int = 128,
         key_axis: Axis = "channel",
         value_axis: Axis = "token",
+        rules: Rules = None,
         batch_size: int | None = None,
     ) -> None:
         from effcompile.runtime import adapter
@@ -122,10 +138,12 @@ class Cache(cache_utils.Cache):
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
         window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
         layers = cache_utils.StaticCache(config=self.config, max_cache_len=max(self.capacity, window)).layers
-        full = [i for i, layer in enumerate(layers) if type(layer) is cache_utils.StaticLayer]
+        full = _full(layers)
         if not full:
             raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
-        forms = adapter.layer_forms(model, default, len(layers))
+        chosen = parse(rules, default)
+        check(chosen, model, full)
+        forms = adapter.layer_forms(model, default, len(layers), chosen)
         for i in full:
             layers[i] = CompressedLayer(forms[i], self.capacity, self.length, self.call, i, (full[0], full[-1]))
         super().__init__(layers=layers)
