@@ -98,7 +98,7 @@ def _sizes(state: tuple[Tensor | None, ...], form: KVForm) -> tuple[Tensor, Tens
     assert k0 is not None
     assert key is not None
     assert value is not None
-    return key, value, k0.shape[2] * (1 if form.key_bits == 16 else form.group)
+    return key, value, k0.shape[2] * form.span("key")
 
 
 def _row_major(x: Tensor) -> Tensor:

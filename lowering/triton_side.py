@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from effcompile.kernels.form import Kind, KVForm, word
+from effcompile.kernels.form import Axis, Kind, KVForm, word
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import HEAD_SIZES, Program, StoreProgram
 
@@ -53,26 +53,33 @@ class Side:
 
     def __post_init__(self) -> None:
         self.form.check_head(self.kind, self.size)
-        if self.bits != 16 and (
-            self.form.fp8(self.kind) or self.form.axis(self.kind) != {"key": "channel", "value": "token"}[self.kind]
-        ):
-            raise KernelUnavailable(f"no GPU kernel yet for {self.kind}s as the form {self.form.name} keeps them")
         if self.size not in HEAD_SIZES:
             raise KernelUnavailable(
                 f"no GPU kernel for {self.kind} heads of {self.size} channels (16 to 256 are offered)"
             )
         if self.bits != 16 and self.form.group not in GROUPS:
             raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
-        if self.kind == "value" and self.bits == 3 and self.size % 32:
+        if self.axis == "token" and self.bits == 3 and self.size % 32:
             # Four words of eight channels are read together.
             raise KernelUnavailable(
-                f"no GPU kernel for value heads of {self.size} channels in 3 bits (multiples of 32 have one)"
+                f"no GPU kernel for {self.kind} heads of {self.size} channels in 3 bits per token (multiples of 32 "
+                "have one)"
             )
 
     @property
     def bits(self) -> int:
         """Bits of this side in its form."""
         return self.form.bits(self.kind)
+
+    @property
+    def axis(self) -> Axis | None:
+        """What a scale of this side is shared along; None without scales."""
+        return None if self.bits == 16 else self.form.axis(self.kind)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the codes are e4m3 numbers, which have no zeros."""
+        return self.form.fp8(self.kind)
 
     @property
     def width(self) -> int:
@@ -114,7 +121,9 @@ class Side:
         letter, g, row = self.kind[0], self.form.group, self.size * self.bits // 8
         if self.bits == 16:
             return [f"{letter}0 += head * capacity * {self.size}"]
-        count = f"capacity // {g} * {2 * self.size}" if self.kind == "key" else f"capacity * {2 * (self.size // g)}"
+        steps = 1 if self.fp8 else 2
+        per_channel, per_token = steps * self.size, steps * (self.size // g)
+        count = f"capacity // {g} * {per_channel}" if self.axis == "channel" else f"capacity * {per_token}"
         return [
             f"{letter}0 += head * capacity * {row}",
             f"{letter}1 += head * ({count})",
@@ -150,12 +159,18 @@ class Side:
         shared = math.gcd(self.width, self.form.group)
         part = f"{self.width}, " if self.parts > 1 else ""
         numbers = f"{self.size}, {part}{self.padded}, {self.form.group}, "
-        numbers += f"{shared & -shared}, " if self.kind == "value" and self.bits < 8 else ""
+        numbers += f"{shared & -shared}, " if self.axis == "token" and self.bits < 8 else ""
         dtype = TYPES[self.dtype] if exact else self.operand
-        ptx = self.fused and self.vendor == "cuda" and not exact
+        ptx = f", {self.fused and self.vendor == 'cuda' and not exact}"
         name, bits = ("joined", f"{self.bits}, ") if self.parts > 1 else (str(self.bits), "")
-        call = f"{self.kind}s_{name}({letter}0, {letter}1, start, stop, {numbers}TILE, {bits}{dtype}, {ptx})"
-        return [f"{self.names(letter)} = {call}"]
+        if self.fp8:
+            name, ptx = "fp8", ""
+        function = f"{'keys' if self.axis == 'channel' else 'values'}_{name}"
+        call = f"{function}({letter}0, {letter}1, start, stop, {numbers}TILE, {bits}{dtype}{ptx})"
+        lines = [f"{self.names(letter)} = {call}"]
+        if (self.axis == "channel") != (self.kind == "key"):
+            lines += [f"{letter}{suffix} = tl.trans({letter}{suffix})" for suffix, _ in self.halves]
+        return lines
 
     def ring(self) -> list[str]:
         """Lines that load tokens ``start ..`` below ``stop`` of the tail (of the dense buffer, if there is no tail)."""
@@ -200,6 +215,7 @@ LOAD_PARTS = (
     "dense_tile",
     "keys_4",
     "keys_8",
+    "keys_fp8",
     "keys_joined",
     "load_rows",
     "packed_length",
@@ -207,6 +223,7 @@ LOAD_PARTS = (
     "store_rows",
     "values_4",
     "values_8",
+    "values_fp8",
     "values_joined",
 )
 NUMBER_PARTS = ("convert", "dot", "unit_of")

@@ -38,9 +38,10 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
         ]
         for side in packed:
             c, new = side.kind[0], side.kind
+            function = "pack_keys" if side.axis == "channel" else "pack_values"
             kernel.append(
-                f"        pack_{new}s({c}0, {c}1, {c}2, {new}, {new}_token, first, old, {side.size}, "
-                f"{side.padded}, {side.size // side.width}, {side.bits}, {form.slots}, {block})"
+                f"        {function}({c}0, {c}1, {c}2, {new}, {new}_token, first, old, {side.size}, "
+                f"{side.padded}, {side.size // side.width}, {side.bits}, {form.slots}, {block}{', True' * side.fp8})"
             )
     kernel.append("if APPEND:")
     for side in sides:

@@ -20,6 +20,19 @@ def e4m3(code: int) -> float:
 E4M3 = torch.tensor([e4m3(code) if code & 127 != 127 else float("nan") for code in range(256)], dtype=torch.float64)
 
 
+def fp8_edges() -> Tensor:
+    """``[1, 1, 64, 32]``: each e4m3 number, the middles between them, and what lies a little to either side.
+
+    Every row ends in 448, so that a group of a row has a scale of 1.
+    """
+    steps = E4M3[:127].float()
+    edges = torch.cat([steps, (steps[1:] + steps[:-1]) / 2])
+    near = torch.stack([edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(1e9))], 1).flatten()
+    near = torch.cat([near, -near]).clamp(-448, 448)
+    rows = torch.cat([near, near.new_zeros(64 * 31 - len(near))]).view(64, 31)
+    return torch.cat([rows, torch.full((64, 1), 448.0)], 1)[None, None]
+
+
 def plain(given: Tensor, form: KVForm, kind: Kind) -> Tensor:
     """What a store gives back of tokens ``[B, G, n, D]``: each whole group quantised once, and the newest as given."""
     bits, stop, g = form.bits(kind), form.packed(given.shape[2]), form.group

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stores import E4M3
+from stores import fp8_edges
 from test_cpp_kernels import (  # noqa: F401  (three are fixtures)
     LENGTHS,
     LOAD,
@@ -81,13 +81,8 @@ def test_attend_and_store(program: Program) -> None:
 
 
 def test_numbers_on_every_edge_of_fp8() -> None:
-    """Each e4m3 number, the middles between them, and what lies a little to either side, to the bit; and -0."""
-    steps = E4M3[:127].float()
-    edges = torch.cat([steps, (steps[1:] + steps[:-1]) / 2])
-    near = torch.stack([edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(1e9))], 1).flatten()
-    near = torch.cat([near, -near]).clamp(-448, 448)
-    rows = torch.cat([near, near.new_zeros(64 * 31 - len(near))]).view(64, 31)
-    x = torch.cat([rows, torch.full((64, 1), 448.0)], 1)[None, None]  # so each group has a scale of 1
+    """To the bit, -0 included."""
+    x = fp8_edges()
     form = KVForm("fp8", "fp8", 32, 0, "token", "token")
     ours, theirs = (poisoned(form, 1, 1, 64, (32, 32), torch.float32) for _ in range(2))
     STORE(*ours, torch.tensor(0), x, x, form.name)

@@ -82,7 +82,7 @@ def check(program: Program, chip: str) -> dict[str, int]:
             "gfx942": "v_mfma",
         }.get(chip, "mma.sync")
         assert instruction in assembly
-        if vendor_of(chip) == "cuda" and program.form.key_bits != 16:
+        if vendor_of(chip) == "cuda" and program.form.key_bits not in (16, "fp8"):
             assert "fma.rn.f16x2" in assembly, "packed keys are not dequantised two at a time"
             assert "cvt.rn.f32.u8" not in assembly
     return used
@@ -131,7 +131,15 @@ FAST += [
     (Program("prefill", KVForm(3, 3), Predicate(), torch.float16, 4, 128, 128), "sm_80"),
     (Program("decode", KVForm(2, 3), Predicate(key_mask=True), torch.float16, 3, 80, 96), "sm_100"),
 ]
-MORE = [variant for variant in variants(**AXES) if variant not in FAST]
+OTHER_FORMS = [KVForm("fp8", "fp8"), *(KVForm(*bits, 32, 128, "token", "channel") for bits in [(4, 4), (8, 8), (3, 2)])]
+OTHER = [
+    (Program(phase, form, Predicate(), torch.bfloat16, 4, 128, 128), chip)
+    for form in OTHER_FORMS
+    for phase in ("decode", "prefill")
+    for chip in CHIPS
+]
+FAST += [OTHER[1], OTHER[13]]  # decode with fp8, prefill along the other axes, both on sm_90
+MORE = [variant for variant in [*variants(**AXES), *OTHER] if variant not in FAST]
 
 
 @pytest.mark.parametrize(("program", "chip"), FAST, ids=name_of)
@@ -152,6 +160,7 @@ STORES = [
 STORES += [
     (StoreProgram(KVForm(3, 2), torch.bfloat16, 128, 96), "sm_90"),
     (StoreProgram(KVForm(2, 3), torch.float16, 80, 96), "gfx942"),
+    (StoreProgram(KVForm("fp8", 4, 32, 128, "token", "channel"), torch.bfloat16, 128, 96), "sm_90"),
 ]
 
 
@@ -209,6 +218,7 @@ def declined(**changes: Any) -> str:
 def test_declined_with_a_reason() -> None:
     assert "groups of 48" in declined(form=KVForm(4, 4, 48, 48))
     assert "value heads of 80 channels in 3 bits" in declined(form=KVForm(4, 3, 16, 0), size=80)
+    assert "key heads of 80 channels in 3 bits per token" in declined(form=KVForm(3, 4, 16, 0, "token"), size=80)
     assert "queries are torch.float32" in declined(dtype=torch.float32)
     assert "3 query heads" in declined(heads=3)
     assert "not contiguous" in declined(state=lambda s: [s[0].mT, *s[1:]])

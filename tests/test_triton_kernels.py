@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from pairs import pairwise
+from stores import fp8_edges
 from torch import Tensor
 
 from effcompile.kernels import attention, ops, quantize
@@ -24,13 +25,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 State = list[Tensor | None]
 
 
-def test_in_the_interpreter() -> None:
+def in_the_interpreter(*options: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command += options
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-6000:]
     assert " passed" in child.stdout
 
 
+def test_in_the_interpreter() -> None:
+    in_the_interpreter()
+
+
+@pytest.mark.slow
+def test_more_in_the_interpreter() -> None:
+    in_the_interpreter("-m", "slow")
+
+
+test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
 test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
 
 
@@ -110,8 +122,31 @@ CASES = [
 ]
 
 
+OTHER_FORMS = [
+    KVForm("fp8", "fp8", 32, 32),
+    KVForm(4, 4, 32, 32, "token", "channel"),
+    KVForm("fp8", 3, 16, 0, "token", "channel"),
+    KVForm(3, "fp8", 32, 0, "token", "channel"),
+    KVForm(8, 2, 16, 16, "channel", "channel"),
+    KVForm(2, 8, 16, 0, "token"),
+]
+"""Scales along the other axis, and fp8."""
+OTHER_CASES = [
+    {"form": form, "sizes": sizes, "dtype": dtype, "queries": queries, "length": 65, "ratio": 3, "batch": 2,
+     "window": window, "masked": masked, "causal": True}
+    for form, sizes, dtype, queries, window, masked in zip(
+        OTHER_FORMS, [(64, 64), (96, 32)] * 3, DTYPES * 2, [1, 17, 3] * 2, [None, None, 40] * 2, [False, True] * 3
+    )
+]  # fmt: skip
+MORE_CASES = pairwise(
+    form=OTHER_FORMS, sizes=[(64, 64), (96, 32)], dtype=DTYPES, queries=[1, 3, 17], length=[65, 200], ratio=[1, 3],
+    batch=[2], window=[None, 40], masked=[False, True], causal=[True, False],
+)  # fmt: skip
+CASES += OTHER_CASES
+
+
 def divides(form: KVForm, sizes: tuple[int, int]) -> bool:
-    return form.value_bits == 16 or sizes[1] % form.group == 0
+    return form.value_bits == 16 or form.value_axis == "channel" or sizes[1] % form.group == 0
 
 
 def name_of(case: dict[str, object]) -> str:
@@ -122,6 +157,11 @@ class TestAttend:
     """Error budget: against fp64, at most twice what PyTorch in the model's dtype loses, plus one rounding."""
 
     __test__ = INTERPRETED
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
+    def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, object]) -> None:
+        self.test_within_twice_the_loss_of_the_dtype(case)
 
     @pytest.mark.parametrize("case", [c for c in CASES if divides(c["form"], c["sizes"])], ids=name_of)
     def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, object]) -> None:
@@ -217,12 +257,19 @@ STORE_CASES = [
     )
     if divides(case["form"], case["sizes"])
 ]
+STORE_CASES += [{k: case[k] for k in ("form", "sizes", "dtype", "length", "batch")} for case in OTHER_CASES]
+MORE_STORE_CASES = pairwise(form=OTHER_FORMS, sizes=[(64, 64), (96, 32)], dtype=DTYPES, length=[65, 200], batch=[2])
 
 
 class TestStore:
     """Bits equal: codes, scales, tails, and every byte that is not to be written."""
 
     __test__ = INTERPRETED
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("case", MORE_STORE_CASES, ids=name_of)
+    def test_more_bit_identical(self, case: dict[str, object]) -> None:
+        self.test_bit_identical(case)
 
     @pytest.mark.parametrize("case", STORE_CASES, ids=name_of)
     def test_bit_identical(self, case: dict[str, object]) -> None:
@@ -238,6 +285,17 @@ class TestStore:
             expected = torch.ops.effcompile.kv_load(*states[0], torch.tensor(length), form.name)
         for x, y in zip(expected, lowering.kv_load(*states[1], torch.tensor(length), form.name)):
             assert torch.equal(x, y)
+
+    def test_numbers_on_every_edge_of_fp8(self) -> None:
+        form, x = KVForm("fp8", "fp8", 32, 0, "token"), fp8_edges()
+        states = [empty(form, 1, 1, 64, (32, 32), torch.float32) for _ in range(2)]
+        store(reference_store, states[0], x, x, form, [64])
+        store(lowering.kv_store, states[1], x, x, form, [64])
+        assert_same(*states)
+        with ops.reference_only():
+            expected, _ = torch.ops.effcompile.kv_load(*states[0], torch.tensor(64), form.name)
+        for found in lowering.kv_load(*states[1], torch.tensor(64), form.name):
+            assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
     @pytest.mark.parametrize("form", [KVForm(4, 4, 16, 0), KVForm(8, 4, 16, 16)], ids=lambda f: f.name)
     def test_one_by_one_is_one_call(self, form: KVForm) -> None:

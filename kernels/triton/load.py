@@ -8,12 +8,15 @@ A side with 4 bits lives in two halves everywhere: channels ``[0, D/2)`` and ``[
 each, so a tile of bytes becomes two operands without any exchange between threads. A side with 3 or 2 bits is one
 operand of ``PARTS`` = 8 or 4 parts side by side, since products of an eighth of a head would be too small: column
 ``k*PADDED + r`` is channel ``k*WIDTH + r``, ``WIDTH`` channels and padding up to a power of two in each part.
+
+Functions named after keys read what is packed per channel, those named after values what is packed per token, as both
+are by default. Where a side has the other axis, the generated source takes the other function and transposes.
 """
 
 import triton
 import triton.language as tl
 
-from effcompile.kernels.triton.number import convert, dequantize_4, dequantize_8, fields
+from effcompile.kernels.triton.number import convert, dequantize_4, dequantize_8, dequantize_fp8, fields
 
 
 @triton.jit
@@ -91,16 +94,19 @@ def key_codes(codes, start, stop, ROWS: tl.constexpr, PADDED: tl.constexpr, GROU
 
 @triton.jit
 def key_steps(scales, start, stop, AT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-              GROUP: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr = 1):  # fmt: skip
-    """Scales (``AT`` = first channel) or zeros (``AT`` = ``SIZE`` + it): ``[TILE/GROUP, PARTS * PADDED, 1]`` fp16."""
+              GROUP: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr = 1, STEPS: tl.constexpr = 2):  # fmt: skip
+    """Scales (``AT`` = first channel) or zeros (``AT`` = ``SIZE`` + it): ``[TILE/GROUP, PARTS * PADDED, 1]`` fp16.
+
+    ``STEPS`` is 1 where there are no zeros.
+    """
     first = tl.cast(start // GROUP, tl.int64)
     group = tl.arange(0, TILE // GROUP)
     channel, real = channels(ROWS, PADDED, PARTS)
     mask = (first + group < stop // GROUP)[:, None]
     if ROWS < PADDED:
         mask = mask & real[None, :]
-    place = (group * (2 * SIZE))[:, None] + (AT + channel)[None, :]
-    return tl.load(scales + first * (2 * SIZE) + place, mask=mask, other=0.0)[:, :, None]
+    place = (group * (STEPS * SIZE))[:, None] + (AT + channel)[None, :]
+    return tl.load(scales + first * (STEPS * SIZE) + place, mask=mask, other=0.0)[:, :, None]
 
 
 @triton.jit
@@ -117,6 +123,15 @@ def keys_8(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexpr,
     scale = key_steps(scales, start, stop, 0, SIZE, SIZE, PADDED, GROUP, TILE)
     zero = key_steps(scales, start, stop, SIZE, SIZE, SIZE, PADDED, GROUP, TILE)
     return contraction_first(dequantize_8(code, scale, zero, DTYPE, PTX), PADDED, TILE)
+
+
+@triton.jit
+def keys_fp8(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+             TILE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """``[PADDED, TILE]``: keys of e4m3 codes, transposed; :func:`keys_8` without zeros."""
+    code = key_codes(codes, start, stop, SIZE, PADDED, GROUP, TILE)
+    scale = key_steps(scales, start, stop, 0, SIZE, SIZE, PADDED, GROUP, TILE, 1, 1)
+    return contraction_first(dequantize_fp8(code, scale, DTYPE), PADDED, TILE)
 
 
 @triton.jit
@@ -173,10 +188,10 @@ def value_codes(codes, start, stop, ROW: tl.constexpr, PADDED: tl.constexpr, SPA
 @triton.jit
 def value_steps(scales, start, stop, AT: tl.constexpr, FIRST: tl.constexpr, GROUPS: tl.constexpr, ROW: tl.constexpr,
                 PADDED: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-                PARTS: tl.constexpr = 1):  # fmt: skip
+                PARTS: tl.constexpr = 1, STEPS: tl.constexpr = 2):  # fmt: skip
     """Scales (``AT`` = 0) or zeros (``AT`` = ``GROUPS``) of :func:`value_codes`, channel ``FIRST`` on, fp16.
 
-    ``[PARTS * PADDED/SPAN, TILE, 1]``, one per span.
+    ``[PARTS * PADDED/SPAN, TILE, 1]``, one per span. ``STEPS`` is 1 where there are no zeros.
     """
     token = tl.arange(0, TILE)
     # ROW holds whole spans, so spans lie in parts as channels do.
@@ -184,8 +199,8 @@ def value_steps(scales, start, stop, AT: tl.constexpr, FIRST: tl.constexpr, GROU
     mask = (start + token < stop)[None, :]
     if ROW < PADDED:
         mask = mask & real[:, None]
-    place = (token * (2 * GROUPS))[None, :] + (AT + (FIRST + span * SPAN) // GROUP)[:, None]
-    return tl.load(scales + tl.cast(start, tl.int64) * (2 * GROUPS) + place, mask=mask, other=0.0)[:, :, None]
+    place = (token * (STEPS * GROUPS))[None, :] + (AT + (FIRST + span * SPAN) // GROUP)[:, None]
+    return tl.load(scales + tl.cast(start, tl.int64) * (STEPS * GROUPS) + place, mask=mask, other=0.0)[:, :, None]
 
 
 @triton.jit
@@ -207,6 +222,15 @@ def values_8(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexp
     scale = value_steps(scales, start, stop, 0, 0, GROUPS, SIZE, PADDED, GROUP, GROUP, TILE)
     zero = value_steps(scales, start, stop, GROUPS, 0, GROUPS, SIZE, PADDED, GROUP, GROUP, TILE)
     return token_first(dequantize_8(code, scale, zero, DTYPE, PTX), TILE, PADDED)
+
+
+@triton.jit
+def values_fp8(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+               TILE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """``[TILE, PADDED]``: values of e4m3 codes; :func:`values_8` without zeros."""
+    code = value_codes(codes, start, stop, SIZE, PADDED, GROUP, TILE)
+    scale = value_steps(scales, start, stop, 0, 0, SIZE // GROUP, SIZE, PADDED, GROUP, GROUP, TILE, 1, 1)
+    return token_first(dequantize_fp8(code, scale, DTYPE), TILE, PADDED)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 from effcompile.kernels.triton.load import channels, store_rows
 
 FP16_MAX = tl.constexpr(65504.0)
+E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -29,6 +30,27 @@ def encode(x, scale, zero, BITS: tl.constexpr):
     code = tl.where(step > 0, tl.minimum(tl.maximum(code, 0.0), 2.0**BITS - 1), 0.0)
     # Clamping first gives the same code, and a number below 2**22 rounds half to even when 1.5 * 2**23 is added.
     return ((code + 12582912.0) - 12582912.0).to(tl.uint8)
+
+
+@triton.jit
+def step_fp8(low, high):
+    """fp16 scale of groups of e4m3 numbers that span ``low .. high`` (fp32, any shape)."""
+    peak = tl.maximum(tl.abs(low), tl.abs(high))
+    return tl.minimum(tl.div_rn(peak, tl.full(low.shape, E4M3_MAX, tl.float32)), FP16_MAX).to(tl.float16)
+
+
+@triton.jit
+def encode_fp8(x, scale):
+    """e4m3 codes (uint8) of ``x`` fp32, nearest even and saturating; a group of scale 0 has codes 0."""
+    step = tl.broadcast_to(scale.to(tl.float32), x.shape)
+    x = tl.div_rn(x, tl.where(step > 0, step, 1.0))
+    x = tl.where(step > 0, tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX), 0.0)
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # Below 2**-6 the last bit is worth 2**-9, as that of a number at 2**14. Above, the bias goes from 127 to 7.
+    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    return (tl.where(size < 0x3C800000, small, code) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -55,18 +77,25 @@ def words_of(code, PADDED: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def pack_keys(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
-              PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Quantise the key group at token ``first``: one scale per channel, ``PARTS`` channels a word."""
+              PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr,
+              E4M3: tl.constexpr = False):  # fmt: skip
+    """Quantise the group at token ``first``, as keys are by default: a scale per channel, ``PARTS`` channels a word."""
     WIDTH: tl.constexpr = SIZE // PARTS
     BYTES: tl.constexpr = PARTS * BITS // 8
     at = first // GROUP
     x = group_rows(new, new_stride, tail, first, length, SIZE, WIDTH, PADDED, PARTS, SLOTS, GROUP)
-    scale, zero = steps(tl.min(x, 0), tl.max(x, 0), BITS)
     channel, real = channels(WIDTH, PADDED, PARTS)
-    place = scales + at * (2 * SIZE) + channel
-    tl.store(place, scale, mask=real)
-    tl.store(place + SIZE, zero, mask=real)
-    word = tl.trans(words_of(encode(x, scale[None, :], zero[None, :], BITS), PADDED, PARTS, BITS))
+    if E4M3:
+        scale = step_fp8(tl.min(x, 0), tl.max(x, 0))
+        tl.store(scales + at * SIZE + channel, scale, mask=real)
+        code = encode_fp8(x, scale[None, :])
+    else:
+        scale, zero = steps(tl.min(x, 0), tl.max(x, 0), BITS)
+        place = scales + at * (2 * SIZE) + channel
+        tl.store(place, scale, mask=real)
+        tl.store(place + SIZE, zero, mask=real)
+        code = encode(x, scale[None, :], zero[None, :], BITS)
+    word = tl.trans(words_of(code, PADDED, PARTS, BITS))
     row = tl.arange(0, PADDED)
     place = codes + at * (SIZE * BITS // 8 * GROUP) + (row * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     for byte in tl.static_range(BYTES):
@@ -75,8 +104,9 @@ def pack_keys(codes, scales, tail, new, new_stride, first, length, SIZE: tl.cons
 
 @triton.jit
 def pack_values(codes, scales, tail, new, new_stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr,
-                PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Quantise the values of ``GROUP`` tokens from ``first``: one scale per token and channel group.
+                PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr,
+                E4M3: tl.constexpr = False):  # fmt: skip
+    """Quantise ``GROUP`` tokens from ``first``, as values are by default: one scale per token and channel group.
 
     A channel group may lie in several parts, and a part hold several groups.
     """
@@ -90,11 +120,18 @@ def pack_values(codes, scales, tail, new, new_stride, first, length, SIZE: tl.co
     for at in tl.static_range(GROUPS):
         inside = (real & (channel // GROUP == at))[None, :]
         low = tl.min(tl.where(inside, x, float("inf")), 1)
-        scale, zero = steps(low, tl.max(tl.where(inside, x, float("-inf")), 1), BITS)
-        place = scales + (first + token) * (2 * GROUPS) + at
-        tl.store(place, scale)
-        tl.store(place + GROUPS, zero)
-        code = tl.where(inside, encode(x, scale[:, None], zero[:, None], BITS), code)
+        high = tl.max(tl.where(inside, x, float("-inf")), 1)
+        if E4M3:
+            scale = step_fp8(low, high)
+            tl.store(scales + (first + token) * GROUPS + at, scale)
+            found = encode_fp8(x, scale[:, None])
+        else:
+            scale, zero = steps(low, high, BITS)
+            place = scales + (first + token) * (2 * GROUPS) + at
+            tl.store(place, scale)
+            tl.store(place + GROUPS, zero)
+            found = encode(x, scale[:, None], zero[:, None], BITS)
+        code = tl.where(inside, found, code)
     word = words_of(code, PADDED, PARTS, BITS)
     row = codes + first * (WIDTH * BYTES)
     for byte in tl.static_range(BYTES):
