@@ -26,19 +26,41 @@ def allowed(predicate: Predicate, queries: int, length: int, key_mask: Tensor | 
     return keep
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Softmax attention with grouped heads, in fp32.
 
     ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]``, ``value`` ``[B, G, S, E]``, ``keep`` bool broadcastable to
     ``[B, 1, T, S]``. Returns ``o`` ``[B, H, T, E]`` in the query's dtype and ``lse`` ``[B, H, T]`` fp32, the natural
     logarithm of the sum of exponentials. A row that may see no key gives 0 and -inf.
+
+    The parts of :class:`~effcompile.kernels.program.ScoreParts`, in the order in which models apply them: scores are
+    scaled, then ``softcap * tanh(score / softcap)``, then ``bias`` float ``[B or 1, H or 1, T or 1, S or more]`` is
+    added, then the predicate hides keys. ``sinks`` float ``[H]`` are one more logit of each row, after everything else
+    and never hidden; ``lse`` includes it, so a row that sees no key gives 0 and its sink.
     """
     batch, heads, rows, size = query.shape
     groups = key.shape[1]
     q = query.float().reshape(batch, groups, heads // groups, rows, size)
     scores = torch.einsum("bgrtd,bgsd->bgrts", q, key.float()) * scale
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if bias is not None:
+        wide = bias[..., : key.shape[2]].float().expand(batch, heads, rows, -1)
+        scores = scores + wide.unflatten(1, (groups, -1))
     scores = scores.masked_fill(~keep.unsqueeze(2), float("-inf"))
     lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().reshape(1, groups, -1, 1))
     # exp(-inf - -inf) would be nan: a row without keys gets weight 0 everywhere.
     weights = (scores - torch.where(lse.isinf(), torch.zeros_like(lse), lse).unsqueeze(-1)).exp()
     out = torch.einsum("bgrts,bgse->bgrte", weights, value.float())

@@ -33,8 +33,8 @@ _READ = _STATE.format(*[""] * 6)
 library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form) -> ()")
 library.define(f"kv_load({_READ}, Tensor length, str form) -> (Tensor, Tensor)")
 library.define(
-    f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window) "
-    "-> (Tensor, Tensor)"
+    f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
+    "*, float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -76,13 +76,13 @@ def reference_only() -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def _launch(op: str, device_type: str, *args: Any) -> Any:
+def _launch(op: str, device_type: str, *args: Any, **kwargs: Any) -> Any:
     """Run the launcher of ``op``, or raise :class:`KernelUnavailable`; a reason is warned about once."""
     launcher = None if _reference_only else _launchers.get((op, device_type))
     if launcher is None:
         raise KernelUnavailable(f"no kernels are registered for {device_type!r}")
     try:
-        return launcher(*args)
+        return launcher(*args, **kwargs)
     except KernelUnavailable as why:
         if str(why) not in _warned:
             _warned.add(str(why))
@@ -134,10 +134,10 @@ def _kv_load(*args: Any) -> tuple[Tensor, Tensor]:
         return outs
 
 
-def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, *args: Any, **parts: Any) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, name, scale, causal, window = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args)
+        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args, **parts)
         return result
     except KernelUnavailable:
         form, n = KVForm.parse(name), int(length)
@@ -146,7 +146,7 @@ def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         keep = attention.allowed(predicate, query.shape[2], n, key_mask, query.device)
         key = quantize.load_side(keys, n, form, "key")
         value = quantize.load_side(values, n, form, "value")
-        out, lse = attention.attend(query, key, value, keep, scale)
+        out, lse = attention.attend(query, key, value, keep, scale, **parts)
         return out.contiguous(), lse.contiguous()
 
 
@@ -180,7 +180,7 @@ def _fake_kv_load(*args: Any) -> tuple[Tensor, Tensor]:
     return _empty_dense(state, KVForm.parse(name))
 
 
-def _fake_attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _fake_attend(query: Tensor, *args: Any, **parts: Any) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]

@@ -48,6 +48,36 @@ class Predicate:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreParts:
+    """What a score goes through between the product and the softmax, besides the scale and the predicate.
+
+    In the order in which they act. Their values are operands, so that one compiled program serves every layer.
+
+    Parameters
+    ----------
+    softcap
+        ``c * tanh(s / c)`` (Gemma 2, Gemma Team 2024, section 2).
+    bias
+        A number added to each score: ALiBi (Press et al., ICLR 2022), relative positions (Raffel et al., JMLR 2020).
+    sinks
+        One more logit for each head, which takes mass in the softmax and gives no value (gpt-oss, OpenAI 2025; the
+        attention sinks of Xiao et al., ICLR 2024).
+
+    >>> ScoreParts(softcap=True, sinks=True).name
+    'cap_sink'
+    """
+
+    softcap: bool = False
+    bias: bool = False
+    sinks: bool = False
+
+    @property
+    def name(self) -> str:
+        """The parts that are there, as one word; '' for none."""
+        return "_".join(w for w, on in (("cap", self.softcap), ("bias", self.bias), ("sink", self.sinks)) if on)
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """Attention over one layer's store, as a choice of parts.
 
@@ -62,12 +92,14 @@ class Program:
     ratio: int
     key_size: int
     value_size: int
+    score: ScoreParts = ScoreParts()
 
     @property
     def name(self) -> str:
         """A readable identifier, the name of the generated kernel."""
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
-        return f"attend_{self.phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{self.predicate.name}"
+        rule = "_".join(filter(None, (self.predicate.name, self.score.name)))
+        return f"attend_{self.phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 
     @staticmethod
     def phase_for(queries: int, ratio: int) -> Phase:

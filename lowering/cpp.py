@@ -28,7 +28,7 @@ from torch import Tensor
 from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
-from effcompile.kernels.program import DECODE_ROWS, DTYPES, HEAD_SIZES, Predicate, Program, StoreProgram
+from effcompile.kernels.program import DECODE_ROWS, DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
 from effcompile.lowering import toolchain
 
 AnyProgram: TypeAlias = Program | StoreProgram
@@ -39,6 +39,8 @@ _CPP_TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.flo
 
 # Fields of AttendArgs, StoreArgs and LoadArgs in kernels/cpp/args.h, in their order; q is 8 bytes, as is every pointer.
 _ATTEND = struct.Struct("=7q 4q 4q 3q q q d").pack
+# ScoreArgs, behind the former if a program has parts.
+_SCORE = struct.Struct("=q 3q q d").pack
 _STORE = struct.Struct("=7q 2q 4q 6q q").pack
 _LOAD = struct.Struct("=7q 2q 3q q").pack
 
@@ -94,6 +96,9 @@ def source(program: AnyProgram) -> str:
     }
     bases = ", ".join(f"ec::{name}" for name, holds in unusual.items() if holds)
     body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
+    if isinstance(program, Program) and program.score.name:
+        parts = ", ".join(f"{k} = {str(v).lower()}" for k, v in dataclasses.asdict(program.score).items())
+        body += f"\n  struct score {{\n    static constexpr bool {parts};\n  }};"
     calls = "\n".join(
         f'extern "C" int64_t {entry}(const ec::{args}* args) {{ return ec::{call}<P>(*args); }}'
         for entry, (args, call) in entries.items()
@@ -238,6 +243,39 @@ def _mask(key_mask: Tensor, batch: int, capacity: int, length: Tensor) -> tuple[
     return key_mask, key_mask.stride(0) if rows == batch else 0
 
 
+def _parts(
+    softcap: float | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    query: Tensor,
+    capacity: int,
+    length: Tensor,
+) -> tuple[bytes, list[Tensor]]:
+    """``ScoreArgs``, and the tensors that it points to, for the caller to keep alive."""
+    batch, heads, queries, _ = query.shape
+    bias_pointer, strides, sinks_pointer = 0, [0, 0, 0], 0
+    alive = []
+    if bias is not None:
+        sizes = bias.shape
+        fits = len(sizes) == 4 and all(n in (1, full) for n, full in zip(sizes, (batch, heads, queries)))
+        if not fits or (sizes[3] < capacity and sizes[3] < int(length)):
+            raise KernelUnavailable(
+                f"a bias of {tuple(sizes)} for {batch} x {heads} x {queries} queries and {int(length)} tokens"
+            )
+        if bias.dtype is not torch.float32 or bias.stride(3) != 1:
+            bias = bias.float().contiguous()
+        bias_pointer = bias.data_ptr()
+        strides = [0 if n == 1 else stride for n, stride in zip(sizes, bias.stride()[:3])]
+        alive.append(bias)
+    if sinks is not None:
+        if sinks.shape != (heads,):
+            raise KernelUnavailable(f"sinks of {tuple(sinks.shape)} for {heads} heads")
+        sinks = sinks.float().contiguous()
+        sinks_pointer = sinks.data_ptr()
+        alive.append(sinks)
+    return _SCORE(bias_pointer, *strides, sinks_pointer, 0.0 if softcap is None else softcap), alive
+
+
 def attend(
     query: Tensor,
     k0: Tensor,
@@ -252,6 +290,10 @@ def attend(
     scale: float,
     causal: bool,
     window: int,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend`` on CPUs. Arguments and results are the operator's."""
     batch, heads, queries, size = query.shape
@@ -260,7 +302,8 @@ def attend(
     ratio = heads // groups
     value_size = (v0 if v2 is None else v2).shape[3]
     few = queries * ratio <= DECODE_ROWS
-    key = (form, dtype, size, value_size, ratio, few, causal, window, key_mask is None)
+    parts = (softcap is not None, bias is not None, sinks is not None)
+    key = (form, dtype, size, value_size, ratio, few, causal, window, key_mask is None, parts)
     entry = _bind(
         key,
         "attend",
@@ -272,6 +315,7 @@ def attend(
             ratio,
             size,
             value_size,
+            ScoreParts(*parts),
         ),
     )
     state = (k0, k1, k2, v0, v1, v2)
@@ -285,6 +329,9 @@ def attend(
     if key_mask is not None:
         key_mask, mask_stride = _mask(key_mask, batch, capacity, length)
         mask_pointer = key_mask.data_ptr()
+    more = b""
+    if any(parts):
+        more, _alive = _parts(softcap, bias, sinks, query, capacity, length)
     out = query.new_empty((batch, heads, queries, value_size))
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     beyond = entry(
@@ -304,6 +351,7 @@ def attend(
             torch.get_num_threads(),
             scale,
         )
+        + more
     )
     if beyond:
         raise CapacityError(f"the length, {int(length)}, is not within the capacity, {capacity}.")

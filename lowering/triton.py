@@ -17,7 +17,7 @@ from torch import Tensor
 from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import KernelUnavailable
-from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, StoreProgram
+from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, ScoreParts, StoreProgram
 from effcompile.lowering.triton_build import Built, build, chip_of
 
 WAVES = 4
@@ -30,13 +30,15 @@ SPLIT_KEYS = 256
 @functools.cache
 def _attend_program(
     phase: Phase, name: str, causal: bool, window: int, masked: bool, ratio: int, key_size: int, value_size: int,
-    dtype: torch.dtype, device: torch.device,
+    dtype: torch.dtype, device: torch.device, score: ScoreParts,
 ) -> Built:  # fmt: skip
     if dtype not in DTYPES:
         raise KernelUnavailable(f"no GPU kernel for {dtype}")
     predicate = Predicate(causal, window if window >= 0 else None, masked)
     try:
-        return build(Program(phase, KVForm.parse(name), predicate, dtype, ratio, key_size, value_size), _chip(device))
+        form = KVForm.parse(name)
+        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score=score)
+        return build(program, _chip(device))
     except FormError as error:
         raise KernelUnavailable(str(error)) from error
 
@@ -106,7 +108,30 @@ def _row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _part_values(
+    query: Tensor, capacity: int, softcap: float | None, bias: Tensor | None, sinks: Tensor | None
+) -> list[Any]:
+    """The kernel's arguments for score parts, as :func:`triton_source.part_arguments` names them."""
+    values: list[Any] = [] if softcap is None else [softcap * math.log2(math.e)]
+    if bias is not None:
+        fits = bias.ndim == 4 and all(n in (1, full) for n, full in zip(bias.shape, query.shape[:3]))
+        # How many keys there are is known on the device alone.
+        if not fits or bias.shape[3] < capacity:
+            raise KernelUnavailable(
+                f"a bias of {tuple(bias.shape)} for queries {tuple(query.shape)} and {capacity} keys"
+            )
+        bias = _row_major(bias.float())
+        values += [bias, *(0 if n == 1 else stride for n, stride in zip(bias.shape, bias.stride()[:3]))]
+    if sinks is not None:
+        if sinks.shape != query.shape[1:2]:
+            raise KernelUnavailable(f"sinks of {tuple(sinks.shape)} for {query.shape[1]} heads")
+        values.append(sinks.float().contiguous())
+    return values
+
+
+def attend(
+    query: Tensor, *args: Any, softcap: float | None = None, bias: Tensor | None = None, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
     *held, length, key_mask, name, scale, causal, window = args
     state = tuple(held)
@@ -122,7 +147,10 @@ def attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         raise KernelUnavailable(f"{heads} query heads do not divide into {groups} key/value heads")
     phase = Program.phase_for(queries, ratio)
     masked = key_mask is not None
-    built = _attend_program(phase, name, causal, window, masked, ratio, size, value.shape[3], query.dtype, query.device)
+    parts = ScoreParts(softcap is not None, bias is not None, sinks is not None)
+    built = _attend_program(
+        phase, name, causal, window, masked, ratio, size, value.shape[3], query.dtype, query.device, parts
+    )
     assert built.blocks is not None
     query = _row_major(query)
     out = query.new_empty(batch, heads, queries, value.shape[3])
@@ -131,9 +159,12 @@ def attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if key_mask is not None:
         key_mask = _row_major(key_mask)
         mask_stride = key_mask.stride(0) if key_mask.shape[0] > 1 else 0
+    # A capped score is divided by the cap first, and gets its base from it.
+    base_2 = scale * math.log2(math.e) if softcap is None else scale / softcap
     common = (
         query, *buffers, length, lse if key_mask is None else key_mask, out, lse, queries, groups, capacity,
-        query.stride(0), query.stride(1), query.stride(2), mask_stride, scale * math.log2(math.e),
+        query.stride(0), query.stride(1), query.stride(2), mask_stride, base_2,
+        *_part_values(query, capacity, softcap, bias, sinks),
     )  # fmt: skip
     options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
     if phase == "prefill":
@@ -148,7 +179,10 @@ def attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     part_lse = query.new_empty(rows * splits, dtype=torch.float32)
     built.launch("", pairs * splits, *common, part_out, part_lse, SPLITS=splits, **options)
     padded = 1 << (splits - 1).bit_length()
-    built.launch("merge_", rows, part_out, part_lse, out, lse, queries, SPLITS=splits, PADDED=padded, num_warps=4)
+    more = () if sinks is None else (sinks.float().contiguous(), groups)
+    built.launch(
+        "merge_", rows, part_out, part_lse, out, lse, queries, *more, SPLITS=splits, PADDED=padded, num_warps=4
+    )
     return out, lse
 
 

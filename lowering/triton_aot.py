@@ -13,6 +13,14 @@ import torch
 from effcompile.kernels.program import Program, StoreProgram
 from effcompile.lowering.triton_build import Built, vendor_of
 
+OPERANDS = {
+    "length": "*i64",
+    "key_mask": "*i1",
+    "scale": "fp32",
+    "softcap": "fp32",
+    "bias": "*fp32",
+    "sinks": "*fp32",
+}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -31,7 +39,7 @@ def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str,
             bits = form.key_bits if name[0] == "k" else form.value_bits
             types[name] = f"*{kind}" if bits == 16 or name[1] == "2" else ("*u8", "*fp16")[int(name[1])]
         else:
-            types[name] = {"length": "*i64", "key_mask": "*i1", "scale": "fp32"}.get(name, "i32")
+            types[name] = OPERANDS.get(name, "i32")
     return types
 
 

@@ -227,5 +227,15 @@ LOAD_PARTS = (
     "values_joined",
 )
 NUMBER_PARTS = ("convert", "dot", "unit_of")
-SOFTMAX_PARTS = ("log_total", "merge_rows", "merge_weights", "reciprocal", "softmax_step", "visible")
+SOFTMAX_PARTS = (
+    "add_bias",
+    "log_total",
+    "merge_rows",
+    "merge_weights",
+    "reciprocal",
+    "softmax_step",
+    "tanh",
+    "visible",
+    "with_sink",
+)
 PACK_PARTS = ("append_dense", "append_ring", "pack_keys", "pack_values")

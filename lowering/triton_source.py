@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from effcompile.kernels.program import Program
+from effcompile.kernels.program import Program, ScoreParts
 from effcompile.lowering.triton_side import (
     LOAD_PARTS,
     NUMBER_PARTS,
@@ -36,7 +36,10 @@ def _tile(name: str, program: Program, keys: Side, values: Side, ring: bool, row
     for suffix, _ in keys.halves:
         lines.append(f"score = dot(q{suffix}, k{suffix}, {score}, {precision})")
         score = "score"
-    lines.append("score = score * scale")
+    # With a soft cap the scale is divided by it, and the cap is in base 2.
+    lines.append("score = tanh(score * scale) * softcap" if program.score.softcap else "score = score * scale")
+    if program.score.bias:
+        lines.append("score = add_bias(score, bias, bias_place, key, stop)")
     lines += ["if CHECK:", "    keep = key < stop"]
     if rule.key_mask:
         lines.append("    keep = keep & (tl.load(key_mask + key, mask=keep, other=0) != 0)")
@@ -52,17 +55,24 @@ def _tile(name: str, program: Program, keys: Side, values: Side, ring: bool, row
             f"acc{suffix} = dot(convert(weight, {dtype}), v{suffix}, acc{suffix} * decay[:, None], {precision})"
         )
     lines.append(f"return {acc}, peak, total")
-    head = f"def {name}({q}, {acc}, peak, total, {buffers}, key_mask, position, start, stop, scale,"
+    head = f"def {name}({q}, {acc}, peak, total, {buffers}, key_mask, position, start, stop, scale,{_extra(program)}"
     return ["@triton.jit", head, "         CHECK: tl.constexpr, TILE: tl.constexpr):", *indent(lines)]
 
 
-def _loop(name: str, first: str, stop: str, tile: int, limit: str, check: bool, keys: Side, values: Side) -> list[str]:
+def _extra(program: Program) -> str:
+    """The further arguments of a tile function, for the score parts."""
+    return (" softcap," if program.score.softcap else "") + (" bias, bias_place," if program.score.bias else "")
+
+
+def _loop(
+    name: str, first: str, stop: str, tile: int, limit: str, check: bool, program: Program, keys: Side, values: Side
+) -> list[str]:
     q, acc, buffers = keys.names("q"), values.names("acc"), ", ".join(keys.buffers + values.buffers)
     scale = "body_scale" if name == "body_tile" and keys.fused else "scale"
     return [
         f"for start in range({first}, {stop}, {tile}):",
         f"    {acc}, peak, total = {name}({q}, {acc}, peak, total, {buffers},",
-        f"        key_mask, position, start, {limit}, {scale}, {check}, {tile})",
+        f"        key_mask, position, start, {limit}, {scale},{_extra(program)} {check}, {tile})",
     ]
 
 
@@ -82,6 +92,9 @@ def _attend_start(program: Program, keys: Side, values: Side, rows: int, row: st
         "query += batch * query_batch",
         "place = member * query_head + token.to(tl.int64) * query_token",
     ]
+    if program.score.bias:
+        lines.append("bias += batch * bias_batch")
+        lines.append("bias_place = tl.where(live, member * bias_head + token.to(tl.int64) * bias_token, 0)")
     lines += _queries(keys)
     if keys.fused:
         lines += ["body_scale = scale"] if program.dtype == torch.float16 else _normalise(keys)
@@ -110,10 +123,14 @@ def _normalise(keys: Side) -> list[str]:
     ]
 
 
-def _attend_end(values: Side) -> list[str]:
+def _attend_end(program: Program, values: Side) -> list[str]:
     """Write output rows and their natural-log lse."""
+    sink, worth = [], ""
+    if program.score.sinks:
+        sink, worth = ["peak, total, worth = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
     return [
-        "factor = reciprocal(total)",
+        *sink,
+        f"factor = reciprocal(total){worth}",
         "place = (batch * (groups * RATIO) + member) * queries + token".replace("RATIO", "{ratio}"),
         *(
             f"store_rows(out, place, acc{suffix} * factor[:, None], live, {values.size}, {values.cut(first)})"
@@ -130,6 +147,13 @@ ATTEND_TAIL = [
 FIXED = '"queries", "groups", "capacity"'
 
 
+def part_arguments(score: ScoreParts) -> list[str]:
+    """The arguments of the kernel for score parts, behind the scale, in the order of the launcher."""
+    names = ["softcap"] if score.softcap else []
+    names += ["bias", "bias_batch", "bias_head", "bias_token"] if score.bias else []
+    return names + (["sinks"] if score.sinks else [])
+
+
 def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
     """The module of an attention program: its kernel, and for decode the kernel that merges the splits."""
     keys, values = sides_of(program, vendor)
@@ -139,9 +163,10 @@ def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
         functions.append(_tile("ring_tiles", program, keys, values, True, blocks.rows))
     form, ratio = program.form, program.ratio
     packed = [f"packed = packed_length(n, {form.group}, {form.residual})" if ringed else "packed = n"]
-    end = [line.replace("{ratio}", str(ratio)) for line in _attend_end(values)]
+    end = [line.replace("{ratio}", str(ratio)) for line in _attend_end(program, values)]
     write = _decode if program.phase == "decode" else _prefill
     arguments = ["query, " + ", ".join(keys.buffers + values.buffers) + ",", *ATTEND_TAIL]
+    arguments[-1] += "".join(f", {name}" for name in part_arguments(program.score))
     functions += write(program, blocks, keys, values, packed, end, arguments, ringed)
     imports = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "softmax": SOFTMAX_PARTS}
     return module_text(program.name, imports, functions)
@@ -170,11 +195,23 @@ def _decode(
         f"share = tl.cdiv(tl.cdiv(tl.maximum(n - first, 0), {tile}), SPLITS) * {tile}",
         "first = first + split * share",
         "last = tl.minimum(first + share, n)",
-        *_loop("body_tile", "first", "tl.minimum(last, packed)", tile, "tl.minimum(last, packed)", True, keys, values),
+        *_loop(
+            "body_tile",
+            "first",
+            "tl.minimum(last, packed)",
+            tile,
+            "tl.minimum(last, packed)",
+            True,
+            program,
+            keys,
+            values,
+        ),
     ]
     if ringed:
         lines += _again(program, keys)
-        lines += _loop("ring_tiles", "tl.maximum(first, packed)", "last", blocks.ring, "last", True, keys, values)
+        lines += _loop(
+            "ring_tiles", "tl.maximum(first, packed)", "last", blocks.ring, "last", True, program, keys, values
+        )
     lines += ["if SPLITS == 1:", *indent(end), "else:", f"    place = {place}"]
     lines.append("    tl.store(part_lse + place, log_total(peak, total), mask=live)")
     lines.append("    if first < last:")
@@ -189,18 +226,24 @@ def _decode(
         *indent([*args[1:-1], args[-1] + ", part_out, part_lse, SPLITS: tl.constexpr):"], 8),
         *indent(lines),
     ]
+    fixed, more, sink, worth = '"queries"', "", [], ""
+    if program.score.sinks:
+        fixed, more, worth = '"queries", "groups"', " sinks, groups,", " * worth"
+        member = f"head % groups * {ratio} + row % {ratio}"
+        sink = [f"    peak, total, worth = with_sink(peak, total, tl.load(sinks + {member}))"]
     merge = [
-        '@triton.jit(do_not_specialize=["queries"])',
-        f"def merge_{name}(part_out, part_lse, out, lse, queries, SPLITS: tl.constexpr, PADDED: tl.constexpr):",
+        f"@triton.jit(do_not_specialize=[{fixed}])",
+        f"def merge_{name}(part_out, part_lse, out, lse, queries,{more} SPLITS: tl.constexpr, PADDED: tl.constexpr):",
         '    """One row of one head: its splits, weighted by their shares of the sum of exponentials."""',
         f"    rows = queries * {ratio}",
         "    head, row = tl.program_id(0).to(tl.int64) // rows, tl.program_id(0) % rows",
         "    first = head * SPLITS * rows + row",
         "    peak, total, weight = merge_weights(part_lse, first, rows, SPLITS, PADDED)",
+        *sink,
         f"    o = merge_rows(part_out, first, rows, weight, {values.size}, {padded(values.size)}, SPLITS, PADDED)",
         f"    place = (head * {ratio} + row % {ratio}) * queries + row // {ratio}",
         f"    channel = tl.arange(0, {padded(values.size)})",
-        f"    x = convert(o * reciprocal(total), {TYPES[program.dtype]})",
+        f"    x = convert(o * reciprocal(total){worth}, {TYPES[program.dtype]})",
         f"    tl.store(out + place * {values.size} + channel, x, mask=channel < {values.size})",
         f"    tl.store(lse + place, log_total(peak, total) * {math.log(2)!r})",
     ]
@@ -234,16 +277,19 @@ def _prefill(
     if rule.window is None and not rule.key_mask:
         seen = "tl.minimum(middle, tl.maximum(low + 1, 0))" if rule.causal else "middle"
         lines += ["# Before this tile every row sees every key.", f"clear = {seen} // {tile} * {tile}"]
-        lines += _loop("body_tile", "0", "clear", tile, "packed", False, keys, values)
-        lines += _loop("body_tile", "clear", "middle", tile, "packed", True, keys, values)
+        lines += _loop("body_tile", "0", "clear", tile, "packed", False, program, keys, values)
+        lines += _loop("body_tile", "clear", "middle", tile, "packed", True, program, keys, values)
         after = "packed"
     else:
         first = "0" if rule.window is None else f"tl.maximum(low - {rule.window - 1}, 0) // {tile} * {tile}"
-        lines += [f"first = {first}", *_loop("body_tile", "first", "middle", tile, "packed", True, keys, values)]
+        lines += [
+            f"first = {first}",
+            *_loop("body_tile", "first", "middle", tile, "packed", True, program, keys, values),
+        ]
         after = "tl.maximum(first, packed)"
     if ringed:
         lines += _again(program, keys)
-        lines += _loop("ring_tiles", after, "last", blocks.ring, "last", True, keys, values)
+        lines += _loop("ring_tiles", after, "last", blocks.ring, "last", True, program, keys, values)
     return [
         [
             f"@triton.jit(do_not_specialize=[{FIXED}])",

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 
 from effcompile import lowering
 from effcompile.kernels.form import Axis, Bits, KVForm
-from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, StoreProgram
+from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
+from effcompile.passes.operands import parts_of, query_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.masks import Mask
@@ -192,6 +193,8 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
             return (key, None, None, val, None, None), length
 
         return _fuse(site, DENSE, KVForm.parse(str(site.store.args[9])), dense)  # type: ignore[union-attr]
+    if parts := _score_parts(site).name or ("factors" if site.factors else ""):
+        return no("fresh-keys", f"the first call attends to its own keys, and SDPA has no such scores ({parts})")
     if site.spelling == "sdpa" and not site.mask_terms:
         return no(
             "fresh-keys", "the first call attends to its own keys; SDPA without a mask is already the best form of that"
@@ -245,7 +248,14 @@ def _program(site: AttentionSite, form: KVForm) -> Program:
     # A symbolic query length is a prompt's; a launcher looks at the real one anyway.
     phase = Program.phase_for(queries, site.ratio) if isinstance(queries, int) else "prefill"
     sizes = shape(site.query)[3], shape(site.value)[3]
-    return Program(phase, form, site.mask.predicate, value(site.query).dtype, site.ratio, *sizes)
+    dtype = value(site.query).dtype
+    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=_score_parts(site))
+
+
+def _score_parts(site: AttentionSite) -> ScoreParts:
+    """What happens to the scores of a site with a proved mask."""
+    assert isinstance(site.mask, Mask)
+    return ScoreParts(site.softcap is not None, bool(site.mask.bias), site.sinks is not None)
 
 
 State = tuple[Any, ...]
@@ -265,7 +275,8 @@ def _fuse(site: AttentionSite, form: KVForm, stored: KVForm, read: Callable[[fx.
         state, length = read(graph)
         call = graph.call_function(
             torch.ops.effcompile.attend.default,
-            (site.query, *state, length, mask, form.name, site.scale, True, window),
+            (query_of(graph, site), *state, length, mask, form.name, site.scale, True, window),
+            parts_of(graph, site),
         )
         call.meta.update(site.output.meta)
         return graph.call_function(operator.getitem, (call, 0))

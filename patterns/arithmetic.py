@@ -19,7 +19,10 @@ from effcompile.patterns.walk import (
     arguments,
     aten,
     is_call,
+    only_user,
     operand,
+    same_shape,
+    same_size,
     shape,
     source_line,
     strip_casts,
@@ -29,6 +32,7 @@ from effcompile.patterns.walk import (
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_FOLDS = (*_VIEWS, aten.flatten.using_ints)
 _MOVES = (
     *_VIEWS,
     aten.slice.Tensor,
@@ -42,11 +46,9 @@ _MOVES = (
 )
 
 MISSING = {
-    "soft-cap": "the scores go through tanh (a soft cap), which our attention does not compute yet",
-    "sinks": "a column is added to the scores before the softmax and cut off after it (attention sinks), which our "
-    "attention does not compute yet",
-    "additive-bias": "a bias of its own for each head or query is added to the scores (ALiBi, relative positions), "
-    "which our attention does not compute",
+    "soft-cap": "the scores go through tanh in another way than cap * tanh(scores / cap) before the mask",
+    "sinks": "a column is added to the scores before the softmax and cut off after it, but not one number for each "
+    "head as the last column (attention sinks)",
     "einsum": "the products are written with einsum; written with matmul on [B, H, T, D] they would be recognised",
     "folded-heads": "the heads are folded into the batch for the products; written as [B, H, T, D] @ [B, H, D, S] they "
     "would be recognised",
@@ -58,15 +60,23 @@ MISSING = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What an attention in arithmetic is made of. ``terms`` are added to or put over the scores."""
+    """What an attention in arithmetic is made of.
+
+    ``terms`` are added to or put over the scores, after ``softcap * tanh(scores / softcap)``. ``column``
+    ``[B, H, T, 1]`` is concatenated to them before the softmax. ``factors`` multiply or, with True, divide the scores
+    and have one number for each query at most.
+    """
 
     output: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
     scale: float
-    terms: tuple[fx.Node | masks.Term, ...]
+    terms: tuple[masks.AnyTerm, ...]
     dropout: float
+    softcap: float | None = None
+    column: fx.Node | None = None
+    factors: tuple[tuple[fx.Node, bool], ...] = ()
 
 
 def parts_of(softmax: fx.Node) -> Parts | Reason | None:
@@ -87,6 +97,17 @@ def parts_of(softmax: fx.Node) -> Parts | Reason | None:
         lacks.add("einsum")
     if len(shape(softmax)) == 3:
         lacks.add("folded-heads")
+    if not isinstance(got, Reason) and (got.column is not None) != ("last-cut" in lacks):
+        lacks.add("cut" if got.column is None else "sinks")
+    output, val = product, operand(product, 1)
+    if "folded" in lacks and not lacks & {"folded-heads", "einsum", "cut", "sinks"}:
+        # Both products are of [B*H, ., .]: the site is between [B, H, ., .] on both sides of them.
+        heads = shape(softmax)[1]
+        val, unfolded = _unfolded(val, heads), _refolded(product, heads)
+        if val is None or unfolded is None:
+            lacks.add("folded-heads")
+        else:
+            output = unfolded
     for code, text in MISSING.items():
         if code in lacks:
             return Reason(code, text, source)
@@ -95,11 +116,17 @@ def parts_of(softmax: fx.Node) -> Parts | Reason | None:
     if "cut" in lacks or len(shape(softmax)) != 4 or not is_call(product, aten.matmul.default, aten.bmm.default):
         sizes = "[" + ", ".join(map(str, shape(softmax))) + "]"
         return Reason("attention-arithmetic", f"softmax weights of shape {sizes} are not [B, H, T, S] @ values", source)
-    return Parts(product, got.query, got.key, operand(product, 1), got.scale, got.terms, dropout)
+    return Parts(
+        output, got.query, got.key, val, got.scale, got.terms, dropout, got.softcap, got.column, tuple(got.factors)
+    )
 
 
 def _weights_product(softmax: fx.Node) -> tuple[fx.Node, float, set[str]] | None:
-    """The matrix product that the weights go into, the dropout on the way, and what stands in the way of taking it."""
+    """The matrix product that the weights go into, the dropout on the way, and what stands in the way of taking it.
+
+    Two codes say what may be in order: ``folded`` for ``[B, H, T, S] -> [B*H, T, S]``, ``last-cut`` for weights without
+    their last column.
+    """
     dropout = 0.0
     queue: list[tuple[fx.Node, frozenset[str]]] = [(softmax, frozenset())]
     for node, way in queue:
@@ -114,10 +141,12 @@ def _weights_product(softmax: fx.Node) -> tuple[fx.Node, float, set[str]] | None
             if is_call(user, aten.dropout.default):
                 dropout = float(operand(user, 1)) if user.args[2] else dropout
                 queue.append((user, way))
-            elif strip_casts(user) is not user:
+            elif strip_casts(user) is not user or _same_view(user):
                 queue.append((user, way))
-            elif is_call(user, *_VIEWS):
-                queue.append((user, way | {"folded-heads"}))
+            elif _without_last(user):
+                queue.append((user, way | {"last-cut"}))
+            elif is_call(user, *_FOLDS):
+                queue.append((user, way | {"folded" if _folds(user) else "folded-heads"}))
             elif is_call(user, *_MOVES) or (is_call(user, aten.mul.Tensor) and shape(user) == shape(softmax)):
                 queue.append((user, way | {"cut"}))
     return None
@@ -125,34 +154,44 @@ def _weights_product(softmax: fx.Node) -> tuple[fx.Node, float, set[str]] | None
 
 @dataclasses.dataclass
 class _Scores:
-    """The scores taken apart, and the codes of what is missing for taking them."""
+    """The scores taken apart, and the codes of what is missing for taking them. Filled in while walking up."""
 
     query: fx.Node
     key: fx.Node
-    scale: float
-    terms: tuple[fx.Node | masks.Term, ...]
-    lacks: set[str]
+    scale: float = 1.0
+    terms: tuple[masks.AnyTerm, ...] = ()
+    lacks: set[str] = dataclasses.field(default_factory=set)
+    softcap: float | None = None
+    column: fx.Node | None = None
+    factors: list[tuple[fx.Node, bool]] = dataclasses.field(default_factory=list)
 
 
 def _scores(scores: Any, source: str) -> _Scores | Reason:
     """Walk from the softmax up to the product of queries and keys."""
-    scale, current = 1.0, _unshifted(strip_casts(scores))
-    terms: list[fx.Node | masks.Term] = []
-    lacks: set[str] = set()
-    scaled_last = False
+    current = _unshifted(strip_casts(scores))
+    got = _Scores(current, current)
+    # Heads are folded into the batch above this view, from [B*H, T, S] to [B, H, T, S].
+    unfolding: fx.Node | None = None
 
     def no(text: str) -> Reason:
         return Reason("attention-arithmetic", text, source)
 
     for _ in range(24):
         current = strip_casts(current)
-        if terms and scaled_last:
-            return no("the mask is added before the scores are scaled")
         if is_call(current, aten.mul.Tensor, aten.div.Tensor) and isinstance(current.args[1], (int, float)):
             factor = float(current.args[1])
-            scale *= factor if is_call(current, aten.mul.Tensor) else 1.0 / factor
-            scaled_last = scaled_last or not terms
+            got.scale *= factor if is_call(current, aten.mul.Tensor) else 1.0 / factor
             current = current.args[0]
+        elif is_call(current, aten.mul.Tensor, aten.div.Tensor):
+            divides, (left, right) = is_call(current, aten.div.Tensor), current.args[:2]
+            if not divides and _reaches_product(right):
+                left, right = right, left
+            # One number for each query at most: it may as well multiply the query.
+            thin = shape(right) == () or shape(right)[-1] == 1
+            if unfolding is not None or not thin or not same_shape(shape(current), shape(left)):
+                return no("the scores are multiplied by numbers that differ from key to key")
+            got.factors.append((right, divides))
+            current = left
         elif is_call(current, aten.add.Tensor) and all(isinstance(a, fx.Node) for a in current.args[:2]):
             left, right = current.args[:2]
             if arguments(current)["alpha"] != 1:
@@ -160,40 +199,130 @@ def _scores(scores: Any, source: str) -> _Scores | Reason:
             first = _reaches_product(left)
             if first == _reaches_product(right):
                 return no("cannot tell the scores from the mask in an addition")
-            terms.append(right if first else left)
+            term = right if first else left
+            if got.softcap is not None or got.factors:
+                return no("something is added to the scores before a soft cap, or a factor of a tensor")
+            if unfolding is not None:
+                got.lacks.add("folded-heads")
+            got.terms += (term if got.scale == 1 else masks.Added(term, got.scale),)
             current = left if first else right
         elif is_call(current, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther):
             # The whole expression is the mask term: it is proved with the scores standing for "kept".
             filled = _filled(current)
             if filled is None:
                 return no("scores are replaced where a condition holds, but not by -inf")
-            terms.append(filled)
+            if got.scale != 1 or got.softcap is not None or got.factors:
+                return no("the mask is put over the scores before they are scaled")
+            if unfolding is not None:
+                got.lacks.add("folded-heads")
+            got.terms += (filled,)
             current = current.args[0] if is_call(current, aten.masked_fill.Scalar) else current.args[1]
         elif is_call(current, aten.tanh.default):
-            return Reason("soft-cap", MISSING["soft-cap"], source)
+            # f * tanh(x) is c * tanh((f * x) / c)  for  c = |f|.
+            if got.softcap is not None or got.factors or got.scale == 0:
+                return Reason("soft-cap", MISSING["soft-cap"], source)
+            got.softcap = abs(got.scale)
+            current = current.args[0]
         elif is_call(current, aten.cat.default):
-            return Reason("sinks", MISSING["sinks"], source)
+            pieces, dim = arguments(current)["tensors"], arguments(current)["dim"]
+            first = got.column is None and got.scale == 1 and not (got.terms or got.factors or got.softcap)
+            if not first or len(pieces) != 2 or dim % len(shape(current)) != 3 or shape(pieces[1])[3] != 1:
+                return Reason("sinks", MISSING["sinks"], source)
+            got.column, current = pieces[1], pieces[0]
         elif is_call(current, *_VIEWS):
-            lacks.add("folded-heads")
+            if not _same_view(current):
+                if unfolding is not None or not _folds(current, back=True):
+                    got.lacks.add("folded-heads")
+                unfolding = current
             current = current.args[0]
         else:
             break
-    if is_call(current, aten.baddbmm.default):
-        bias = operand(current, 0)
-        # One row for all heads is a mask; it is the folding that stands in the way then.
-        return Reason("folded-heads" if shape(bias)[:-2] in ((), (1,)) else "additive-bias", "", source)
+    return _product(current, unfolding, got, source)
+
+
+def _product(current: Any, unfolding: fx.Node | None, got: _Scores, source: str) -> _Scores | Reason:
+    """The end of the walk: the product of queries and keys, whose factors and whose own addend go into ``got``."""
+
+    def no(text: str) -> Reason:
+        return Reason("attention-arithmetic", text, source)
+
     if is_call(current, aten.einsum.default):
         return Reason("einsum", MISSING["einsum"], source)
-    if not is_call(current, aten.matmul.default, aten.bmm.default):
+    if not is_call(current, aten.matmul.default, aten.bmm.default, aten.baddbmm.default):
         what = current.target if isinstance(current, fx.Node) else current
         return no(f"between the product of queries and keys and the softmax stands {what}")
-    query, transposed = current.args
-    query, q_scale = _scaled(query)
+    query, transposed = current.args[-2:]
+    if unfolding is None and len(shape(current)) == 3:
+        got.lacks.add("folded-heads")
+    if is_call(current, aten.baddbmm.default):
+        given = arguments(current)
+        bias, beta, alpha = given["self"], given["beta"], given["alpha"]
+        query, transposed = given["batch1"], given["batch2"]
+        if not all(isinstance(x, (int, float)) for x in (beta, alpha)):
+            return no("the products are added with factors that are computed in the graph")
+        if beta != 0:
+            if got.softcap is not None or got.factors:
+                return no("something is added to the scores before a soft cap, or a factor of a tensor")
+            whole = len(shape(bias)) == 3 and same_size(shape(bias)[0], shape(current)[0])
+            factor = float(beta) * got.scale
+            plain = not whole and factor == 1
+            got.terms += (bias if plain else masks.Added(bias, factor, whole),)
+        got.scale *= float(alpha)
+    got.query, q_scale = _scaled(query)
     transposed, k_scale = _scaled(transposed)
     key = _untransposed(transposed)
-    if key is None and not lacks:
+    got.scale *= q_scale * k_scale
+    if unfolding is not None and not got.lacks:
+        heads = shape(unfolding)[1]
+        folded = [_unfolded(x, heads) for x in (got.query, key)]
+        if folded[0] is None or folded[1] is None:
+            got.lacks.add("folded-heads")
+        else:
+            got.query, key = folded[0], folded[1]
+    if key is None and not got.lacks:
         return no("the second factor of the scores is not a transposed key")
-    return _Scores(query, query if key is None else key, scale * q_scale * k_scale, tuple(terms), lacks)
+    got.key = got.query if key is None else key
+    return got
+
+
+def _same_view(node: fx.Node) -> bool:
+    """Whether a view has the shape of what it looks at."""
+    return is_call(node, *_VIEWS) and same_shape(shape(node), shape(operand(node, 0)))
+
+
+def _folds(node: fx.Node, *, back: bool = False) -> bool:
+    """Whether a view makes ``[B*H, x, y]`` of ``[B, H, x, y]``, or with ``back`` the reverse."""
+    wide, narrow = shape(operand(node, 0)), shape(node)
+    if back:
+        wide, narrow = narrow, wide
+    if len(wide) != 4 or len(narrow) != 3 or not is_call(node, *_FOLDS):
+        return False
+    return same_shape((wide[0] * wide[1], *wide[2:]), narrow)
+
+
+def _unfolded(node: Any, heads: Any) -> fx.Node | None:
+    """``x`` ``[B, H, ., .]`` of ``x.view(B * H, ., .)``."""
+    node = strip_copies(node)
+    if not isinstance(node, fx.Node) or not is_call(node, *_FOLDS) or not _folds(node):
+        return None
+    inner: fx.Node = operand(node, 0)
+    return inner if same_size(shape(inner)[1], heads) else None
+
+
+def _refolded(product: fx.Node, heads: Any) -> fx.Node | None:
+    """The view ``[B, H, ., .]`` of a product ``[B*H, ., .]``, if nothing else uses it."""
+    user = only_user(product, lambda n: is_call(n, *_VIEWS) and _folds(n, back=True))
+    return user if user is not None and same_size(shape(user)[1], heads) else None
+
+
+def _without_last(node: fx.Node) -> bool:
+    """Whether a slice leaves out the last column, and nothing else."""
+    if not is_call(node, aten.slice.Tensor):
+        return False
+    given = arguments(node)
+    before, after = shape(given["self"]), shape(node)
+    begins = given["start"] in (None, 0) and given["step"] == 1
+    return begins and given["dim"] % len(before) == len(before) - 1 and same_size(after[-1], before[-1] - 1)
 
 
 def _unshifted(node: Any) -> Any:
@@ -215,6 +344,8 @@ def _reaches_product(node: Any) -> bool:
             return True
         if is_call(node, aten.where.self, aten.where.ScalarOther):
             node = node.args[1]
+        elif is_call(node, aten.mul.Tensor) and _reaches_product(node.args[1]):
+            return True
         elif is_call(
             node, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar, aten.tanh.default
         ) or is_call(node, *_VIEWS):
@@ -260,10 +391,11 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
 
 def _untransposed(node: fx.Node) -> fx.Node | None:
     """``k`` from ``k.transpose(-1, -2)`` in its spellings."""
-    flipped = strip_copies(node)
+    flipped, rank = strip_copies(node), len(shape(node))
+    order = [*range(rank - 2), rank - 1, rank - 2]
     swapped = (
-        (is_call(flipped, aten.transpose.int) and {d % 4 for d in flipped.args[1:3]} == {2, 3})
-        or (is_call(flipped, aten.permute.default) and [d % 4 for d in flipped.args[1]] == [0, 1, 3, 2])
+        (is_call(flipped, aten.transpose.int) and {d % rank for d in flipped.args[1:3]} == {rank - 2, rank - 1})
+        or (is_call(flipped, aten.permute.default) and [d % rank for d in flipped.args[1]] == order)
         or is_call(flipped, aten.mT.default)
     )
     return flipped.args[0] if swapped else None

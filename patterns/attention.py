@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from effcompile.kernels import ops  # noqa: F401  (defines the operators named below)
 from effcompile.kernels.reason import Reason
 from effcompile.patterns import arithmetic, masks
+from effcompile.patterns.heads import per_head
 from effcompile.patterns.site import Site
 from effcompile.patterns.walk import (
     arguments,
@@ -61,6 +62,12 @@ class AttentionSite(Site):
     ratio: int
     spelling: str
     mask: masks.Mask | Reason
+    softcap: float | None = None
+    """Scores are ``softcap * tanh(scores / softcap)``, before the mask."""
+    sinks: fx.Node | float | None = None
+    """One more logit for each head: a tensor of ``H`` elements, or one number."""
+    factors: tuple[tuple[fx.Node, bool], ...] = ()
+    """What multiplies or, with True, divides the query: tensors ``[B or 1, H or 1, T or 1, 1]`` or with fewer sizes."""
 
     @property
     def load(self) -> fx.Node | None:
@@ -247,7 +254,15 @@ def _from_arithmetic(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Rea
     parts = arithmetic.parts_of(node)
     if parts is None or isinstance(parts, Reason):
         return parts
-    return _site(
+    sinks = None
+    if parts.column is not None:
+        sinks = per_head(parts.column, proofs.writes, proofs.constants)
+        if sinks is None:
+            return Reason("sinks", arithmetic.MISSING["sinks"], source_line(node))
+    if any(proofs.writes.after(factor) for factor, _ in parts.factors):
+        text = "a factor of the scores is written to in place after it is made"
+        return Reason("attention-arithmetic", text, source_line(node))
+    found = _site(
         proofs,
         anchor=node,
         output=parts.output,
@@ -261,6 +276,9 @@ def _from_arithmetic(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Rea
         spelling="arithmetic",
         gqa_flag=False,
     )
+    if isinstance(found, Reason):
+        return found
+    return dataclasses.replace(found, softcap=parts.softcap, sinks=sinks, factors=parts.factors)
 
 
 def _from_sdpa(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Reason:
@@ -303,7 +321,7 @@ def _site(
     val: fx.Node,
     scale: float,
     is_causal: bool,
-    terms: tuple[fx.Node | masks.Term, ...],
+    terms: tuple[masks.AnyTerm, ...],
     dropout: float,
     spelling: str,
     gqa_flag: bool,
@@ -317,7 +335,8 @@ def _site(
         return Reason(
             "attention-shape", f"expected [B, H, T, D] with fixed heads and head sizes, found {sizes}", source
         )
-    if k[1] != v[1] or q[1] % k[1] or q[3] != k[3] or not same_size(k[2], v[2]):
+    made = same_shape(shape(output), (*q[:3], v[3]))
+    if k[1] != v[1] or q[1] % k[1] or q[3] != k[3] or not same_size(k[2], v[2]) or not made:
         return Reason("attention-shape", f"query, key and value do not belong together: {sizes}", source)
     expanded = shape(arguments(anchor)["key"])[1] if spelling == "sdpa" else q[1]
     if expanded != q[1] and not gqa_flag:
@@ -325,7 +344,7 @@ def _site(
             "attention-shape", f"{q[1]} query heads over {expanded} key heads without enable_gqa: {sizes}", source
         )
     mask = proofs.mask(terms, is_causal=is_causal, query_length=q[2], key_length=k[2])
-    nodes = tuple(term.condition if isinstance(term, masks.Term) else term for term in terms)
+    nodes = tuple(map(masks.term_node, terms))
     ratio = q[1] // k[1]
     return AttentionSite(anchor, output, query, key, val, scale, is_causal, nodes, dropout, ratio, spelling, mask)
 

@@ -95,10 +95,10 @@ def is_in_place(node: fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _has_data(element: Element) -> bool:
+def has_data(element: Element) -> bool:
     """Whether a float element may be one that is not known."""
     if isinstance(element, Choice):
-        return _has_data(element.kept) or _has_data(element.other)
+        return has_data(element.kept) or has_data(element.other)
     return isinstance(element, Data)
 
 
@@ -193,7 +193,7 @@ class Elements:
         """
         if not self.reads_padding(node, index) or not self.depends(element):
             return element
-        if value(node).dtype.is_floating_point and not _has_data(element):
+        if value(node).dtype.is_floating_point and not has_data(element):
             # An additive mask already: 0 here and -inf there.
             return element
         kept = self.truth(element)

@@ -10,6 +10,10 @@ expressed in these four indices (:mod:`effcompile.patterns.elements`) and brough
 or always true. Anything else, and anything that is not understood, gives a
 :class:`~effcompile.kernels.reason.Reason`, and the mask stays an operand. No name, shape or value is taken as a hint,
 and no guard is added.
+
+What is added to scores may be numbers besides (a bias: ALiBi, relative positions). Then the predicate is what is proved
+of the rest, and the tensor stays an operand that is added whole. As with scores, it is taken that no bias is so large
+that adding it to the lowest number of a dtype makes a key visible.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from effcompile.kernels.program import Predicate
 from effcompile.kernels.reason import Reason
 from effcompile.patterns import element_math as element_math
 from effcompile.patterns import element_views as element_views
-from effcompile.patterns.elements import Choice, Data, Element, Elements, Integer, Real
+from effcompile.patterns.elements import Choice, Data, Element, Elements, Integer, Real, has_data
 from effcompile.patterns.index_algebra import (
     FALSE,
     TRUE,
@@ -42,7 +46,7 @@ from effcompile.patterns.index_algebra import (
     expression,
 )
 from effcompile.patterns.storage import Writes
-from effcompile.patterns.walk import source_line, value
+from effcompile.patterns.walk import arguments, aten, is_call, source_line, value
 
 Size = int | torch.SymInt
 
@@ -62,6 +66,8 @@ class Mask:
     padding
         A node ``[B or 1, >= S]``: key ``j`` is visible in row ``b`` only if its element is nonzero. As with ``offset``,
         the value where it is made. Given iff ``predicate.key_mask``.
+    bias
+        What must be added to the scores besides, to be broadcast to ``[B, H, T, S]``; see :class:`Added`.
     finite
         Whether masked scores got a large finite number instead of -inf. It makes a difference only for a query that may
         see no key at all: its weights are then uniform, and not 0.
@@ -71,6 +77,19 @@ class Mask:
     offset: Size | fx.Node = 0
     padding: fx.Node | None = None
     finite: bool = False
+    bias: tuple[Added, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A tensor that is added to scores, times ``factor``; always right, whatever is in it.
+
+    ``folded`` where it is ``[B*H, T or 1, S]``, else it is aligned with ``[B, H, T, S]`` from the right.
+    """
+
+    node: fx.Node
+    factor: float = 1.0
+    folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +102,14 @@ class Term:
     condition: fx.Node
     dropped: bool
     fill: float = float("-inf")
+
+
+AnyTerm = fx.Node | Term | Added
+
+
+def term_node(term: AnyTerm) -> fx.Node:
+    """The tensor of a term."""
+    return term if isinstance(term, fx.Node) else term.condition if isinstance(term, Term) else term.node
 
 
 def recover(
@@ -101,7 +128,7 @@ def recover(
 
 
 def recover_all(
-    terms: Sequence[fx.Node | Term],
+    terms: Sequence[AnyTerm],
     *,
     is_causal: bool,
     query_length: Size,
@@ -115,7 +142,8 @@ def recover_all(
     ----------
     terms
         Masks that broadcast to ``[B, H, T, S]``: bool (true is kept) or additive (0 is kept; -inf or the lowest number
-        of the dtype is dropped), and conditions of ``masked_fill`` or ``where`` as :class:`Term`.
+        of the dtype is dropped, other numbers are a bias), conditions of ``masked_fill`` or ``where`` as :class:`Term`,
+        and what was added before scores were scaled, or with heads folded into the batch, as :class:`Added`.
     is_causal
         SDPA's flag. SDPA takes no mask beside it.
     query_length, key_length
@@ -129,13 +157,14 @@ def recover_all(
     -------
     Mask or Reason
         Reasons: ``mask-and-causal``, ``mask-shape``, ``mask-mutated``, ``mask-unknown`` (an operation, or a tensor from
-        outside), ``mask-values`` (additive, but not 0 and the lowest), ``additive-bias`` (numbers that are not known),
-        ``mask-not-affine``, ``mask-offsets-differ``, ``mask-offset-unknown``, ``mask-per-head``,
-        ``mask-two-paddings``, ``mask-alternatives``, ``mask-empty``.
+        outside), ``mask-values`` (additive, but not 0 and the lowest), ``additive-bias`` (numbers that are not known,
+        and no causal mask beside them), ``mask-scaled`` (added before the scores are scaled), ``mask-not-affine``,
+        ``mask-offsets-differ``, ``mask-offset-unknown``, ``mask-per-head``, ``mask-two-paddings``,
+        ``mask-alternatives``, ``mask-empty``.
     """
     if is_causal and terms:
         return Reason("mask-and-causal", "a mask is given beside is_causal=True; attention takes one of the two")
-    nodes = [t.condition if isinstance(t, Term) else t for t in terms]
+    nodes = [term_node(t) for t in terms if not (isinstance(t, Added) and t.folded)]
     try:
         return _Recovery(nodes, query_length, key_length, constants or {}, writes).mask(terms, is_causal)
     except _Unproved as unproved:
@@ -165,7 +194,7 @@ class Proofs:
         return Writes(self.graph)
 
     def mask(
-        self, terms: tuple[fx.Node | Term, ...], *, is_causal: bool, query_length: Size, key_length: Size
+        self, terms: tuple[AnyTerm, ...], *, is_causal: bool, query_length: Size, key_length: Size
     ) -> Mask | Reason:
         """What :func:`recover_all` says."""
         asked = terms, is_causal, expression(query_length), expression(key_length)
@@ -214,21 +243,28 @@ class _Recovery:
         ]
         _, self.head, self.query, self.key = self.index
         self.finite = False
+        self.bias: list[tuple[Added, _Unproved]] = []
         graph = nodes[0].graph if nodes else fx.Graph()
         known = {**_literals(graph), **constants}
         self.elements = Elements(self.domain, writes or Writes(graph), known, (self.index[0], self.key))
 
-    def mask(self, terms: Sequence[fx.Node | Term], is_causal: bool) -> Mask | Reason:
+    def mask(self, terms: Sequence[AnyTerm], is_causal: bool) -> Mask | Reason:
         """Prove all terms together."""
         if is_causal:
             return self.classified(self.domain.ge(self.query - self.key))
-        return self.classified(self.domain.conj(*map(self.kept, terms)))
+        found = self.classified(self.domain.conj(*map(self.kept, terms)))
+        if self.bias and not found.predicate.causal:
+            # Without a triangle it may well be a mask that is not understood.
+            raise self.bias[0][1]
+        return found
 
-    def kept(self, term: fx.Node | Term) -> Cnf:
+    def kept(self, term: AnyTerm) -> Cnf:
         """Where a term keeps the score."""
-        node = term.condition if isinstance(term, Term) else term
+        node = term_node(term)
         if self.elements.writes.after(node):
             raise _Unproved("mask-mutated", f"{_name(node)} is written to in place after it is made", node)
+        if isinstance(term, Added):
+            return self.carried(term)
         element = self.elements.at(node, self.place(node))
         if isinstance(term, Term):
             self.finite |= term.fill != float("-inf")
@@ -239,7 +275,23 @@ class _Recovery:
             return self.elements.truth(element)
         if not dtype.is_floating_point:
             raise _Unproved("mask-values", f"expected a bool or float mask, found {dtype}", node)
-        return self.added(element, dtype, node)
+        self.numbers: fx.Node | None = None
+        kept = self.added(element, dtype, node)
+        if self.numbers is not None:
+            self.bias.append((Added(node), self.unknown(self.numbers)))
+        return kept
+
+    def carried(self, term: Added) -> Cnf:
+        """A term that is no mask: an operand, with nothing to prove."""
+        if not term.folded and not has_data(self.elements.at(term.node, self.place(term.node))):
+            raise _Unproved("mask-scaled", "the mask is added before the scores are scaled", term.node)
+        self.bias.append((term, self.unknown(term.node)))
+        return TRUE
+
+    def unknown(self, leaf: fx.Node) -> _Unproved:
+        """The reason to give where numbers that are added may hide a mask."""
+        text = f"adds numbers that are not known to be 0 or the lowest (a bias?), {self.described(leaf)}"
+        return _Unproved("additive-bias", text, leaf)
 
     def place(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """The index of a term's element, aligned to the right."""
@@ -252,7 +304,7 @@ class _Recovery:
         return tuple(found)
 
     def added(self, element: Element, dtype: torch.dtype, node: fx.Node) -> Cnf:
-        """Where an additive mask is 0, if it is the lowest number or -inf everywhere else."""
+        """Where an additive mask is not the lowest number or -inf; ``numbers`` becomes a leaf that else is not 0."""
         if isinstance(element, Choice):
             kept, other = (self.added(x, dtype, node) for x in (element.kept, element.other))
             return self.domain.choose(element.condition, kept, other)
@@ -264,11 +316,17 @@ class _Recovery:
                 return FALSE
             text = f"adds {element.value} to scores; only 0 and {torch.finfo(dtype).min} or -inf make a mask"
             raise _Unproved("mask-values", text, node)
-        leaf = element.node if isinstance(element, Data) else node
-        text = f"adds numbers that are not known to be 0 or the lowest (a bias?), {self.described(leaf)}"
-        raise _Unproved("additive-bias", text, leaf)
+        if isinstance(element, Data) and is_call(element.node, aten.add.Tensor):
+            args = arguments(element.node)
+            parts = args["self"], args["other"]
+            if args["alpha"] == 1 and all(isinstance(x, fx.Node) for x in parts):
+                # A bias and a mask, added to each other: what the mask drops is dropped.
+                both = [self.elements.operand(x, element.node, element.index) for x in parts]
+                return self.domain.conj(*(self.added(x, dtype, element.node) for x in both))
+        self.numbers = element.node if isinstance(element, Data) else node
+        return TRUE
 
-    def classified(self, cnf: Cnf) -> Mask | Reason:
+    def classified(self, cnf: Cnf) -> Mask:
         """Name each conjunct, or say why not."""
         if cnf == FALSE:
             raise _Unproved("mask-empty", "no query may see any key")
@@ -301,7 +359,7 @@ class _Recovery:
         offset, width = self.offset_and_window(causal, window)
         padding = next(iter(paddings), None)
         predicate = Predicate(bool(causal), width, padding is not None)
-        return Mask(predicate, self.resolved(offset), padding, self.finite)
+        return Mask(predicate, self.resolved(offset), padding, self.finite, tuple(term for term, _ in self.bias))
 
     def implied(self, literal: Ge) -> set[Literal]:
         return set(self.elements.implied.get(literal, ()))

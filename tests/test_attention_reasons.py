@@ -44,23 +44,56 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(-1, -2) / 4
 
 
-def soft_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (5 * torch.tanh(_scores(q, k) / 5)).softmax(-1) @ v
+def two_caps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (5 * torch.tanh(torch.tanh(_scores(q, k)) / 5)).softmax(-1) @ v
 
 
-def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.cat([_scores(q, k), q.new_ones(2, 4, 7, 1)], -1)
-    return (scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+def sinks_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([q.new_ones(2, 4, 7, 1), _scores(q, k)], -1).softmax(-1)[..., 1:] @ v
 
 
-def sinks_unshifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.cat([_scores(q, k), q.new_ones(2, 4, 7, 1)], -1).softmax(-1)[..., :-1] @ v
+def sinks_by_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([_scores(q, k), q[..., :1]], -1).softmax(-1)[..., :-1] @ v
 
 
-def slopes_by_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def two_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([_scores(q, k), q.new_ones(2, 4, 7, 2)], -1).softmax(-1)[..., :-2] @ v
+
+
+def sinks_with_a_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([_scores(q, k), q.new_ones(2, 4, 7, 1)], -1).softmax(-1) @ torch.cat([v, v[:, :, :1]], 2)
+
+
+def capped_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(torch.cat([_scores(q, k), q.new_ones(2, 4, 7, 1)], -1)).softmax(-1)[..., :-1] @ v
+
+
+def without_the_last_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _scores(q, k).softmax(-1)[..., :-1] @ v[:, :, :-1]
+
+
+def folded_by_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     bias = torch.arange(9.0).expand(8, 1, 9)
     return torch.baddbmm(bias, q, k.mT, alpha=0.25).view(2, 4, 7, 9).softmax(-1).view(8, 7, 9) @ v
+
+
+def folded_otherwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads of another number than the weights are viewed with."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.mT).view(4, 2, 7, 9).softmax(-1).view(8, 7, 9), v).view(4, 2, 7, 16)
+
+
+def mask_before_a_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(_scores(q, k) + torch.arange(9.0)).softmax(-1) @ v
+
+
+def weighted_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (_scores(q, k) * torch.arange(9.0)).softmax(-1) @ v
+
+
+def broadcast_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (_scores(q[:1], k[:1]) * q[:, :, :1, :1]).softmax(-1) @ v
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,10 +153,18 @@ def atens_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "code"),
     [
-        (soft_cap, "soft-cap"),
-        (sinks, "sinks"),
-        (sinks_unshifted, "sinks"),
-        (slopes_by_baddbmm, "additive-bias"),
+        (two_caps, "soft-cap"),
+        (sinks_first, "sinks"),
+        (sinks_by_query, "sinks"),
+        (two_sinks, "sinks"),
+        (sinks_with_a_value, "sinks"),
+        (capped_sinks, "sinks"),
+        (without_the_last_key, "attention-arithmetic"),
+        (folded_by_baddbmm, "folded-heads"),
+        (folded_otherwise, "folded-heads"),
+        (mask_before_a_cap, "attention-arithmetic"),
+        (weighted_keys, "attention-arithmetic"),
+        (broadcast_scores, "attention-arithmetic"),
         (folded, "folded-heads"),
         (einsum, "einsum"),
         (with_weights, "weights-used"),

@@ -16,7 +16,7 @@ from pairs import pairwise
 
 from effcompile.kernels import ops
 from effcompile.kernels.form import BITS, KVForm
-from effcompile.kernels.program import Predicate, Program, StoreProgram
+from effcompile.kernels.program import Predicate, Program, ScoreParts, StoreProgram
 from effcompile.lowering import triton as lowering
 from effcompile.lowering.triton_aot import compile_ahead, resources
 from effcompile.lowering.triton_build import blocks_for, build, vendor_of
@@ -139,7 +139,19 @@ OTHER = [
     for chip in CHIPS
 ]
 FAST += [OTHER[1], OTHER[13]]  # decode with fp8, prefill along the other axes, both on sm_90
-MORE = [variant for variant in [*variants(**AXES), *OTHER] if variant not in FAST]
+SCORED = {
+    "chip": CHIPS,
+    "phase": ["decode", "prefill"],
+    "score": [ScoreParts(True), ScoreParts(False, True), ScoreParts(False, False, True), ScoreParts(True, True, True)],
+    "form": [KVForm(4, 4), KVForm(16, 16), KVForm(8, 3)],
+    "dtype": [torch.bfloat16, torch.float32],
+}
+PARTS = [
+    (Program(c["phase"], c["form"], Predicate(), c["dtype"], 4, 128, 128, score=c["score"]), c["chip"])
+    for c in pairwise(**SCORED)
+]
+FAST += PARTS[:5]
+MORE = [variant for variant in [*variants(**AXES), *OTHER, *PARTS[5:]] if variant not in FAST]
 
 
 @pytest.mark.parametrize(("program", "chip"), FAST, ids=name_of)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effcompile.kernels import attention, ops, quantize
 from effcompile.kernels.form import KVForm
-from effcompile.kernels.program import Predicate
+from effcompile.kernels.program import Predicate, ScoreParts
 from effcompile.lowering import triton as lowering
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -143,6 +143,22 @@ MORE_CASES = pairwise(
     batch=[2], window=[None, 40], masked=[False, True], causal=[True, False],
 )  # fmt: skip
 CASES += OTHER_CASES
+PARTS = [
+    case
+    for case in pairwise(
+        score=[ScoreParts(True), ScoreParts(False, True), ScoreParts(False, False, True), ScoreParts(True, True, True)],
+        form=[KVForm(16, 16), KVForm(4, 4, 16, 0), KVForm(3, 8, 32, 32)],
+        sizes=[(64, 64), (80, 96)],
+        dtype=DTYPES,
+        queries=[1, 17],
+        length=[63, 300],
+        ratio=[1, 3],
+        shape=[(1, 1, 1), (0, 1, 0), (1, 0, 1)],
+        window=[None, 40],
+        masked=[False, True],
+    )
+]
+"""Of ``shape``: whether a bias has batch, heads and queries of its own."""
 
 
 def divides(form: KVForm, sizes: tuple[int, int]) -> bool:
@@ -208,6 +224,69 @@ class TestAttend:
         difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
         assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
 
+    @pytest.mark.parametrize("case", [c for c in PARTS if divides(c["form"], c["sizes"])], ids=name_of)
+    def test_score_parts(self, case: dict[str, object]) -> None:
+        """The same budget; scores of either sign, well beyond the cap and near 0."""
+        form, sizes, dtype, score = case["form"], case["sizes"], case["dtype"], case["score"]
+        batch, ratio, queries, length, groups = 2, case["ratio"], case["queries"], case["length"], 2
+        capacity, heads = (length // form.group + 4) * form.group, groups * ratio
+        state = empty(form, batch, groups, capacity, sizes, dtype)
+        key, value = (tokens(batch, length, groups, size, dtype, seed) for seed, size in enumerate(sizes))
+        reference_store(*state, torch.tensor(0), key, value, form.name)
+        query = tokens(batch, queries, heads, sizes[0], dtype, 2)
+        random = torch.Generator().manual_seed(3)
+        mask = torch.rand(batch, capacity, generator=random) > 0.3 if case["masked"] else None
+        scale, window, parts = sizes[0] ** -0.5 / 6, case["window"], {}
+        if score.softcap:
+            parts["softcap"] = 0.7
+        if score.bias:
+            shape = [n if own else 1 for n, own in zip((batch, heads, queries), case["shape"])]
+            parts["bias"] = torch.randn(*shape, capacity, generator=random) * 2
+        if score.sinks:
+            parts["sinks"] = torch.linspace(-2, 4, heads).to(dtype)
+        predicate = Predicate(True, window, mask is not None)
+        out, lse = lowering.attend(
+            query, *state, torch.tensor(length), mask, form.name, scale, True, -1 if window is None else window, **parts
+        )
+        keys, values = ops.split_state(tuple(state))
+        k, v = (quantize.load_side(s, length, form, kind) for s, kind in ((keys, "key"), (values, "value")))
+        keep = attention.allowed(predicate, queries, length, mask, query.device)
+        best, best_lse = attend(query.double(), k.double(), v.double(), keep, scale, torch.float64, **parts)
+        low, low_lse = attend(query, k, v, keep, scale, dtype, **parts)
+        rounding = torch.finfo(dtype).eps * best.abs().max()
+        # As above; a capped score has three roundings more, and a bias is scaled to base 2 and added: two.
+        largest = largest_score(query, k, scale) + (parts["bias"].abs().max() if score.bias else 0)
+        shifting = 8 * 2.0**-24 * largest * v.abs().max()
+        assert (out.double() - best).abs().max() <= 2 * (low.double() - best).abs().max() + rounding + shifting
+        blind = best_lse.isinf()
+        assert torch.equal(lse.isinf(), blind)
+        summing = sizes[0] * 2.0**-23 * scale * (query.double().abs().amax() * k.double().abs().amax())
+        difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
+        assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
+
+    @pytest.mark.parametrize("sink", [-1e4, 0.0, 1e4, float("-inf")])
+    def test_sinks_of_any_size(self, sink: float) -> None:
+        """In one part and in several, with keys and without: one that takes all leaves 0, and -inf takes nothing."""
+        form = KVForm(16, 16)
+        for queries, capacity, length in ((1, 64, 50), (1, 512, 300), (20, 512, 300), (1, 512, 0)):
+            state = empty(form, 1, 2, capacity, (64, 64), torch.float32)
+            key, value = (tokens(1, length, 2, 64, torch.float32, seed) for seed in (0, 1))
+            reference_store(*state, torch.tensor(0), key, value, form.name)
+            args = (tokens(1, queries, 4, 64, torch.float32, 2), *state, torch.tensor(length), None, form.name, 0.01)
+            sinks = torch.full((4,), sink)
+            out, lse = lowering.attend(*args, True, -1, sinks=sinks)
+            with ops.reference_only():
+                wanted, wanted_lse = torch.ops.effcompile.attend(*args, True, -1, sinks=sinks)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lse, wanted_lse, rtol=1e-6, atol=1e-5)
+
+    def test_operands_that_do_not_fit(self) -> None:
+        state = empty(KVForm(16, 16), 1, 2, 64, (64, 64), torch.float32)
+        args = (torch.zeros(1, 4, 1, 64), *state, torch.tensor(3), None, "k16v16g32r128", 1.0, True, -1)
+        for wrong in ({"bias": torch.zeros(1, 4, 1, 63)}, {"bias": torch.zeros(4, 1, 64)}, {"sinks": torch.zeros(2)}):
+            with pytest.raises(ops.KernelUnavailable, match=r"(a bias|sinks) of"):
+                lowering.attend(*args, **wrong)
+
     def test_empty_store_and_no_visible_key(self) -> None:
         form = KVForm(4, 4)
         state = empty(form, 1, 1, 128, (64, 64), torch.bfloat16)
@@ -231,14 +310,30 @@ class TestAttend:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float, dtype: torch.dtype
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every operand rounded to ``dtype`` and sums in fp32 (fp64 for fp64): PyTorch's usual precision."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ratio = query.shape[1] // key.shape[1]
     q, k, v = (x.to(dtype).to(wide) for x in (query, key, value))
     k, v = (x.repeat_interleave(ratio, 1) for x in (k, v))
-    score = (q @ k.mT * scale).masked_fill(~keep, float("-inf"))
+    score = q @ k.mT * scale
+    if softcap is not None:
+        score = torch.tanh(score / softcap) * softcap
+    if bias is not None:
+        score = score + bias[..., : k.shape[2]].to(wide)
+    score = score.masked_fill(~keep, float("-inf"))
+    if sinks is not None:
+        score = torch.cat([score, sinks.to(wide)[:, None, None].expand(*score.shape[:3], 1)], -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     lse = score.logsumexp(-1)
     weight = (score - lse.masked_fill(lse.isinf(), 0)[..., None]).exp()
     return (weight.to(dtype).to(wide) @ v).to(dtype), lse

@@ -24,6 +24,14 @@ struct AttendArgs {
   double scale;
 };
 
+// Operands of the score parts: right behind AttendArgs, for programs that have parts.
+struct ScoreArgs {
+  const float* bias;       // [B or 1, H or 1, T or 1, >= length] or null
+  int64_t bias_stride[3];  // batch, head, token; 0 where there is one for all
+  const float* sinks;      // [H] or null
+  double softcap;
+};
+
 struct StoreArgs {
   State state;
   const void* fresh[2];  // keys [B, G, T, D], values [B, G, T, E]

@@ -22,7 +22,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   constexpr int64_t BK = P::group * most(1, 128 / P::group), ld = round_up(BK, VL) + VL;
   constexpr int RB = row_block(P::ratio);
   const int64_t length = *a.state.length, rows = a.queries * P::ratio;
-  const Scale scale(a.scale);
+  const Scale scale(softmax_scale<P>(a));
   const Side<P, Kind::key> keys(a.state, head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
@@ -40,6 +40,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
       score<P, RB>(keys, t, n, tail, q + row * DP, s, ld);
       float alpha[RB];
       for (int r = 0; r < RB; ++r) {
+        change_scores<P>(a, head, row + r, t, n, s + r * ld);
         if (P::key_mask || t < seen.first || t + n > seen.last) hide<P>(s + r * ld, t, n, seen, mask);
         alpha[r] = softmax_step(s + r * ld, n, scale, max[row + r], sum[row + r]);
       }
@@ -73,7 +74,7 @@ int64_t decode(const AttendArgs& a) {
     decode_part<P>(a, item / parts, from, least(length, from + per * BK), stop, partial + item * cell);
   }
 
-  const Scale scale(a.scale);
+  const Scale scale(softmax_scale<P>(a));
   for (int64_t head = 0; head < heads; ++head) {
     for (int64_t row = 0; row < rows; ++row) {
       const float* first = partial + head * parts * cell;
@@ -87,7 +88,7 @@ int64_t decode(const AttendArgs& a) {
         for (int64_t e = 0; e < EP; e += VL)
           at::vec::fmadd(Vec(weight), Vec::loadu(o + part * cell + e), Vec::loadu(merged + e)).store(merged + e);
       }
-      write_row<P>(a, scale, row_index<P>(a, head, row), merged, top, total);
+      write_row<P>(a, scale, head, row, merged, top, total);
     }
   }
   return 0;

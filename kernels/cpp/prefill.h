@@ -62,7 +62,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
   constexpr int64_t BK = P::group * most(1, 128 / P::group);
   constexpr Block wide = best_block(BK / VL), deep = best_block(EP / VL);
   const int64_t length = *a.state.length, rows = (last - first) * P::ratio, padded = rows + ACCUMULATORS;
-  const Scale scale(a.scale);
+  const Scale scale(softmax_scale<P>(a));
   const Side<P, Kind::key> keys(a.state, head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
@@ -87,6 +87,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
     multiply<float, wide.rows, wide.columns>(count, round_up(n, VL), D, q + low * DP, DP, key, BK, nullptr, s + low * BK, BK);
     for (int64_t row = low; row < low + count; ++row) {
       const Visible<P> seen(first + row / P::ratio, a.queries, length);
+      change_scores<P>(a, head, first * P::ratio + row, t, n, s + row * BK);
       if (P::key_mask || t < seen.first || t + n > seen.last) hide<P>(s + row * BK, t, n, seen, mask);
       alpha[row] = softmax_step(s + row * BK, n, scale, max[row], sum[row]);
     }
@@ -94,7 +95,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
     multiply<float, deep.rows, deep.columns>(count, EP, n, s + low * BK, BK, v, EP, alpha + low, o + low * EP, EP);
   });
   for (int64_t row = 0; row < rows; ++row)
-    write_row<P>(a, scale, row_index<P>(a, head, first * P::ratio + row), o + row * EP, max[row], sum[row]);
+    write_row<P>(a, scale, head, first * P::ratio + row, o + row * EP, max[row], sum[row]);
 }
 
 // Returns 1, having written nothing, if the length is not within the capacity.

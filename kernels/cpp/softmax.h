@@ -1,5 +1,6 @@
 // What decode and prefill share: which keys a query sees, one step of the online softmax, and rows in and out.
 #pragma once
+#include "parts.h"
 #include "side.h"
 
 namespace ec {
@@ -80,10 +81,21 @@ inline void read_query(const AttendArgs& a, const Scale& scale, int64_t head, in
   for (int64_t d = 0; d < P::key_size; d += VL) (load_f32(from + d, P::key_size - d) * Vec(scale.sign)).store(q + d);
 }
 
-// Writes a finished row: o / sum in model dtype, and its lse. A row without keys is 0 and -inf.
+// Writes a finished row: o / sum in model dtype, and its lse. A row without keys is 0 and -inf, or its sink.
 template <class P>
-inline void write_row(const AttendArgs& a, const Scale& scale, int64_t at, const float* o, float max, float sum) {
+inline void write_row(const AttendArgs& a, const Scale& scale, int64_t head, int64_t row, const float* o, float max,
+                      float sum) {
+  const int64_t at = row_index<P>(a, head, row);
   auto* out = static_cast<typename P::scalar*>(a.out) + at * P::value_size;
+  if constexpr (Parts<P>::sinks) {
+    // The sink's mass relative to the largest score; infinite, it leaves nothing to the keys.
+    const double sink = sink_of<P>(a, head, row), top = max * scale.scale;
+    const double mass = sum == 0.f ? 1. : sum + (sink == -INF ? 0. : std::exp(sink - top));
+    const Vec share(sum == 0.f ? 0.f : static_cast<float>(1. / mass));
+    for (int64_t e = 0; e < P::value_size; e += VL) store_f32(out + e, Vec::loadu(o + e) * share, P::value_size - e);
+    a.lse[at] = static_cast<float>(sum == 0.f || std::isinf(mass) ? sink : top + std::log(mass));
+    return;
+  }
   const float norm = sum == 0.f ? 0.f : 1.f / sum;
   for (int64_t e = 0; e < P::value_size; e += VL) store_f32(out + e, Vec::loadu(o + e) * Vec(norm), P::value_size - e);
   a.lse[at] = sum == 0.f ? -INF : static_cast<float>(max * scale.scale + std::log(double(sum)));

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 HEADROOM = tl.constexpr(15.0)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -19,6 +20,37 @@ def visible(keep, key, position, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW >= 0:
         seen = seen & (key[None, :] > position[:, None] - WINDOW)
     return seen
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in fp32 within four units in the last place.
+
+    Near 0, where ``1 - 2 / (e^2x + 1)`` cancels, it is a polynomial, interpolated at Chebyshev points.
+    """
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(size * 2.8853900817779268) + 1.0)
+    y = x * x
+    p = ((-0.0069470031 * y + 0.021472721) * y - 0.053933789) * y + 0.13333227
+    near = x + x * (y * (p * y - 0.33333333))
+    return tl.where(size < 0.5, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def add_bias(score, bias, place, key, stop):
+    """``score [M, N]`` (base 2) plus the bias at ``place [M]`` of keys ``key [N]``, which is read below ``stop``."""
+    added = tl.load(bias + place[:, None] + key[None, :], mask=(key < stop)[None, :], other=0.0)
+    return score + added * LOG2E
+
+
+@triton.jit
+def with_sink(peak, total, sink):
+    """Peak and total with one more logit, and what everything that was accumulated is then worth."""
+    sink = sink.to(tl.float32) * LOG2E
+    top = tl.maximum(peak, sink)
+    at = tl.where(top == float("-inf"), 0.0, top)
+    share = tl.exp2(peak - at)
+    return top, total * share + tl.exp2(sink - at), share
 
 
 @triton.jit
