@@ -27,7 +27,11 @@ its byte ``b``, lowest first, is row ``r + b*R`` of the codes. So consecutive by
 one shift of a vector of words gives codes of consecutive channels, whatever the width. For 3 bits a plane of two bits
 and a plane of one would take as many bytes, but two shifts and a merge for every code.
 
+With ``rope="pre"`` packed keys are quantised as they were before their rotary embedding; their tail stays rotated. The
+angles of all tokens are in one more buffer, shared by the layers of a cache (:mod:`effcompile.kernels.rope`).
+
 Source: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision residual.
+KVQuant (Hooper et al., NeurIPS 2024), section 3.2: keys before RoPE.
 """
 
 from __future__ import annotations
@@ -43,6 +47,11 @@ BITS = (16, 8, 4, 3, 2)
 """Bit widths on offer; 16 means unquantised, in the model's dtype."""
 
 Kind = Literal["key", "value"]
+
+ROPE = ("post", "pre", "pre_adjacent")
+"""Packed keys with their rotary embedding, or without it: the pairs that were rotated are channels ``i`` and
+``i + r/2`` of the first ``r`` with ``"pre"``, ``2*i`` and ``2*i + 1`` with ``"pre_adjacent"``. A model has one of the
+two; a user says ``"pre"`` for both."""
 
 
 def word(bits: int) -> tuple[int, int]:
@@ -79,6 +88,8 @@ class KVForm:
         Tokens in a key group and channels in a value group. A multiple of 16.
     residual
         The newest tokens that stay in the model's dtype. A multiple of ``group``, 0 allowed.
+    rope
+        One of :data:`ROPE`: whether packed keys hold the rotary embedding.
 
     Raises
     ------
@@ -88,13 +99,14 @@ class KVForm:
     >>> KVForm(4, 4).name
     'k4v4g32r128'
     >>> KVForm.parse('k8v4g32r0')
-    KVForm(key_bits=8, value_bits=4, group=32, residual=0)
+    KVForm(key_bits=8, value_bits=4, group=32, residual=0, rope='post')
     """
 
     key_bits: int = 4
     value_bits: int = 4
     group: int = 32
     residual: int = 128
+    rope: str = "post"
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
@@ -108,24 +120,38 @@ class KVForm:
                 f"residual={self.residual!r} does not hold whole groups; choose a multiple of group_size={self.group}, "
                 "or 0."
             )
+        if self.rope not in ROPE:
+            raise FormError(f"rope={self.rope!r} is not offered; choose 'post' or 'pre'.")
+        if self.rope != "post" and self.key_bits == 16:
+            raise FormError(
+                f"rope={self.rope!r} is about how keys are quantised, and key_bits=16 does not quantise them; leave "
+                "one of the two out."
+            )
 
     @property
     def name(self) -> str:
         """The form as one word; it travels in graphs as an operator argument and so reaches every cache key."""
-        return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}"
+        plain = f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}"
+        return plain + self.rope.removeprefix("post")
 
     @classmethod
     def parse(cls, name: str) -> KVForm:
         """The form whose :attr:`name` is ``name``. Raises :class:`FormError` for anything else."""
-        found = re.fullmatch(r"k(\d+)v(\d+)g(\d+)r(\d+)", name)
+        found = re.fullmatch(rf"k(\d+)v(\d+)g(\d+)r(\d+)({'|'.join(ROPE[1:])})?", name)
         if not found:
             raise FormError(f"{name!r} is not the name of a form; expected for example 'k4v4g32r128'.")
-        return cls(*map(int, found.groups()))
+        key_bits, value_bits, group, residual = map(int, found.groups()[:4])
+        return cls(key_bits, value_bits, group, residual, found[5] or "post")
 
     @property
     def dense(self) -> bool:
         """Whether nothing is quantised."""
         return self.key_bits == 16 and self.value_bits == 16
+
+    @property
+    def pre(self) -> bool:
+        """Whether packed keys are without their rotary embedding, so that operators need the table of angles."""
+        return self.rope != "post"
 
     @property
     def slots(self) -> int:

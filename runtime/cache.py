@@ -8,6 +8,7 @@ empty cache attends to the fresh keys and values, later calls to the store.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from transformers import cache_utils
 from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
 from effcompile.runtime.layer import CacheError, Call, CompressedLayer, GradientError, change_rows, lasting
+from effcompile.runtime.rope import Angles, learn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +73,7 @@ class Cache(cache_utils.Cache):
     capacity
         Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as
         needed.
-    key_bits, value_bits, group_size, residual
+    key_bits, value_bits, group_size, residual, rope
         As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
     batch_size
         Rows, if the buffers are to be allocated now; else the first call decides.
@@ -81,7 +83,8 @@ class Cache(cache_utils.Cache):
     FormError
         Bits not offered, or a group that does not divide.
     CacheError
-        A model without a transformers config, or one with no full-attention layer.
+        A model without a transformers config, or one with no full-attention layer; with ``rope="pre"`` also one whose
+        rotary embedding could not be shown.
 
     Examples
     --------
@@ -98,6 +101,7 @@ class Cache(cache_utils.Cache):
         value_bits: int = 4,
         group_size: int = 32,
         residual: int = 128,
+        rope: str = "post",
         batch_size: int | None = None,
     ) -> None:
         from effcompile.runtime import adapter
@@ -115,7 +119,7 @@ class Cache(cache_utils.Cache):
         torch._dynamo.mark_static_address(self.length)
         self.call = Call()
         self._recorded: int | None = None  # the length up to which the layers' logs go
-        default = KVForm(key_bits, value_bits, group_size, residual)
+        default = KVForm(key_bits, value_bits, group_size, residual, rope)
         refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
         window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
@@ -124,11 +128,16 @@ class Cache(cache_utils.Cache):
         if not full:
             raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
         forms = adapter.layer_forms(model, default, len(layers))
+        learned = learn(model, [i for i in full if forms[i].pre])
+        self.angles = Angles.of(learned, self.capacity, device)
         for i in full:
-            layers[i] = CompressedLayer(forms[i], self.capacity, self.length, self.call, i, (full[0], full[-1]))
+            form = dataclasses.replace(forms[i], rope=learned[i].rope) if i in learned else forms[i]
+            angles, ends = self.angles if form.pre else None, (full[0], full[-1])
+            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles)
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
         adapter.attach_hooks(model)
+        adapter.attach_angles(model, [i for i, how in learned.items() if how.rope != "post"])
         if batch_size is not None:
             self._allocate(batch_size, next(model.parameters()).dtype)
 
@@ -144,8 +153,9 @@ class Cache(cache_utils.Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that the compressed layers have allocated, and of the length."""
-        return sum(layer.nbytes for layer in self.compressed) + self.length.element_size()
+        """Bytes of all that the compressed layers have allocated, of the table of angles, and of the length."""
+        shared = self.length.element_size() + (0 if self.angles is None else self.angles.nbytes)
+        return sum(layer.nbytes for layer in self.compressed) + shared
 
     @property
     def tokens(self) -> int:
@@ -194,6 +204,8 @@ class Cache(cache_utils.Cache):
             for layer in layers:
                 layer.record(seen, count)
             self._recorded = seen + count
+        for layer in layers:
+            layer.given = None  # of a call that failed
         self.call.open = self.call.entry.open = True
         self.call.count, self.call.sent = count or None, seen + count
 
@@ -204,6 +216,8 @@ class Cache(cache_utils.Cache):
         self.capacity = bucket(tokens)
         for layer in self.compressed:
             layer.grow(self.capacity)
+        if self.angles is not None:
+            self.angles.grow(self.capacity)
 
     def _allocate(self, batch: int, dtype: torch.dtype) -> None:
         """Make the buffers that are missing, where the config tells the heads; else the first ``update`` does."""
@@ -217,6 +231,8 @@ class Cache(cache_utils.Cache):
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
             elif not layer.is_initialized and heads and size:
                 layer.allocate(batch, heads, size, size, dtype)
+        if self.angles is not None:
+            self.angles.allocate(batch)
         for fixed in self._fixed:
             # Only an empty cache gets here with another batch; these layers then allocate again by themselves.
             if fixed.is_initialized and fixed.batch_size != batch:
@@ -254,6 +270,8 @@ class Cache(cache_utils.Cache):
             return
         for layer in self.compressed:  # first, since they check the number of rows
             layer.reorder_cache(beam_idx)
+        if self.angles is not None:
+            self.angles.reorder(beam_idx)
         for fixed in self._fixed:
             # In place: transformers' own way makes new tensors, which are no static addresses.
             for buffer in (fixed.keys, fixed.values) if fixed.is_initialized else ():
@@ -308,6 +326,8 @@ class Cache(cache_utils.Cache):
                 )
         for ours in self.compressed:
             ours.change_rows(take)
+        if self.angles is not None:
+            self.angles.change_rows(take)
         for fixed in self._fixed:
             change_rows(fixed, take)
 
@@ -404,6 +424,8 @@ class Cache(cache_utils.Cache):
         torch._dynamo.mark_static_address(new.length)
         for layer in new.compressed:
             layer.mark()
+        if new.angles is not None and new.angles.table is not None:
+            torch._dynamo.mark_static_address(new.angles.table)
         for fixed in new._fixed:
             for tensor in (fixed.keys, fixed.values, fixed.cumulative_length) if fixed.is_initialized else ():
                 torch._dynamo.mark_static_address(tensor)
