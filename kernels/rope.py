@@ -37,13 +37,14 @@ def write(table: Tensor, length: Tensor, cos: Tensor, sin: Tensor) -> None:
 
     Tokens past the capacity are dropped. Nothing is read back to the host.
     """
-    runs, count = table.shape[1], cos.shape[1]
-    token = length + torch.arange(count, device=table.device)
-    room = token < runs * RUN
-    run, slot = token.clamp(max=runs * RUN - 1) // RUN, token % RUN
-    new = torch.stack([cos, sin], 2).to(table.dtype).expand(table.shape[0], -1, -1, -1)
+    last = table.shape[1] * RUN - 1
+    # A token without room is written as the last that has it, once more; if none has, nothing changes.
+    at = torch.minimum(torch.arange(cos.shape[1], device=table.device), (last - length).clamp(min=0))
+    token = (length + at).clamp(max=last)
+    run, slot = token // RUN, token % RUN
+    new = torch.stack([cos, sin], 2).to(table.dtype).index_select(1, at).expand(table.shape[0], -1, -1, -1)
     old = table[:, run, :, :, slot].movedim(0, 1)  # indices apart from each other: their dimension comes first
-    table[:, run, :, :, slot] = torch.where(room[None, :, None, None], new, old).movedim(1, 0)
+    table[:, run, :, :, slot] = torch.where(length <= last, new, old).movedim(1, 0)
 
 
 def angles(table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
