@@ -138,8 +138,20 @@ def allocation(form: KVForm, itemsize: int) -> Expr:
     return sympy.expand(_side_allocation(form, "key", itemsize) + _side_allocation(form, "value", itemsize))
 
 
-def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any) -> Cost:
-    """Reading the newest ``count`` of ``length`` tokens of one side: codes, scales, tail, and dequantisation."""
+TABLE_BYTES = 2
+"""Of one cos or sin in the table of angles that keys before RoPE need."""
+
+
+def table(rotary: int) -> Expr:
+    """Bytes of a cache's table of angles, in ``B, C``: cos and sin of ``rotary / 2`` pairs for each token."""
+    return B * C * rotary * TABLE_BYTES
+
+
+def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any, rotary: int = 0) -> Cost:
+    """Reading the newest ``count`` of ``length`` tokens of one side: codes, scales, tail, and dequantisation.
+
+    Packed keys before RoPE need their angles too, and two products and a sum for each rotated channel.
+    """
     size, bits = _SIZES[kind], form.bits(kind)
     if bits == 16:
         return Cost(B * G * count * size * itemsize, Integer(0))
@@ -148,11 +160,13 @@ def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any
     channel = form.axis(kind) == "channel"
     groups = ceiling(packed / form.group) * size if channel else packed * size / form.group
     moved = packed * size * bits / 8 + groups * scale_bytes(form, kind) + Min(count, tail) * size * itemsize
-    return Cost(B * G * moved, 2 * B * G * packed * size)
+    turned = rotary if kind == "key" else 0
+    angles = B * packed * turned * TABLE_BYTES
+    return Cost(B * G * moved + angles, B * G * packed * (2 * size + 3 * turned))
 
 
-def _store_read(form: KVForm, itemsize: int, count: Expr, length: Any) -> Cost:
-    key, value = (_side_read(form, kind, itemsize, count, length) for kind in _KINDS)
+def _store_read(form: KVForm, itemsize: int, count: Expr, length: Any, rotary: int) -> Cost:
+    key, value = (_side_read(form, kind, itemsize, count, length, rotary) for kind in _KINDS)
     return key + value
 
 
@@ -162,9 +176,12 @@ def _ends(itemsize: int, lse: bool) -> Expr:
 
 
 @functools.cache
-def attend(form: KVForm, predicate: Predicate, itemsize: int) -> Cost:
-    """``effcompile::attend``: attention that reads the store itself, tail included; in decode and prefill alike."""
-    read = _store_read(form, itemsize, tokens_read(predicate), S)
+def attend(form: KVForm, predicate: Predicate, itemsize: int, rotary: int = 0) -> Cost:
+    """``effcompile::attend``: attention that reads the store itself, tail included; in decode and prefill alike.
+
+    ``rotary`` channels of keys before RoPE are rotated. All layers read the same table, which is counted for each.
+    """
+    read = _store_read(form, itemsize, tokens_read(predicate), S, rotary)
     mask = B * tokens_read(predicate) if predicate.key_mask else Integer(0)
     return Cost(_ends(itemsize, True) + read.bytes + mask, B * H * pairs(predicate) * 2 * (D + E) + read.flops)
 
@@ -178,24 +195,25 @@ def dense(predicate: Predicate, itemsize: int) -> Cost:
 
 
 @functools.cache
-def unfused(form: KVForm, itemsize: int, mask_itemsize: int = 1) -> Cost:
+def unfused(form: KVForm, itemsize: int, mask_itemsize: int = 1, rotary: int = 0) -> Cost:
     """The same site before a rewrite: ``kv_load`` to dense keys and values, then attention over the whole capacity.
 
     ``kv_load`` writes all ``C`` tokens; SDPA reads them and a mask ``[B, 1, T, C]`` of ``mask_itemsize`` bytes, and
     computes every pair, hidden or not.
     """
-    read = _store_read(form, itemsize, S, S)
+    read = _store_read(form, itemsize, S, S, rotary)
     loaded = B * G * C * (D + E) * itemsize
     mask = B * T * C * mask_itemsize
     return Cost(read.bytes + 2 * loaded + mask + _ends(itemsize, False), read.flops + 2 * B * H * T * C * (D + E))
 
 
 @functools.cache
-def store(form: KVForm, itemsize: int) -> Cost:
+def store(form: KVForm, itemsize: int, rotary: int = 0) -> Cost:
     """``effcompile::kv_store`` of ``T`` tokens after which ``S`` are cached.
 
     Reads the new tokens and those that leave the tail, writes the groups that became complete and the newest tokens.
-    Quantising is counted as two FLOPs a value.
+    Quantising is counted as two FLOPs a value, rotating back as four a channel. Writing the angles is left out: it is
+    done once for all layers.
     """
     total = Cost(Integer(0), Integer(0))
     for kind in _KINDS:
@@ -208,5 +226,8 @@ def store(form: KVForm, itemsize: int) -> Cost:
         groups = packed / form.group * size
         from_tail = Min(packed, S - T - start)
         moved = (T + from_tail + Min(T, form.slots)) * size * itemsize + packed * size * bits / 8
-        total += Cost(B * G * (moved + groups * scale_bytes(form, kind)), 2 * B * G * packed * size)
+        moved += groups * scale_bytes(form, kind)
+        turned = rotary if kind == "key" else 0
+        angles = B * packed * turned * TABLE_BYTES
+        total += Cost(B * G * moved + angles, B * G * packed * (2 * size + 4 * turned))
     return total

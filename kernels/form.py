@@ -33,9 +33,12 @@ its byte ``b``, lowest first, is row ``r + b*R`` of the codes. So consecutive by
 one shift of a vector of words gives codes of consecutive channels, whatever the width. For 3 bits a plane of two bits
 and a plane of one would take as many bytes, but two shifts and a merge for every code.
 
+With ``rope="pre"`` packed keys are quantised as they were before their rotary embedding; their tail stays rotated. The
+angles of all tokens are in one more buffer, shared by the layers of a cache (:mod:`effcompile.kernels.rope`).
+
 Sources: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision
-residual. KVTuner (Li et al., ICML 2025) serves keys per channel and keys per token. FP8 Formats for Deep Learning
-(Micikevicius et al., 2022), section 3: e4m3.
+residual. KVTuner (Li et al., ICML 2025) serves keys per channel and keys per token. KVQuant (Hooper et al., NeurIPS
+2024), section 3.2: keys before RoPE. FP8 Formats for Deep Learning (Micikevicius et al., 2022), section 3: e4m3.
 """
 
 from __future__ import annotations
@@ -57,6 +60,11 @@ Axis = Literal["channel", "token"]
 """What the numbers of a group have in common, and so share a scale along: one channel, or one token."""
 _AXES: dict[Kind, Axis] = {"key": "channel", "value": "token"}
 """The axes that need no word in the name of a form."""
+
+ROPE = ("post", "pre", "pre_adjacent")
+"""Packed keys with their rotary embedding, or without it: the pairs that were rotated are channels ``i`` and
+``i + r/2`` of the first ``r`` with ``"pre"``, ``2*i`` and ``2*i + 1`` with ``"pre_adjacent"``. A model has one of the
+two; a user says ``"pre"`` for both."""
 
 
 def word(bits: int) -> tuple[int, int]:
@@ -95,6 +103,8 @@ class KVForm:
         The newest tokens that stay in the model's dtype. A multiple of ``group``, 0 allowed.
     key_axis, value_axis
         What a scale is shared along. An unquantised side has no axis: it is set to the default.
+    rope
+        One of :data:`ROPE`: whether packed keys hold the rotary embedding.
 
     Raises
     ------
@@ -104,7 +114,7 @@ class KVForm:
     >>> KVForm(4, 4).name
     'k4v4g32r128'
     >>> KVForm.parse('k8v4g32r0')
-    KVForm(key_bits=8, value_bits=4, group=32, residual=0, key_axis='channel', value_axis='token')
+    KVForm(key_bits=8, value_bits=4, group=32, residual=0, key_axis='channel', value_axis='token', rope='post')
     >>> KVForm('fp8', 4, key_axis='token').name
     'kfp8v4g32r128kt'
     """
@@ -115,6 +125,7 @@ class KVForm:
     residual: int = 128
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
+    rope: str = "post"
 
     def __post_init__(self) -> None:
         for kind, axis in _AXES.items():
@@ -136,20 +147,32 @@ class KVForm:
                 f"residual={self.residual!r} does not hold whole groups; choose a multiple of group_size={self.group}, "
                 "or 0."
             )
+        if self.rope not in ROPE:
+            raise FormError(f"rope={self.rope!r} is not offered; choose 'post' or 'pre'.")
+        if self.rope != "post" and self.key_bits == 16:
+            raise FormError(
+                f"rope={self.rope!r} is about how keys are quantised, and key_bits=16 does not quantise them; leave "
+                "one of the two out."
+            )
+        if self.rope != "post" and self.key_axis == "token":
+            raise FormError(
+                f"rope={self.rope!r} is for scales of channels, which rotation mixes; it needs key_axis='channel'."
+            )
 
     @property
     def name(self) -> str:
         """The form as one word; it travels in graphs as an operator argument and so reaches every cache key."""
         axes = ("kt" if self.key_axis == "token" else "") + ("vc" if self.value_axis == "channel" else "")
-        return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}{axes}"
+        plain = f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}{axes}"
+        return plain + self.rope.removeprefix("post")
 
     @classmethod
     def parse(cls, name: str) -> KVForm:
         """The form whose :attr:`name` is ``name``. Raises :class:`FormError` for anything else."""
-        found = re.fullmatch(r"k(\d+|fp8)v(\d+|fp8)g(\d+)r(\d+)(kt)?(vc)?", name)
+        found = re.fullmatch(rf"k(\d+|fp8)v(\d+|fp8)g(\d+)r(\d+)(kt)?(vc)?({'|'.join(ROPE[1:])})?", name)
         if not found:
             raise FormError(f"{name!r} is not the name of a form; expected for example 'k4v4g32r128'.")
-        key, value, group, residual, key_token, value_channel = found.groups()
+        key, value, group, residual, key_token, value_channel, rope = found.groups()
         return cls(
             "fp8" if key == "fp8" else int(key),
             "fp8" if value == "fp8" else int(value),
@@ -157,6 +180,7 @@ class KVForm:
             int(residual),
             "token" if key_token else "channel",
             "channel" if value_channel else "token",
+            rope or "post",
         )
 
     @property
@@ -174,6 +198,11 @@ class KVForm:
     def dense(self) -> bool:
         """Whether nothing is quantised."""
         return self.key_bits == 16 and self.value_bits == 16
+
+    @property
+    def pre(self) -> bool:
+        """Whether packed keys are without their rotary embedding, so that operators need the table of angles."""
+        return self.rope != "post"
 
     @property
     def slots(self) -> int:

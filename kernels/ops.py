@@ -4,7 +4,9 @@ An operator *means* its reference body. :mod:`effcompile.lowering` registers lau
 the same arguments or decline; a declined call runs the reference body. State is explicit: every buffer is an argument.
 
 ``state`` below stands for six tensors: ``k0, k1, k2, v0, v1, v2``, a dense side using only the first of its three
-(:mod:`effcompile.kernels.form`). ``length`` is an int64 0-d tensor on the same device.
+(:mod:`effcompile.kernels.form`). ``length`` is an int64 0-d tensor on the same device. ``table`` holds the angles of
+all tokens (:mod:`effcompile.kernels.rope`); forms of keys before RoPE need it, others take none. ``rope_store`` writes
+the angles of new tokens, once for all layers, before their ``kv_store``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcompile.kernels import attention, quantize
+from effcompile.kernels import attention, quantize, rope
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 
@@ -30,12 +32,13 @@ _STATE = ", ".join(f"Tensor{{}} {s}{i}" if i == 0 else f"Tensor{{}}? {s}{i}" for
 _MUTATED = _STATE.format(*(f"({c}!)" for c in "abcdef"))
 _READ = _STATE.format(*[""] * 6)
 
-library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form) -> ()")
-library.define(f"kv_load({_READ}, Tensor length, str form) -> (Tensor, Tensor)")
+library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form, *, Tensor? table=None) -> ()")
+library.define(f"kv_load({_READ}, Tensor length, str form, *, Tensor? table=None) -> (Tensor, Tensor)")
 library.define(
     f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
-    "*, float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
+    "*, Tensor? table=None, float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
+library.define("rope_store(Tensor(a!) table, Tensor length, Tensor cos, Tensor sin) -> ()")
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 
 LINEAR_ROWS = 8
@@ -76,13 +79,13 @@ def reference_only() -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def _launch(op: str, device_type: str, *args: Any, **kwargs: Any) -> Any:
+def _launch(op: str, device_type: str, *args: Any, **extra: Any) -> Any:
     """Run the launcher of ``op``, or raise :class:`KernelUnavailable`; a reason is warned about once."""
     launcher = None if _reference_only else _launchers.get((op, device_type))
     if launcher is None:
         raise KernelUnavailable(f"no kernels are registered for {device_type!r}")
     try:
-        return launcher(*args, **kwargs)
+        return launcher(*args, **{name: given for name, given in extra.items() if given is not None})
     except KernelUnavailable as why:
         if str(why) not in _warned:
             _warned.add(str(why))
@@ -101,13 +104,21 @@ def capacity_of(keys: list[Tensor], form: KVForm) -> int:
     return keys[0].shape[2] * form.span("key")
 
 
-def _kv_store(*args: Any) -> None:
+def _check_table(name: str, table: Tensor | None) -> KVForm:
+    """The form ``name``. Raises ``ValueError`` if it needs a table and there is none, or the other way round."""
+    form = KVForm.parse(name)
+    if form.pre != (table is not None):
+        raise ValueError(f"the form {name} {'needs a' if form.pre else 'takes no'} table of angles.")
+    return form
+
+
+def _kv_store(*args: Any, table: Tensor | None = None) -> None:
     *state, length, key, value, name = args
     try:
-        _launch("kv_store", key.device.type, *args)
+        _launch("kv_store", key.device.type, *args, table=table)
         return
     except KernelUnavailable:
-        form = KVForm.parse(name)
+        form = _check_table(name, table)
         keys, values = split_state(tuple(state))
         n = int(length)
         if n + key.shape[2] > capacity_of(keys, form):
@@ -115,39 +126,50 @@ def _kv_store(*args: Any) -> None:
                 f"{n} tokens are cached and {key.shape[2]} more were given, but the capacity is "
                 f"{capacity_of(keys, form)}; make the cache with a larger capacity."
             ) from None
-        quantize.store_side(keys, n, key, form, "key")
+        quantize.store_side(keys, n, key, form, "key", table)
         quantize.store_side(values, n, value, form, "value")
 
 
-def _kv_load(*args: Any) -> tuple[Tensor, Tensor]:
+def _kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *state, length, name = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("kv_load", state[0].device.type, *args)
+        result: tuple[Tensor, Tensor] = _launch("kv_load", state[0].device.type, *args, table=table)
         return result
     except KernelUnavailable:
-        form = KVForm.parse(name)
+        form = _check_table(name, table)
         sides = split_state(tuple(state))
         n, outs = int(length), _empty_dense(state, form)
         for out, side, kind in zip(outs, sides, ("key", "value")):
-            out[:, :, :n] = quantize.load_side(side, n, form, kind)  # type: ignore[arg-type]
+            out[:, :, :n] = quantize.load_side(side, n, form, kind, table)  # type: ignore[arg-type]
             out[:, :, n:] = 0
         return outs
 
 
-def _attend(query: Tensor, *args: Any, **parts: Any) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, *args: Any, table: Tensor | None = None, **parts: Any) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, name, scale, causal, window = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args, **parts)
+        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args, table=table, **parts)
         return result
     except KernelUnavailable:
-        form, n = KVForm.parse(name), int(length)
+        form, n = _check_table(name, table), int(length)
         keys, values = split_state(tuple(state))
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
         keep = attention.allowed(predicate, query.shape[2], n, key_mask, query.device)
-        key = quantize.load_side(keys, n, form, "key")
+        key = quantize.load_side(keys, n, form, "key", table)
         value = quantize.load_side(values, n, form, "value")
         out, lse = attention.attend(query, key, value, keep, scale, **parts)
         return out.contiguous(), lse.contiguous()
+
+
+def _rope_store(table: Tensor, length: Tensor, cos: Tensor, sin: Tensor) -> None:
+    # A few small operations of PyTorch for all layers together, on every device: no kernel of ours would gain.
+    capacity = table.shape[1] * rope.RUN
+    if table.device.type == "cpu" and int(length) + cos.shape[1] > capacity:
+        raise CapacityError(
+            f"{int(length)} tokens are cached and {cos.shape[1]} more were given, but the capacity is {capacity}; make "
+            "the cache with a larger capacity."
+        )
+    rope.write(table, length, cos, sin)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,12 +197,12 @@ def _empty_dense(state: Any, form: KVForm) -> tuple[Tensor, Tensor]:
     )
 
 
-def _fake_kv_load(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *state, _length, name = args
     return _empty_dense(state, KVForm.parse(name))
 
 
-def _fake_attend(query: Tensor, *args: Any, **parts: Any) -> tuple[Tensor, Tensor]:
+def _fake_attend(query: Tensor, *args: Any, **extra: Any) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]
@@ -191,7 +213,8 @@ def _fake_attend(query: Tensor, *args: Any, **parts: Any) -> tuple[Tensor, Tenso
 
 
 for _name, _body, _fake in (
-    ("kv_store", _kv_store, lambda *args: None),
+    ("kv_store", _kv_store, lambda *args, table=None: None),
+    ("rope_store", _rope_store, lambda *args: None),
     ("kv_load", _kv_load, _fake_kv_load),
     ("attend", _attend, _fake_attend),
     ("linear", _linear, _fake_linear),

@@ -82,7 +82,8 @@ class Program:
     """Attention over one layer's store, as a choice of parts.
 
     ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not
-    part of a program: one compiled program serves every step.
+    part of a program: one compiled program serves every step. ``rotary`` is ``r``, the channels in which keys before
+    RoPE are rotated, and 0 for other forms.
     """
 
     phase: Phase
@@ -93,12 +94,14 @@ class Program:
     key_size: int
     value_size: int
     score: ScoreParts = ScoreParts()
+    rotary: int = 0
 
     @property
     def name(self) -> str:
         """A readable identifier, the name of the generated kernel."""
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
-        rule = "_".join(filter(None, (self.predicate.name, self.score.name)))
+        turned = f"rot{self.rotary}" if self.rotary else ""
+        rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
         return f"attend_{self.phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 
     @staticmethod
@@ -115,8 +118,10 @@ class StoreProgram:
     dtype: torch.dtype
     key_size: int
     value_size: int
+    rotary: int = 0
 
     @property
     def name(self) -> str:
         """A readable identifier, the name of the generated kernel."""
-        return f"store_{self.form.name}_d{self.key_size}e{self.value_size}_{DTYPES[self.dtype]}"
+        turned = f"_rot{self.rotary}" if self.rotary else ""
+        return f"store_{self.form.name}_d{self.key_size}e{self.value_size}_{DTYPES[self.dtype]}{turned}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effcompile.kernels import rope
 from effcompile.kernels.form import Kind, KVForm, word
 
 FP16_MAX = 65504.0
@@ -80,11 +81,14 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return torch.cat([(words >> (k * bits) & 2**bits - 1).to(torch.uint8) for k in range(channels)], dim)
 
 
-def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind: Kind) -> None:
+def store_side(
+    state: list[Tensor], length: int, new: Tensor, form: KVForm, kind: Kind, table: Tensor | None = None
+) -> None:
     """Append ``new`` ``[B, G, T, D]`` to one side's buffers, in place, at token ``length``.
 
     Groups that become complete (older than ``residual`` tokens) are quantised now, once, from the tail and the new
-    tokens as they were given; then the newest tokens go to the tail.
+    tokens as they were given; then the newest tokens go to the tail. With ``table``, which has the angles of the new
+    tokens already, the groups of a form of keys before RoPE are rotated back first.
     """
     total = length + new.shape[2]
     if form.bits(kind) == 16:
@@ -98,6 +102,8 @@ def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind
         batch, heads, count, size = fresh.shape
         g, bits = form.group, form.bits(kind)
         if form.axis(kind) == "channel":
+            if kind == "key" and form.pre and table is not None:
+                fresh = rope.unrotate(fresh.float(), *rope.angles(table, start, stop), form.rope)
             grouped = fresh.reshape(batch, heads, count // g, g, size)
             q, *steps = quantize_fp8(grouped, dim=3) if form.fp8(kind) else quantize(grouped, bits, dim=3)
             codes[:, :, start // g : stop // g] = pack(q, bits, dim=4).transpose(3, 4)
@@ -111,7 +117,7 @@ def store_side(state: list[Tensor], length: int, new: Tensor, form: KVForm, kind
     tail[:, :, torch.arange(first, total, device=new.device) % form.slots] = new[:, :, first - length :]
 
 
-def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind) -> Tensor:
+def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind, table: Tensor | None = None) -> Tensor:
     """The first ``length`` tokens of one side, dequantised: ``[B, G, length, D]``, fp32 if packed, else as stored."""
     if form.bits(kind) == 16:
         return state[0][:, :, :length]
@@ -121,6 +127,8 @@ def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind) -> Ten
     if form.axis(kind) == "channel":
         q = unpack(codes[:, :, : stop // g].transpose(3, 4), bits, dim=4)
         body = dequantize(q, *scales[:, :, : stop // g].split(1, dim=3)).flatten(2, 3)
+        if kind == "key" and form.pre and table is not None:
+            body = rope.rotate(body, *rope.angles(table, 0, stop), form.rope)
     else:
         q = unpack(codes[:, :, :stop], bits, dim=3).unflatten(3, (-1, g))
         body = dequantize(q, *scales[:, :, :stop].unsqueeze(5).unbind(3)).flatten(3)

@@ -29,6 +29,7 @@ from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import DECODE_ROWS, DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
+from effcompile.kernels.rope import rotary_of, table_shape
 from effcompile.lowering import toolchain
 
 AnyProgram: TypeAlias = Program | StoreProgram
@@ -38,11 +39,11 @@ State: TypeAlias = tuple[Tensor | None, ...]
 _CPP_TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 
 # Fields of AttendArgs, StoreArgs and LoadArgs in kernels/cpp/args.h, in their order; q is 8 bytes, as is every pointer.
-_ATTEND = struct.Struct("=7q 4q 4q 3q q q d").pack
+_ATTEND = struct.Struct("=8q 4q 4q 3q q q d").pack
 # ScoreArgs, behind the former if a program has parts.
 _SCORE = struct.Struct("=q 3q q d").pack
-_STORE = struct.Struct("=7q 2q 4q 6q q").pack
-_LOAD = struct.Struct("=7q 2q 3q q").pack
+_STORE = struct.Struct("=8q 2q 4q 6q q").pack
+_LOAD = struct.Struct("=8q 2q 3q q").pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,8 @@ def source(program: AnyProgram) -> str:
         "int64_t residual": form.residual,
         "int64_t key_size": program.key_size,
         "int64_t value_size": program.value_size,
+        "int64_t rotary": program.rotary,
+        "bool adjacent": str(form.rope == "pre_adjacent").lower(),
     }
     entries: dict[str, tuple[str, str]]
     if isinstance(program, Program):
@@ -115,6 +118,8 @@ def source(program: AnyProgram) -> str:
 
 def refusal(program: AnyProgram) -> str | None:
     """Why no C++ kernel can serve ``program``, or None."""
+    if program.form.pre != (0 < program.rotary <= program.key_size):
+        return f"the form {program.form.name} with a table of angles of {program.rotary} channels"
     for kind, size in (("key", program.key_size), ("value", program.value_size)):
         if size not in HEAD_SIZES or size % 8:
             offered = f"multiples of 8 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"
@@ -225,6 +230,20 @@ def _length(length: Tensor) -> int:
     return length.data_ptr()
 
 
+def _rotary(table: Tensor | None) -> int:
+    return 0 if table is None else rotary_of(table)
+
+
+def _table(table: Tensor | None, batch: int, capacity: int) -> int:
+    """Address of the table of angles, 0 without one."""
+    if table is None:
+        return 0
+    shape = table_shape(batch, capacity, rotary_of(table))
+    if table.shape != shape or table.dtype is not torch.float16 or not table.is_contiguous():
+        raise KernelUnavailable(f"a table of angles of {tuple(table.shape)} in {table.dtype}, and not {shape} in fp16")
+    return table.data_ptr()
+
+
 def _capacity(keys: Tensor, values: Tensor) -> int:
     """Tokens that both sides have room for: codes per channel have a group of tokens in a fifth dimension."""
     tokens, room = (x.shape[2] * (x.shape[4] if x.ndim == 5 else 1) for x in (keys, values))
@@ -291,6 +310,7 @@ def attend(
     causal: bool,
     window: int,
     *,
+    table: Tensor | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -303,7 +323,7 @@ def attend(
     value_size = (v0 if v2 is None else v2).shape[3]
     few = queries * ratio <= DECODE_ROWS
     parts = (softcap is not None, bias is not None, sinks is not None)
-    key = (form, dtype, size, value_size, ratio, few, causal, window, key_mask is None, parts)
+    key = (form, dtype, size, value_size, ratio, few, causal, window, key_mask is None, parts, _rotary(table))
     entry = _bind(
         key,
         "attend",
@@ -316,6 +336,7 @@ def attend(
             size,
             value_size,
             ScoreParts(*parts),
+            _rotary(table),
         ),
     )
     state = (k0, k1, k2, v0, v1, v2)
@@ -338,6 +359,7 @@ def attend(
         _ATTEND(
             *pointers,
             _length(length),
+            _table(table, batch, capacity),
             query.data_ptr(),
             mask_pointer,
             out.data_ptr(),
@@ -369,15 +391,17 @@ def kv_store(
     key: Tensor,
     value: Tensor,
     form: str,
+    *,
+    table: Tensor | None = None,
 ) -> None:
     """Launcher of ``effcompile::kv_store`` on CPUs. Raises :class:`CapacityError`, having written nothing."""
     batch, groups, tokens, key_size = key.shape
     value_size = value.shape[3]
     dtype = key.dtype
     entry = _bind(
-        ("kv_store", form, dtype, key_size, value_size),
+        ("kv_store", form, dtype, key_size, value_size, _rotary(table)),
         "kv_store",
-        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size),
+        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, _rotary(table)),
     )
     pointers = _pointers((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size)
     capacity = _capacity(k0, v0)
@@ -392,6 +416,7 @@ def kv_store(
         _STORE(
             *pointers,
             _length(length),
+            _table(table, batch, capacity),
             key.data_ptr(),
             value.data_ptr(),
             batch,
@@ -419,15 +444,17 @@ def kv_load(
     v2: Tensor | None,
     length: Tensor,
     form: str,
+    *,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::kv_load`` on CPUs: dense keys and values, zeros beyond the length."""
     key_like, value_like = k0 if k2 is None else k2, v0 if v2 is None else v2
     key_size, value_size = key_like.shape[3], value_like.shape[3]
     dtype = key_like.dtype
     entry = _bind(
-        ("kv_load", form, dtype, key_size, value_size),
+        ("kv_load", form, dtype, key_size, value_size, _rotary(table)),
         "kv_load",
-        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size),
+        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, _rotary(table)),
     )
     batch, groups = k0.shape[:2]
     capacity = _capacity(k0, v0)
@@ -437,6 +464,7 @@ def kv_load(
         _LOAD(
             *_pointers((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size),
             _length(length),
+            _table(table, batch, capacity),
             key_out.data_ptr(),
             value_out.data_ptr(),
             batch,

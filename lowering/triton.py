@@ -26,6 +26,14 @@ MAX_SPLITS = 128
 SPLIT_KEYS = 256
 """Keys of capacity per split at least; a split of fewer costs more in the merge than it gains."""
 
+PRE = "no GPU kernel reads keys before RoPE; use rope='post' there"
+"""Why forms of keys before RoPE run the reference body on GPUs."""
+
+
+def refusal(program: Program | StoreProgram) -> str | None:
+    """Why no Triton kernel can serve ``program``; None where that is not known to be so."""
+    return PRE if program.form.pre else None
+
 
 @functools.cache
 def _attend_program(
@@ -108,6 +116,11 @@ def _row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _no_table(table: Tensor | None) -> None:
+    if table is not None:
+        raise KernelUnavailable(PRE)
+
+
 def _part_values(
     query: Tensor, capacity: int, softcap: float | None, bias: Tensor | None, sinks: Tensor | None
 ) -> list[Any]:
@@ -130,9 +143,15 @@ def _part_values(
 
 
 def attend(
-    query: Tensor, *args: Any, softcap: float | None = None, bias: Tensor | None = None, sinks: Tensor | None = None
+    query: Tensor,
+    *args: Any,
+    table: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
+    _no_table(table)
     *held, length, key_mask, name, scale, causal, window = args
     state = tuple(held)
     form = _form(name)
@@ -186,12 +205,13 @@ def attend(
     return out, lse
 
 
-def kv_store(*args: Any) -> None:
+def kv_store(*args: Any, table: Tensor | None = None) -> None:
     """Launch ``effcompile::kv_store``: quantise groups that become complete, then append; ``length`` is from before.
 
     One new token needs one launch: it overwrites the slot of a token whose group was packed before. More tokens may
     overwrite slots that this call still has to quantise, so packing and appending are two launches, in that order.
     """
+    _no_table(table)
     *held, length, key, value, name = args
     state = tuple(held)
     form = _form(name)
@@ -214,8 +234,9 @@ def kv_store(*args: Any) -> None:
     built.launch("", grid, *common, QUANTIZE=False, APPEND=True, num_warps=4)
 
 
-def kv_load(*args: Any) -> tuple[Tensor, Tensor]:
+def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::kv_load``: ``[B, G, C, D]`` and ``[B, G, C, E]`` in the model's dtype, 0 past the length."""
+    _no_table(table)
     *held, length, name = args
     state = tuple(held)
     form = _form(name)

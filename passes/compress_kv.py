@@ -2,6 +2,7 @@
 
 Papers: KIVI (Liu et al., ICML 2024, sections 3-4): keys per channel, values per token, a full-precision residual, each
 group quantised once. KVTuner (Li et al., ICML 2025, section 4): key and value bits chosen separately, per layer.
+KVQuant (Hooper et al., NeurIPS 2024, section 3.2): keys quantised before RoPE.
 
 The choice of bits lives in the cache (:class:`effcompile.runtime.cache.Cache`), which a decorated model makes for
 itself; the meaning is the store's in eager and compiled alike. What this pass does is an optimisation:
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from effcompile import lowering
 from effcompile.kernels.form import Axis, Bits, KVForm
 from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
 from effcompile.kernels.reason import Reason
+from effcompile.kernels.rope import rotary_of
 from effcompile.passes.base import Pass
 from effcompile.passes.operands import parts_of, query_of
 from effcompile.passes.rewrite import Rewrite
@@ -67,6 +69,8 @@ class CompressKV(Pass):
     key_axis, value_axis
         Whether a scale belongs to one ``"channel"`` of some tokens or to one ``"token"`` and some of its channels. Keys
         have channels that are large throughout, which cost the others nothing per channel (KIVI, section 3.1).
+    rope
+        Whether keys are quantised with their rotary embedding ("post") or before it ("pre": KVQuant, section 3.2).
     rules
         Other values of these options for some layers: a pattern of module paths (as seen from the decorated module)
         and what differs there, such as ``{"model.layers.[0-3]": {"key_bits": 8}}``. The deepest match wins, of equally
@@ -79,10 +83,13 @@ class CompressKV(Pass):
     residual: int = 128
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
+    rope: Literal["post", "pre"] = "post"
     rules: by_layer.Rules = None
 
     name: ClassVar[str] = "compress_kv"
-    paper: ClassVar[str] = "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025)"
+    paper: ClassVar[str] = (
+        "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025); KVQuant (Hooper et al., NeurIPS 2024)"
+    )
     summary: ClassVar[str] = "key/value cache in 8 to 2 bits, keys per channel, values per token, read inside attention"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     limit: ClassVar[dict[str, Any]] = {"key_bits": 16, "value_bits": 16}
@@ -95,7 +102,7 @@ class CompressKV(Pass):
     def form(self) -> KVForm:
         """The store that these options describe."""
         bits = self.key_bits, self.value_bits
-        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis)
+        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis, self.rope)
 
     def check(self, module: nn.Module) -> None:
         """Raise ``FormError`` for a rule that names no layer of ``module``."""
@@ -135,14 +142,15 @@ def match(site: AttentionSite) -> Rewrite | Reason:
         return no("mask-not-causal", "the mask lets queries see past the end of the store, so it stays an operand")
     if not _ends_here(total, site.mask.offset, shape(site.query)[2]):
         return no("mask-offset", "the mask's first query does not stand at the length of the store before this call")
-    state = [n for n in load.args[:6] if isinstance(n, fx.Node)]
+    table = load.kwargs.get("table")
+    state = [n for n in (*load.args[:6], table) if isinstance(n, fx.Node)]
     roots = {root(n) for n in state}
     for node in between(load, site.output):
         if any(root(a) in roots for a in mutated_arguments(node)):
             return no("store-changes", f"{node.name} writes to the store between reading it and attending to it")
     if problem := _unsupported(site):
         return problem
-    return _fuse(site, form, form, lambda graph: (load.args[:6], total))
+    return _fuse(site, form, form, lambda graph: (load.args[:6], total), table)
 
 
 def _elsewhere(site: AttentionSite) -> tuple[str, str]:
@@ -192,7 +200,9 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
             length = graph.call_function(aten.full.default, ([], count), {"dtype": torch.int64, "device": "cpu"})
             return (key, None, None, val, None, None), length
 
-        return _fuse(site, DENSE, KVForm.parse(str(site.store.args[9])), dense)  # type: ignore[union-attr]
+        store = site.store
+        assert store is not None
+        return _fuse(site, DENSE, KVForm.parse(str(store.args[9])), dense, stored_table=store.kwargs.get("table"))
     if parts := _score_parts(site).name or ("factors" if site.factors else ""):
         return no("fresh-keys", f"the first call attends to its own keys, and SDPA has no such scores ({parts})")
     if site.spelling == "sdpa" and not site.mask_terms:
@@ -241,15 +251,20 @@ def _unsupported(site: AttentionSite) -> Reason | None:
     return None
 
 
-def _program(site: AttentionSite, form: KVForm) -> Program:
+def _rotary(table: Any) -> int:
+    """The channels that a table of angles rotates; 0 without one."""
+    return rotary_of(value(table)) if isinstance(table, fx.Node) else 0
+
+
+def _program(site: AttentionSite, form: KVForm, table: Any = None) -> Program:
     """The attention program of a site with a proved mask, over a store of ``form``."""
     assert isinstance(site.mask, Mask)
     queries = shape(site.query)[2]
     # A symbolic query length is a prompt's; a launcher looks at the real one anyway.
     phase = Program.phase_for(queries, site.ratio) if isinstance(queries, int) else "prefill"
     sizes = shape(site.query)[3], shape(site.value)[3]
-    dtype = value(site.query).dtype
-    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=_score_parts(site))
+    dtype, turned = value(site.query).dtype, _rotary(table)
+    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=_score_parts(site), rotary=turned)
 
 
 def _score_parts(site: AttentionSite) -> ScoreParts:
@@ -261,13 +276,22 @@ def _score_parts(site: AttentionSite) -> ScoreParts:
 State = tuple[Any, ...]
 
 
-def _fuse(site: AttentionSite, form: KVForm, stored: KVForm, read: Callable[[fx.Graph], tuple[State, Any]]) -> Rewrite:
+def _fuse(
+    site: AttentionSite,
+    form: KVForm,
+    stored: KVForm,
+    read: Callable[[fx.Graph], tuple[State, Any]],
+    table: Any = None,
+    stored_table: Any = None,
+) -> Rewrite:
     """``attend`` over a store of ``form``; ``read`` gives its six state arguments and its length.
 
-    ``stored`` is the form that the call appends to, whose kernel it will need too.
+    ``stored`` is the form that the call appends to, whose kernel it will need too; ``table`` and ``stored_table`` are
+    the angles that the two need.
     """
     assert isinstance(site.mask, Mask)
-    padding, program = site.mask.padding, _program(site, form)
+    padding, program = site.mask.padding, _program(site, form, table)
+    appended = StoreProgram(stored, program.dtype, program.key_size, program.value_size, _rotary(table or stored_table))
 
     def emit(graph: fx.Graph) -> fx.Node:
         mask = None if padding is None else _bool_mask(graph, padding)
@@ -276,14 +300,12 @@ def _fuse(site: AttentionSite, form: KVForm, stored: KVForm, read: Callable[[fx.
         call = graph.call_function(
             torch.ops.effcompile.attend.default,
             (query_of(graph, site), *state, length, mask, form.name, site.scale, True, window),
-            parts_of(graph, site),
+            parts_of(graph, site) | ({} if table is None else {"table": table}),
         )
         call.meta.update(site.output.meta)
         return graph.call_function(operator.getitem, (call, 0))
 
-    return Rewrite(
-        program.name, emit, (program, StoreProgram(stored, program.dtype, program.key_size, program.value_size))
-    )
+    return Rewrite(program.name, emit, (program, appended))
 
 
 def _ends_here(total: Any, offset: Any, queries: Any) -> bool:

@@ -13,6 +13,7 @@ from effcompile.kernels.cost import Cost
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program
 from effcompile.kernels.reason import Reason
+from effcompile.kernels.rope import rotary_of
 from effcompile.passes.options import clean_path
 
 Which = Literal["before", "after"]
@@ -45,6 +46,8 @@ class Decision:
         Names of the programs that are launched.
     cache
         Bytes of this layer's cache, and of a dense one of the same capacity; 0 without a cache.
+    table_bytes
+        Of the angles that all layers with keys before RoPE share, in no layer's bytes; 0 without them.
     """
 
     site: int
@@ -62,6 +65,7 @@ class Decision:
     error: float | None = None
     kernels: tuple[str, ...] = ()
     cache: tuple[int, int] = (0, 0)
+    table_bytes: int = 0
     graph: int = 0
 
     def _number(self, which: Which, what: str) -> int | None:
@@ -132,7 +136,9 @@ def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     common = _common(index, site, rule)
     program = next((p for p in rewrite.programs if isinstance(p, Program)), None)
     item = site.query.meta["val"].element_size()
-    after = cost.dense(Predicate(), item) if program is None else cost.attend(program.form, program.predicate, item)
+    after = cost.dense(Predicate(), item)
+    if program is not None:
+        after = cost.attend(program.form, program.predicate, item, program.rotary)
     names = tuple(p.name for p in rewrite.programs)
     before = _cost_before(site)
     return Decision(**common, action="rewritten", form=rewrite.form, before=before, after=after, kernels=names)
@@ -142,9 +148,15 @@ def _cost_before(site: Any) -> Cost:
     item = site.query.meta["val"].element_size()
     mask = sum(term.meta["val"].element_size() for term in site.mask_terms)
     if site.load is not None:
-        return cost.unfused(KVForm.parse(site.load.args[7]), item, mask)
+        return cost.unfused(KVForm.parse(site.load.args[7]), item, mask, _rotary(site))
     found = cost.dense(Predicate(causal=site.is_causal), item)
     return found + Cost(cost.B * cost.T * cost.S * mask, 0)
+
+
+def _rotary(site: Any) -> int:
+    """The channels that the table of angles of a site's store rotates; 0 without one."""
+    table = site.load.kwargs.get("table")
+    return 0 if table is None else rotary_of(table.meta["val"])
 
 
 def _common(index: int, site: Any, rule: str) -> dict[str, Any]:
@@ -157,11 +169,12 @@ def _common(index: int, site: Any, rule: str) -> dict[str, Any]:
         sizes["G"] = sizes["H"] // site.ratio
     fixed = {letter for letter, length in given.items() if isinstance(length, int)} | {"G"}
     form = KVForm.parse(site.load.args[7]) if site.load is not None else None
-    cache = (0, 0)
+    cache, table = (0, 0), 0
     if form is not None:
         fixed.discard("S")
         if set("BGCDE") <= sizes.keys():
             dims = sizes["B"], sizes["G"], sizes["C"], sizes["D"], sizes["E"]
+            table = cost.at(cost.table(_rotary(site)), B=sizes["B"], C=sizes["C"])
             cache = (form.nbytes(*dims, key.dtype), KVForm(16, 16).nbytes(*dims, key.dtype))
     return {
         "site": index,
@@ -172,6 +185,7 @@ def _common(index: int, site: Any, rule: str) -> dict[str, Any]:
         "sizes": tuple(sorted(sizes.items())),
         "fixed": "".join(sorted(fixed)),
         "cache": cache,
+        "table_bytes": table,
     }
 
 

@@ -298,6 +298,11 @@ def graphs_of(model: nn.Module, *, compiled: bool = True) -> list[GraphReport]:
     return [graph for graph in alive if graph.belongs_to(model, compiled=compiled)]
 
 
+def _bytes(decisions: Sequence[Decision]) -> int:
+    """Of the caches of some layers, with the table of angles that they share."""
+    return sum(d.cache[0] for d in decisions) + max((d.table_bytes for d in decisions), default=0)
+
+
 class Report:
     """All graphs of one model. Printing it gives a table; the numbers in it stand for a full cache."""
 
@@ -366,8 +371,8 @@ class Report:
         sites = [site for site in self.sites if (site.graph, site.index) in taken]
         done = sum(site.rewritten for site in sites)
         text = f"{done} of {_count(len(sites), 'site')} rewritten in {_count(len(self.graphs), 'graph')}"
-        caches = [[d.cache for d in graph.decisions if d.action == "rewritten"] for graph in self.graphs]
-        ours, dense = max(((sum(c[0] for c in one), sum(c[1] for c in one)) for one in caches), default=(0, 0))
+        caches = [[d for d in graph.decisions if d.action == "rewritten"] for graph in self.graphs]
+        ours, dense = max(((_bytes(one), sum(d.cache[1] for d in one)) for one in caches), default=(0, 0))
         if ours:
             text += f"; cache {quantity(ours)}B instead of {quantity(dense)}B"
         linears = max(graph.linears for graph in self.graphs)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import types
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ FORM = "_effcompile_form"
 RULES = "_effcompile_rules"
 """Instance attribute with the rules that came with it, for some of the layers below."""
 HOOK = "_effcompile_hook"
-"""Instance attribute with the handle of the forward pre-hook, on a model and on the models within it."""
+"""Instance attribute with the handle of the forward pre-hook, on a model, on the models within it, on attentions."""
 _METHODS = ("_prepare_cache_for_generation", "create_masks_for_generate")
 
 
@@ -96,8 +97,36 @@ def attach_hooks(module: nn.Module) -> None:
         module.__dict__["create_masks_for_generate"] = types.MethodType(_create_masks_for_generate, module)
 
 
+def angles_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``(cos, sin)`` among the arguments of an attention module, or None."""
+    given = kwargs.get("position_embeddings")
+    if given is None:
+        for value in args:
+            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor):
+                return value
+    return given
+
+
+def attention_modules(model: nn.Module, layers: Iterable[int]) -> Iterator[tuple[int, str, nn.Module]]:
+    """Number, path and module of the attentions of ``layers``: the innermost modules with that ``layer_idx``."""
+    wanted = set(layers)
+    for path, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or index not in wanted:
+            continue
+        if not any(getattr(inner, "layer_idx", None) == index for inner in module.modules() if inner is not module):
+            yield index, path, module
+
+
+def attach_angles(model: nn.Module, layers: list[int]) -> None:
+    """Have the attention modules of ``layers`` hand cos and sin to their layer of a cache; once."""
+    for _, _, module in attention_modules(model, layers):
+        if HOOK not in module.__dict__:
+            module.__dict__[HOOK] = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+
+
 def detach(module: nn.Module) -> None:
-    """Undo :func:`set_form` and :func:`attach_hooks` on exactly this module."""
+    """Undo :func:`set_form`, :func:`attach_hooks` and :func:`attach_angles` on exactly this module."""
     module.__dict__.pop(FORM, None)
     module.__dict__.pop(RULES, None)
     handle = module.__dict__.pop(HOOK, None)
@@ -105,7 +134,7 @@ def detach(module: nn.Module) -> None:
         return
     # After a deepcopy the handle points at the original's hooks, so the hook is looked up by what it is.
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook in (_before_forward, _before_inner_forward):
+        if hook in (_before_forward, _before_inner_forward, _before_attention):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     for name in _METHODS:
@@ -170,6 +199,15 @@ def _before_inner_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict
         return None
     prepared: tuple[Any, Any] | None = _before_forward(module, args, kwargs)
     return prepared
+
+
+def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give cos and sin to the layer of a cache that will be updated next. Dynamo traces this."""
+    for given in (*args, *kwargs.values()):
+        if _is_cache(given):
+            layer = given.layers[module.layer_idx]
+            if getattr(layer, "angles", None) is not None:
+                layer.given = angles_in(args, kwargs)
 
 
 def _new_cache(module: nn.Module, given: dict[str, Any]) -> Cache | None:

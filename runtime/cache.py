@@ -8,6 +8,7 @@ empty cache attends to the fresh keys and values, later calls to the store.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from transformers import cache_utils
 from effcompile.kernels import ops
 from effcompile.kernels.form import Axis, Bits, KVForm
 from effcompile.runtime.layer import CacheError, Call, CompressedLayer, GradientError, change_rows, lasting
+from effcompile.runtime.rope import Angles, learn
 from effcompile.runtime.rules import Rules, check, parse
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class Cache(cache_utils.Cache):
     capacity
         Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as
         needed.
-    key_bits, value_bits, group_size, residual, key_axis, value_axis
+    key_bits, value_bits, group_size, residual, key_axis, value_axis, rope
         As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
     rules
         Other values of these for some layers: a pattern of module paths and what differs there, such as
@@ -96,7 +98,8 @@ class Cache(cache_utils.Cache):
     FormError
         Bits not offered, a group that does not divide, or a rule that names no layer.
     CacheError
-        A model without a transformers config, or one with no full-attention layer.
+        A model without a transformers config, or one with no full-attention layer; with ``rope="pre"`` also one whose
+        rotary embedding could not be shown.
 
     Examples
     --------
@@ -115,6 +118,7 @@ class Cache(cache_utils.Cache):
         residual: int = 128,
         key_axis: Axis = "channel",
         value_axis: Axis = "token",
+        rope: str = "post",
         rules: Rules = None,
         batch_size: int | None = None,
     ) -> None:
@@ -133,7 +137,7 @@ class Cache(cache_utils.Cache):
         torch._dynamo.mark_static_address(self.length)
         self.call = Call()
         self._recorded: int | None = None  # the length up to which the layers' logs go
-        default = KVForm(key_bits, value_bits, group_size, residual, key_axis, value_axis)
+        default = KVForm(key_bits, value_bits, group_size, residual, key_axis, value_axis, rope)
         refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
         window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
@@ -144,11 +148,16 @@ class Cache(cache_utils.Cache):
         chosen = parse(rules, default)
         check(chosen, model, full)
         forms = adapter.layer_forms(model, default, len(layers), chosen)
+        learned = learn(model, [i for i in full if forms[i].pre])
+        self.angles = Angles.of(learned, self.capacity, device)
         for i in full:
-            layers[i] = CompressedLayer(forms[i], self.capacity, self.length, self.call, i, (full[0], full[-1]))
+            form = dataclasses.replace(forms[i], rope=learned[i].rope) if i in learned else forms[i]
+            angles, ends = self.angles if form.pre else None, (full[0], full[-1])
+            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles)
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
         adapter.attach_hooks(model)
+        adapter.attach_angles(model, [i for i, how in learned.items() if how.rope != "post"])
         if batch_size is not None:
             self._allocate(batch_size, next(model.parameters()).dtype)
 
@@ -164,8 +173,9 @@ class Cache(cache_utils.Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that the compressed layers have allocated, and of the length."""
-        return sum(layer.nbytes for layer in self.compressed) + self.length.element_size()
+        """Bytes of all that the compressed layers have allocated, of the table of angles, and of the length."""
+        shared = self.length.element_size() + (0 if self.angles is None else self.angles.nbytes)
+        return sum(layer.nbytes for layer in self.compressed) + shared
 
     @property
     def tokens(self) -> int:
@@ -214,6 +224,8 @@ class Cache(cache_utils.Cache):
             for layer in layers:
                 layer.record(seen, count)
             self._recorded = seen + count
+        for layer in layers:
+            layer.given = None  # of a call that failed
         self.call.open = self.call.entry.open = True
         self.call.count, self.call.sent = count or None, seen + count
 
@@ -224,6 +236,8 @@ class Cache(cache_utils.Cache):
         self.capacity = bucket(tokens)
         for layer in self.compressed:
             layer.grow(self.capacity)
+        if self.angles is not None:
+            self.angles.grow(self.capacity)
 
     def _allocate(self, batch: int, dtype: torch.dtype) -> None:
         """Make the buffers that are missing, where the config tells the heads; else the first ``update`` does."""
@@ -237,6 +251,8 @@ class Cache(cache_utils.Cache):
                 layer.allocate(batch, *layer.shape[1:], layer.dtype)
             elif not layer.is_initialized and heads and size:
                 layer.allocate(batch, heads, size, size, dtype)
+        if self.angles is not None:
+            self.angles.allocate(batch)
         for fixed in self._fixed:
             # Only an empty cache gets here with another batch; these layers then allocate again by themselves.
             if fixed.is_initialized and fixed.batch_size != batch:
@@ -274,6 +290,8 @@ class Cache(cache_utils.Cache):
             return
         for layer in self.compressed:  # first, since they check the number of rows
             layer.reorder_cache(beam_idx)
+        if self.angles is not None:
+            self.angles.reorder(beam_idx)
         for fixed in self._fixed:
             # In place: transformers' own way makes new tensors, which are no static addresses.
             for buffer in (fixed.keys, fixed.values) if fixed.is_initialized else ():
@@ -328,6 +346,8 @@ class Cache(cache_utils.Cache):
                 )
         for ours in self.compressed:
             ours.change_rows(take)
+        if self.angles is not None:
+            self.angles.change_rows(take)
         for fixed in self._fixed:
             change_rows(fixed, take)
 
@@ -424,6 +444,8 @@ class Cache(cache_utils.Cache):
         torch._dynamo.mark_static_address(new.length)
         for layer in new.compressed:
             layer.mark()
+        if new.angles is not None and new.angles.table is not None:
+            torch._dynamo.mark_static_address(new.angles.table)
         for fixed in new._fixed:
             for tensor in (fixed.keys, fixed.values, fixed.cumulative_length) if fixed.is_initialized else ():
                 torch._dynamo.mark_static_address(tensor)

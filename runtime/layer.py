@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import cache_utils
 
 from effcompile.kernels.form import KVForm
+
+if TYPE_CHECKING:
+    from effcompile.runtime.rope import Angles
 
 
 class CacheError(ValueError):
@@ -94,13 +97,24 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         New tokens leave in :attr:`log` what they took over, so that they can be removed again.
     log
         For each packed side ``[B, G, L, D]``: what the slots of the newest ``L`` tokens held before them.
+    angles
+        The cache's table of angles, where keys are kept before RoPE.
+    given
+        cos and sin of the call in progress, from the hook on this layer's attention to the ``update`` that takes them.
     """
 
     is_compileable = True
     is_sliding = False
 
     def __init__(
-        self, form: KVForm, capacity: int, length: Tensor, call: Call, index: int, ends: tuple[int, int]
+        self,
+        form: KVForm,
+        capacity: int,
+        length: Tensor,
+        call: Call,
+        index: int,
+        ends: tuple[int, int],
+        angles: Angles | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
@@ -117,6 +131,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.held_from = 0
         self.log: list[Tensor] = []
         self.overrun: tuple[Tensor, Tensor] | None = None
+        self.angles = angles
+        self.given: Any = None
 
     def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
         """Make the buffers, zeroed, at addresses that stay. Raises ``FormError`` if the head size does not divide."""
@@ -170,6 +186,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         CapacityError
             If they do not fit; nothing has been written.
         """
+        given, self.given = self.given, None  # those of one call never serve another
         if not self.is_initialized or (self.fresh and self._mismatch(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         if problem := self._mismatch(key_states, value_states):
@@ -194,11 +211,14 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             self.overrun = key_states[:, :, over].clone(), value_states[:, :, over].clone()
         # Equal, except under autocast: there rotated keys are in fp32 and values are not, and the store takes both.
         stored = key_states.to(self.dtype), value_states.to(self.dtype)
-        torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name)
+        table = {}
+        if self.angles is not None:
+            table["table"] = self.angles.write(self.index, self.length, given, key_states.shape[0], count)
+        torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name, **table)
         if self.fresh:
             result = key_states, value_states
         else:
-            result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name)
+            result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name, **table)
         if self.last:
             self.length.add_(count)
             if not self.call.open:
@@ -255,6 +275,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.fresh = True
         self.length.zero_()
         self.held_from = 0
+        self.given = None
         self.forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -9,6 +9,7 @@ struct State {
   void* k[3];  // dense, or codes, scales, tail
   void* v[3];
   const int64_t* length;
+  const void* table;  // angles [B, C/16, 2, r/2, 16] in fp16, for keys before RoPE
 };
 
 struct AttendArgs {

@@ -25,6 +25,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   const Scale scale(softmax_scale<P>(a));
   const Side<P, Kind::key> keys(a.state, head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
+  const Rope<P> rope(a.state, head / a.groups, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
   struct Work;
   float* q = scratch<Work>(rows * DP + RB * ld);
@@ -37,7 +38,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
     for (int64_t row = 0; row < rows; row += RB) {
       const Visible<P> seen(row / P::ratio, a.queries, length);
       if (t >= seen.last || t + n <= seen.first) continue;
-      score<P, RB>(keys, t, n, tail, q + row * DP, s, ld);
+      score<P, RB>(keys, rope, t, n, tail, q + row * DP, s, ld);
       float alpha[RB];
       for (int r = 0; r < RB; ++r) {
         change_scores<P>(a, head, row + r, t, n, s + r * ld);

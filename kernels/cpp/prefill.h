@@ -11,12 +11,12 @@ namespace ec {
 
 // Keys [t, t + n) as fp32, transposed: out[channel][token], row length ld.
 template <class P>
-inline void key_tile(const Side<P, Kind::key>& keys, int64_t t, int64_t n, bool tail, float* out, int64_t ld) {
+inline void key_tile(const Side<P, Kind::key>& keys, const Rope<P>& rope, int64_t t, int64_t n, bool tail, float* out, int64_t ld) {
   using S = Side<P, Kind::key>;
   if constexpr (S::packed) {
     if (!tail) {
       if constexpr (S::per_channel) {
-        for (int64_t i = 0; i < n; i += S::g) group_columns(keys, t + i, out + i, ld);
+        for (int64_t i = 0; i < n; i += S::g) key_columns(keys, rope, t + i, out + i, ld);
       } else {
         struct Rows;
         float* rows = scratch<Rows>(n * S::size);
@@ -65,6 +65,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
   const Scale scale(softmax_scale<P>(a));
   const Side<P, Kind::key> keys(a.state, head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
+  const Rope<P> rope(a.state, head / a.groups, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
   struct Work;
   float* q = scratch<Work>(padded * (DP + BK + EP + 3) + D * BK + BK * EP);
@@ -83,7 +84,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
     while (begin < last && Visible<P>(begin, a.queries, length).last <= t) ++begin;
     const int64_t low = (begin - first) * P::ratio, count = (last - begin) * P::ratio;
     if (count == 0) return;
-    key_tile<P>(keys, t, n, tail, key, BK);
+    key_tile<P>(keys, rope, t, n, tail, key, BK);
     multiply<float, wide.rows, wide.columns>(count, round_up(n, VL), D, q + low * DP, DP, key, BK, nullptr, s + low * BK, BK);
     for (int64_t row = low; row < low + count; ++row) {
       const Visible<P> seen(first + row / P::ratio, a.queries, length);

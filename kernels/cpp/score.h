@@ -63,6 +63,49 @@ inline void score_packed(const Side<P, Kind::key>& keys, int64_t t, int64_t n, c
   }
 }
 
+// The same for keys before RoPE: each pair of channels is dequantised, turned by its token's angle, and met by all rows.
+template <class P, int RB>
+inline void score_turned(const Side<P, Kind::key>& keys, const Rope<P>& rope, int64_t t, int64_t n, const float* q,
+                         float* s, int64_t ld) {
+  using S = Side<P, Kind::key>;
+  using R = Rope<P>;
+  constexpr int64_t D = S::size, DP = round_up(D, VL), g = S::g;
+  float step[DP], zero[DP];
+  for (int64_t first = 0; first < n; first += g) {
+    const uint8_t* codes = keys.code_at(t + first);
+    const Half* scale = keys.scale_at(t + first);
+    for (int64_t d = 0; d < D; d += VL) {
+      const Vec x = load_f32(scale + d, D - d);
+      x.store(step + d);
+      const Vec offset = S::fp8 ? Vec(0.f) : at::vec::fmadd(x, Vec(CENTER<S::bits>), load_f32(scale + D + d, D - d));
+      offset.store(zero + d);
+    }
+    for (int64_t i = 0; i < g; i += VL) {
+      const auto channel = [&](int64_t d) {
+        const Words<S::format> words(codes + d % S::words * g + i, S::words * g);
+        return at::vec::fmadd(words.at(static_cast<int>(d / S::words)), Vec(step[d]), Vec(zero[d]));
+      };
+      Vec acc[2][RB];
+      for (int r = 0; r < RB; ++r) acc[0][r] = acc[1][r] = Vec(0.f);
+      for (int64_t p = 0; p < R::half; ++p) {
+        const int64_t j = R::low(p), k = R::high(p);
+        const Half* angle = rope.at(t + first + i, p);
+        const Vec cos = load_f32(angle), sin = load_f32(angle + R::sine), a = channel(j), b = channel(k);
+        const Vec x = a * cos - b * sin, y = at::vec::fmadd(b, cos, a * sin);
+        for (int r = 0; r < RB; ++r) {
+          acc[0][r] = at::vec::fmadd(Vec(q[r * DP + j]), x, acc[0][r]);
+          acc[1][r] = at::vec::fmadd(Vec(q[r * DP + k]), y, acc[1][r]);
+        }
+      }
+      for (int64_t d = P::rotary; d < D; ++d) {
+        const Vec x = channel(d);
+        for (int r = 0; r < RB; ++r) acc[0][r] = at::vec::fmadd(Vec(q[r * DP + d]), x, acc[0][r]);
+      }
+      for (int r = 0; r < RB; ++r) (acc[0][r] + acc[1][r]).store(s + r * ld + first + i);
+    }
+  }
+}
+
 // The same for J tokens in model dtype. Lanes are channels.
 template <class T, int64_t D, int RB, int J>
 inline void score_tokens(const T* k, const float* q, float* s, int64_t ld) {
@@ -91,11 +134,14 @@ inline void score_dense(const T* k, int64_t n, const float* q, float* s, int64_t
 }
 
 template <class P, int RB>
-inline void score(const Side<P, Kind::key>& keys, int64_t t, int64_t n, bool tail, const float* q, float* s, int64_t ld) {
+inline void score(const Side<P, Kind::key>& keys, const Rope<P>& rope, int64_t t, int64_t n, bool tail, const float* q,
+                  float* s, int64_t ld) {
   using S = Side<P, Kind::key>;
   if constexpr (S::packed) {
     if (!tail) {
-      if constexpr (S::per_channel) {
+      if constexpr (Rope<P>::on) {
+        return score_turned<P, RB>(keys, rope, t, n, q, s, ld);
+      } else if constexpr (S::per_channel) {
         return score_packed<P, RB>(keys, t, n, q, s, ld);
       } else {
         struct Dense;

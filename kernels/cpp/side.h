@@ -79,6 +79,26 @@ inline void for_runs(int64_t from, int64_t to, int64_t stop, int64_t block, Body
   }
 }
 
+// The angles of one batch entry, and which channels they turn (effcompile/kernels/rope.py).
+template <class P>
+struct Rope {
+  static constexpr int64_t run = 16, half = P::rotary / 2;
+  static constexpr bool on = P::rotary > 0;
+  const Half* table = nullptr;
+
+  Rope(const State& state, int64_t batch, int64_t capacity) {
+    if constexpr (on) table = static_cast<const Half*>(state.table) + batch * (capacity / run * 2 * half * run);
+  }
+
+  // The channels of pair p.
+  static constexpr int64_t low(int64_t p) { return P::adjacent ? 2 * p : p; }
+  static constexpr int64_t high(int64_t p) { return P::adjacent ? 2 * p + 1 : p + half; }
+
+  // cos of pair p for the tokens from t on, which is a multiple of the vector or within a run; sin stands `sine` behind.
+  const Half* at(int64_t t, int64_t p) const { return table + (t / run * 2 * half + p) * run + t % run; }
+  static constexpr int64_t sine = half * run;
+};
+
 // Codes as they come from Words, dequantised as the reference rounds it: a product, then a sum. `at` says which of the
 // scales, `count` how many there are before the zeros.
 template <class S>
@@ -101,6 +121,23 @@ inline void group_columns(const S& side, int64_t t, float* out, int64_t ld) {
         const int64_t d = r + k * S::words;
         dequantised<S>(words.at(k), scale, d, S::size).store(out + d * ld + i);
       }
+    }
+  }
+}
+
+// The same for keys, which are turned if they are stored before RoPE.
+template <class P, class S>
+inline void key_columns(const S& side, const Rope<P>& rope, int64_t t, float* out, int64_t ld) {
+  static_assert(Rope<P>::run % VL == 0 || !Rope<P>::on);
+  group_columns(side, t, out, ld);
+  for (int64_t p = 0; p < Rope<P>::half; ++p) {
+    float *low = out + Rope<P>::low(p) * ld, *high = out + Rope<P>::high(p) * ld;
+    for (int64_t i = 0; i < S::g; i += VL) {
+      const Half* angle = rope.at(t + i, p);
+      const Vec cos = load_f32(angle), sin = load_f32(angle + Rope<P>::sine);
+      const Vec a = Vec::loadu(low + i), b = Vec::loadu(high + i);
+      (a * cos - b * sin).store(low + i);
+      (b * cos + a * sin).store(high + i);
     }
   }
 }

@@ -82,17 +82,46 @@ struct Source {
   const T* at(int64_t t) const { return t < length ? side.rows(t) : fresh + (t - length) * stride; }
 };
 
+// A group of keys as fp32 before RoPE: out[token][channel], row length DP. Rounded as the reference rounds it.
+template <class P>
+inline void turn_back(const Source<P, Kind::key>& from, const Rope<P>& rope, int64_t t, float* out) {
+  using S = Side<P, Kind::key>;
+  using R = Rope<P>;
+  constexpr int64_t D = S::size, DP = round_up(D, VL);
+  for (int64_t i = 0; i < S::g; ++i) {
+    float* row = out + i * DP;
+    for (int64_t d = 0; d < D; d += VL) load_f32(from.at(t + i) + d, D - d).store(row + d);
+    for (int64_t p = 0; p < R::half; ++p) {
+      const Half* angle = rope.at(t + i, p);
+      const float cos = *angle, sin = angle[R::sine], square = cos * cos + sin * sin;
+      const float a = row[R::low(p)], b = row[R::high(p)];
+      row[R::low(p)] = (a * cos + b * sin) / square;
+      row[R::high(p)] = (b * cos - a * sin) / square;
+    }
+  }
+}
+
 template <class P, Kind kind>
-inline void pack_channels(const Source<P, kind>& from, int64_t t) {
+inline void pack_channels(const Source<P, kind>& from, const Rope<P>& rope, int64_t t) {
   using S = Side<P, kind>;
+  constexpr bool turn = Rope<P>::on && kind == Kind::key;
   constexpr int64_t D = S::size, DP = round_up(D, VL), g = S::g;
   struct Codes;
+  struct Turned;
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch<Codes>(g * DP / 4));
   Half* scales = from.side.scale_at(t);
+  float* turned = nullptr;
+  if constexpr (turn) turn_back(from, rope, t, turned = scratch<Turned>(g * DP));
+  const auto given = [&](int64_t i, int64_t d) {
+    if constexpr (turn)
+      return Vec::loadu(turned + i * DP + d);
+    else
+      return load_f32(from.at(t + i) + d, D - d);
+  };
   for (int64_t d = 0; d < D; d += VL) {
-    Vec low = load_f32(from.at(t) + d, D - d), high = low;
+    Vec low = given(0, d), high = low;
     for (int64_t i = 1; i < g; ++i) {
-      const Vec x = load_f32(from.at(t + i) + d, D - d);
+      const Vec x = given(i, d);
       low = at::vec::minimum(low, x);
       high = at::vec::maximum(high, x);
     }
@@ -106,7 +135,7 @@ inline void pack_channels(const Source<P, kind>& from, int64_t t) {
     }
     const Vec scale = load_f32(scales + d, D - d), zero = S::fp8 ? Vec(0.f) : load_f32(scales + D + d, D - d);
     for (int64_t i = 0; i < g; ++i)
-      encode<S::format>(load_f32(from.at(t + i) + d, D - d), scale, zero, codes + i * DP + d);
+      encode<S::format>(given(i, d), scale, zero, codes + i * DP + d);
   }
   for (int64_t r = 0; r < S::words; ++r)
     for (int64_t i = 0; i < g; ++i) write_word<S>(codes + i * DP + r, from.side.code_at(t) + r * g + i, S::words * g);
@@ -148,8 +177,10 @@ inline Source<P, kind> source(const StoreArgs& a, int64_t head, int64_t length) 
 // tokens take over, so all packing comes first.
 template <class P, Kind kind>
 inline void pack(const StoreArgs& a, int64_t head, int64_t length, int64_t t) {
-  if constexpr (Side<P, kind>::packed && Side<P, kind>::per_channel) pack_channels(source<P, kind>(a, head, length), t);
-  if constexpr (Side<P, kind>::packed && !Side<P, kind>::per_channel) pack_tokens(source<P, kind>(a, head, length), t);
+  using S = Side<P, kind>;
+  if constexpr (S::packed && S::per_channel)
+    pack_channels(source<P, kind>(a, head, length), Rope<P>(a.state, head / a.groups, a.capacity), t);
+  if constexpr (S::packed && !S::per_channel) pack_tokens(source<P, kind>(a, head, length), t);
 }
 
 template <class P, Kind kind>
@@ -204,7 +235,10 @@ inline void read_back(const LoadArgs& a, int64_t head, int64_t t, int64_t n, boo
       for (int64_t first = 0; first < n; first += g) {
         if constexpr (S::per_channel) {
           float* row = tile + g * padded;
-          group_columns(side, t + first, tile, g);
+          if constexpr (kind == Kind::key)
+            key_columns(side, Rope<P>(a.state, head / a.groups, a.capacity), t + first, tile, g);
+          else
+            group_columns(side, t + first, tile, g);
           for (int64_t i = 0; i < g; ++i) {
             for (int64_t d = 0; d < S::size; ++d) row[d] = tile[d * g + i];
             convert_row(row, out + (first + i) * S::size, S::size);
