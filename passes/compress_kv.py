@@ -22,7 +22,7 @@ from effcompile import lowering
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, StoreProgram
 from effcompile.kernels.reason import Reason
-from effcompile.passes.base import Pass
+from effcompile.passes.base import Pass, Target
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.masks import Mask
@@ -74,6 +74,16 @@ class CompressKV(Pass):
     summary: ClassVar[str] = "key/value cache in 8 to 2 bits, keys per channel, values per token, read inside attention"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     limit: ClassVar[dict[str, Any]] = {"key_bits": 16, "value_bits": 16}
+    elsewhere: ClassVar[dict[Target, str]] = {
+        "method": (
+            "A model has one cache, whichever of its methods is called: put it above the class, on an instance, "
+            "ec.compress_kv()(model), or pass past_key_values=ec.Cache(model) to this call alone."
+        ),
+        "function": (
+            "A cache belongs to a model: put it on the one that the function calls, ec.compress_kv()(model), or pass "
+            "past_key_values=ec.Cache(model) to that call."
+        ),
+    }
 
     def __post_init__(self) -> None:
         self.form  # noqa: B018  (building the form checks every value)
