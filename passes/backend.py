@@ -64,10 +64,11 @@ def effcompile(
     """
     chosen = choices.parse(options, mode)
     clock = _Clock()
-    place = place_of(gm) if chosen.rules else None
+    place = place_of(gm)
     notes: tuple[str, ...] = ()
     if place is not None:
         place.check(chosen)
+        place.complete(gm)
         notes = place.shared(chosen)
     graph = normalize(gm, example_inputs)
     if isinstance(graph, Reason):
@@ -76,8 +77,6 @@ def effcompile(
         return _unchanged(
             gm, example_inputs, chosen, report.GraphReport(gm, None, seen, chosen, clock.seconds, note=graph)
         )
-    if place is not None:
-        place.rename(graph)
     clock.lap("normalise")
     before = report.Snapshot(graph)
     others = _others(graph)

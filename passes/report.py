@@ -179,9 +179,7 @@ class GraphReport:
         self.device = next((t.device.type for i in self.inputs if (t := i.tensor()) is not None), "cpu")
         custom = [node.meta.get("custom") or {} for node in gm.graph.nodes]
         self.annotations = frozenset(item for c in custom for item in c.items() if item[0].startswith(PREFIX))
-        # Of the normalised graph, whose paths begin at the compiled module.
-        nodes = (gm if before is None else before).graph.nodes
-        paths = {list(s.values())[-1][0] for n in nodes if (s := n.meta.get("nn_module_stack"))}
+        paths = {list(s.values())[-1][0] for n in gm.graph.nodes if (s := n.meta.get("nn_module_stack"))}
         self.unmatched = (*options.unmatched(paths), *notes)
 
     @property

@@ -1,44 +1,70 @@
 """Which part of the compiled module a graph is of, and rules that name none of its modules.
 
 A back end sees graphs. After a graph break within a layer Dynamo compiles the layer's own ``forward``, where every path
-begins at the layer, while the paths in the user's rules begin at the module that was compiled. A back end is called
-from within that module's call, so both are found on the stack. Where they are not (a compiled plain function, say),
-nothing is assumed.
+begins at the layer, while the paths in the user's rules begin at the module that was compiled; and the annotations of
+decorators further out are lost. A back end is called from within that module's call, so both are found on the stack.
+Where they are not (a compiled plain function, say), nothing is assumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Iterator
 
 from torch import fx, nn
 
-from effcompile.passes.options import BackendOptions, OptionError, clean_path
+from effcompile.passes.options import BackendOptions, OptionError, annotations_of, clean_path
 
 _SELF = "L['self']"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Place:
-    """The module that the user compiled, and the path in it of the module whose ``forward`` a graph is of."""
+    """The module that the user compiled, and the path in it of the module whose ``forward`` a graph is of.
+
+    ``above`` are the modules that call :attr:`root` as a part of theirs, outermost first.
+    """
 
     root: nn.Module
     path: str
+    above: tuple[nn.Module, ...] = ()
 
-    def rename(self, gm: fx.GraphModule) -> None:
-        """Let the module paths of a graph of our own begin at :attr:`root`."""
-        prefix = f"{_SELF}.{self.path}"
-        # What a module computes itself has no stack in the graph of its own forward.
-        whole = {"": (prefix, type(self.root.get_submodule(self.path)))}
-        for node in gm.graph.nodes if self.path else ():
-            if node.op == "call_function":
-                stack = node.meta.get("nn_module_stack") or {}
-                node.meta["nn_module_stack"] = whole | {
-                    key: (path.replace(_SELF, prefix, 1), kind) for key, (path, kind) in stack.items()
+    def complete(self, gm: fx.GraphModule) -> None:
+        """Let module paths begin at :attr:`root`, and put back the annotations of decorators that a break has cost.
+
+        Dynamo enters ``annotate`` again only in the graph that it was entered in.
+        """
+        for node in gm.graph.nodes:
+            if node.op not in ("call_function", "call_method", "call_module"):
+                continue
+            # What a module computes itself has no stack in the graph of its own forward.
+            stack = node.meta.get("nn_module_stack") or {}
+            if self.path:
+                stack = {"": (_SELF, type(self._own))} | stack
+                stack = node.meta["nn_module_stack"] = {
+                    key: (self._whole(path), kind) for key, (path, kind) in stack.items()
                 }
+            inner = clean_path(list(stack.values())[-1][0]) if stack else ""
+            if lost := self._annotations(inner):
+                node.meta["custom"] = {**lost, **(node.meta.get("custom") or {})}
+
+    @property
+    def _own(self) -> nn.Module:
+        return self.root.get_submodule(self.path)
+
+    def _whole(self, path: str) -> str:
+        return path.replace(_SELF, f"{_SELF}.{self.path}", 1)
+
+    @functools.cache  # noqa: B019  (a place lives as long as the compilation of one graph)
+    def _annotations(self, path: str) -> dict[str, str]:
+        """What decorators have put on the modules around ``path``, the inner ones last."""
+        names = path.split(".") if path else []
+        around = [self.root.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+        return {key: text for module in (*self.above, *around) for key, text in annotations_of(module).items()}
 
     def check(self, options: BackendOptions) -> None:
         """Raise :class:`OptionError` for a rule that names no module of the whole compiled one."""
@@ -60,7 +86,7 @@ class Place:
         """
         if not self.path:
             return ()
-        own = self.root.get_submodule(self.path)
+        own = self._own
         likes = [path for path, module in self.root.named_modules() if type(module) is type(own)]
         names = [name for name, _ in own.named_modules()]
         notes: dict[str, None] = {}
@@ -77,18 +103,19 @@ def place_of(gm: fx.GraphModule) -> Place | None:
     """Where the graph that is being compiled lies, or None where that is not known."""
     stacks = [s for node in gm.graph.nodes if (s := node.meta.get("nn_module_stack"))]
     paths = [path for stack in stacks for path, _ in stack.values()]
-    callers = _modules_that_call()
-    own = next(callers, None)
+    callers = list(_modules_that_call())
+    own = callers[0] if callers else None
     if own is None or not all(re.match(rf"{re.escape(_SELF)}(\.|$)", path) for path in paths):
         return None
     inside = {name for name, _ in own.named_modules()}
     if not all(clean_path(path) in inside for path in paths):
         return None
-    for outer in (own, *callers):
+    for n, outer in enumerate(callers):
         if outer._compiled_call_impl is not None or hasattr(outer, "_orig_mod"):
             root = getattr(outer, "_orig_mod", outer)
             found = next((name for name, module in root.named_modules() if module is own), None)
-            return None if found is None else Place(root, found)
+            above = dict.fromkeys(m for m in callers[n:] if any(part is root for part in m.modules()))
+            return None if found is None else Place(root, found, tuple(above)[::-1])
     return None
 
 

@@ -73,6 +73,7 @@ def test_every_instance_of_a_users_class_is_decorated_and_its_bases_are_not() ->
     assert Own().done
     assert Own(5).linear.in_features == 5
     assert bits(Plain(3)) == (2, 4)
+    assert Plain(3).linear.in_features == 3
     assert ec.options_of(Base()) == {}
     assert "forward" not in vars(Base())
     assert "__init__" in vars(Plain)
