@@ -27,6 +27,7 @@ from effcompile.passes import base, report
 from effcompile.passes import options as choices
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.tree import place_of
 from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
 from effcompile.patterns.ffn import find_feed_forward
 from effcompile.patterns.linear import find_heads, find_linears
@@ -58,10 +59,17 @@ def effcompile(
     Raises
     ------
     OptionError
-        For an option, pass or value that does not exist; lists the nearest names.
+        For an option, pass or value that does not exist, and for a rule that names no module of the compiled one;
+        lists the nearest names.
     """
     chosen = choices.parse(options, mode)
     clock = _Clock()
+    place = place_of(gm)
+    notes: tuple[str, ...] = ()
+    if place is not None:
+        place.check(chosen)
+        place.complete(gm)
+        notes = place.shared(chosen)
     graph = normalize(gm, example_inputs)
     if isinstance(graph, Reason):
         log.warning("compiled without rewriting: %s", graph)
@@ -76,7 +84,7 @@ def effcompile(
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
-        kept = report.GraphReport(gm, before, decisions, chosen, clock.seconds, others=others)
+        kept = report.GraphReport(gm, before, decisions, chosen, clock.seconds, others=others, notes=notes)
         return _unchanged(gm, example_inputs, chosen, kept)
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
@@ -86,7 +94,7 @@ def effcompile(
     lowering.prebuild(programs, device)
     after = report.Snapshot(graph)
     record = report.GraphReport(
-        gm, before, decisions, chosen, clock.seconds, after=after, programs=programs, others=others
+        gm, before, decisions, chosen, clock.seconds, after=after, programs=programs, others=others, notes=notes
     )
     record.linears = linears
     report.record(record)

@@ -12,7 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -22,6 +22,9 @@ REGISTRY: dict[str, str] = {
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
 }
 """Every pass: its name, and where its class is. A class is imported when it is first asked for."""
+
+Target = Literal["class", "instance", "method", "function"]
+"""What a decorator can be put on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Pass:
     """Where it works: ``("prefill", "decode")`` or one of them."""
     limit: ClassVar[Mapping[str, Any]] = {}
     """The option values at which the pass is exact; the conformance test compares with eager there."""
+
+    elsewhere: ClassVar[Mapping[Target, str]] = {
+        "method": "Put it above the class, or on an instance: model = MyModel(); decorate(model).",
+        "function": "Write the function as the forward of a torch.nn.Module, and decorate that.",
+    }
+    """What a decorator of this pass cannot stand on, and what to do instead, as a sentence."""
 
     def match(self, site: Any) -> Any:
         """The form this pass gives to ``site``, or the :class:`~effcompile.kernels.reason.Reason` why it does not."""

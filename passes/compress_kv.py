@@ -24,7 +24,7 @@ from effcompile.kernels.form import Axis, Bits, KVForm
 from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.kernels.rope import rotary_of
-from effcompile.passes.base import Pass
+from effcompile.passes.base import Pass, Target
 from effcompile.passes.operands import parts_of, query_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
@@ -38,6 +38,7 @@ from effcompile.patterns.walk import (
     root,
     same_size,
     shape,
+    strip_casts,
     strip_copies,
     value,
 )
@@ -93,6 +94,16 @@ class CompressKV(Pass):
     summary: ClassVar[str] = "key/value cache in 8 to 2 bits, keys per channel, values per token, read inside attention"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     limit: ClassVar[dict[str, Any]] = {"key_bits": 16, "value_bits": 16}
+    elsewhere: ClassVar[dict[Target, str]] = {
+        "method": (
+            "A model has one cache, whichever of its methods is called: put it above the class, on an instance, "
+            "ec.compress_kv()(model), or pass past_key_values=ec.Cache(model) to this call alone."
+        ),
+        "function": (
+            "A cache belongs to a model: put it on the one that the function calls, ec.compress_kv()(model), or pass "
+            "past_key_values=ec.Cache(model) to that call."
+        ),
+    }
 
     def __post_init__(self) -> None:
         by_layer.parse(self.rules, self.form)
@@ -160,6 +171,8 @@ def _elsewhere(site: AttentionSite) -> tuple[str, str]:
             "keys and values are computed from what the cache holds (multi-head latent attention), so the store is "
             "read densely and multiplied first"
         )
+    if _is_cast(site):
+        return "mixed-dtypes", _mixed(site)
     if site.cross:
         return "cross-attention", "its keys are those of other tokens (an encoder's), made once and kept as they are"
     if site.anchor.graph.find_nodes(op="call_function", target=torch.ops.effcompile.kv_store.default):
@@ -168,6 +181,25 @@ def _elsewhere(site: AttentionSite) -> tuple[str, str]:
             "cache that transformers gives them"
         )
     return "no-compressed-cache", NO_CACHE
+
+
+def _is_cast(site: AttentionSite) -> bool:
+    """Whether attention reads what the cache holds or what this call gives to it, but for a cast in between."""
+    sides, ours = [strip_casts(n) for n in (site.key, site.value)], torch.ops.effcompile
+    stores = site.anchor.graph.find_nodes(op="call_function", target=ours.kv_store.default)
+    loaded = all(is_call(n, operator.getitem) and is_call(n.args[0], ours.kv_load.default) for n in sides)
+    return loaded or sides in [[strip_casts(node) for node in store.args[7:9]] for store in stores]
+
+
+def _dtypes(site: AttentionSite) -> list[torch.dtype]:
+    return [value(n).dtype for n in (site.query, site.key, site.value, site.output)]
+
+
+def _mixed(site: AttentionSite) -> str:
+    return (
+        f"query, key, value and result are in {', '.join(map(str, _dtypes(site)))}, and a kernel needs the one dtype "
+        "of the cache; autocast does that: load the model in the narrow dtype and call it without autocast"
+    )
 
 
 def _fresh(site: AttentionSite) -> Rewrite | Reason:
@@ -241,10 +273,8 @@ def _unsupported(site: AttentionSite) -> Reason | None:
     if query.dtype not in DTYPES or size not in HEAD_SIZES or value_size not in HEAD_SIZES:
         text = f"no kernel for {query.dtype} with head sizes {size} and {value_size}"
         return Reason("not-supported", text, site.source)
-    dtypes = [value(n).dtype for n in (site.query, site.key, site.value, site.output)]
-    if len(set(dtypes)) > 1:
-        text = f"query, key, value and result are in {', '.join(map(str, dtypes))}; a kernel needs one dtype"
-        return Reason("not-supported", text, site.source)
+    if len(set(_dtypes(site))) > 1:
+        return Reason("mixed-dtypes", _mixed(site), site.source)
     if torch.is_grad_enabled() and query.requires_grad:
         text = "gradients are needed and attention over a store has none; use torch.no_grad()"
         return Reason("gradients", text, site.source)

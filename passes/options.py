@@ -36,6 +36,7 @@ PREFIX = "effcompile."
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 class OptionError(ValueError):
@@ -43,7 +44,7 @@ class OptionError(ValueError):
 
 
 class DecorationError(TypeError):
-    """A decorator was put on something that is not a module instance with a ``forward``."""
+    """A decorator was put on something it cannot stand on; says what to do instead."""
 
 
 def unknown(what: str, name: object, offered: Iterable[str], where: str) -> OptionError:
@@ -77,14 +78,20 @@ def build(cls: type[Pass], given: Mapping[str, Any], where: str) -> Pass:
 
 
 class Decorator:
-    """Options of one pass, ready to be put on a module: ``ec.compress_kv(key_bits=4)(model)`` returns the model."""
+    """Options of one pass, ready to be put on a module: ``ec.compress_kv(key_bits=4)(model)`` returns the model.
+
+    Above a class, ``@ec.compress_kv(key_bits=4)``, every new instance is decorated; on a class that exists already the
+    result is a subclass whose instances are (:mod:`effcompile.passes.targets`).
+    """
 
     def __init__(self, options: Pass) -> None:
         self.options = options
 
-    def __call__(self, module: M) -> M:
-        decorate(module, self.options)
-        return module
+    def __call__(self, thing: T) -> T:
+        from effcompile.passes import targets
+
+        applied: T = targets.apply(thing, self.options)
+        return applied
 
     def __repr__(self) -> str:
         return f"<decorator {self.options}>"
@@ -99,7 +106,7 @@ def decorator(cls: Callable[P, Pass]) -> Callable[P, Decorator]:
         where = f"{pass_class.name}(...)"
         if args and (isinstance(args[0], (nn.Module, type)) or inspect.isroutine(args[0])):
             raise DecorationError(
-                f"{where} takes options and returns a decorator, but got {_describe(args[0])}; write "
+                f"{where} takes options and returns a decorator, but got {describe(args[0])}; write "
                 f"{pass_class.name}()(model) for the defaults."
             )
         if len(args) > len(names):
@@ -123,7 +130,8 @@ def decorator_of(name: str) -> Callable[..., Decorator]:
     return decorator(get(name))
 
 
-def _describe(thing: object) -> str:
+def describe(thing: object) -> str:
+    """What an error calls the thing that a decorator was put on."""
     if isinstance(thing, type):
         return f"the class {thing.__qualname__}"
     if inspect.isroutine(thing):
@@ -135,7 +143,7 @@ def _target(module: object, name: str) -> nn.Module:
     """The module whose forward is to be replaced; the original one behind ``torch.compile(model)``."""
     if not isinstance(module, nn.Module):
         raise DecorationError(
-            f"{name}(...) was put on {_describe(module)}; it works on an instance of torch.nn.Module, a whole model or "
+            f"{name}(...) was put on {describe(module)}; it works on an instance of torch.nn.Module, a whole model or "
             f"one of its sub-modules. Make the model first, then write {name}(...)(model)."
         )
     target = getattr(module, "_orig_mod", module)
@@ -210,6 +218,9 @@ def decorate(module: nn.Module, options: Pass) -> None:
     target.__dict__["_effcompile"] = {**annotations_of(target), PREFIX + options.name: key}
     if _installed(target):
         return
+    from effcompile.passes import targets
+
+    target.__dict__["__reduce_ex__"] = types.MethodType(targets.reduce, target)
     own = target.__dict__.get("forward")
     if own is None or getattr(own, "__func__", None) is type(target).forward:
         function = _annotated(type(target).forward)
@@ -230,6 +241,7 @@ def _take_off(module: nn.Module, name: str) -> None:
         module.__dict__["_effcompile"] = left
         return
     del module.__dict__["_effcompile"], module.__dict__["forward"]
+    module.__dict__.pop("__reduce_ex__", None)
     if "_effcompile_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_effcompile_forward")
 

@@ -147,6 +147,8 @@ class GraphReport:
         Why the graph was compiled without being looked at.
     others
         Sites of kinds that no pass takes.
+    notes
+        Sentences about the user's rules, beside those on rules that name no module of this graph.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class GraphReport:
         programs: Sequence[Any] = (),
         note: Reason | None = None,
         others: Sequence[Decision] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.decisions = tuple(decisions)
         self.others = tuple(others)
@@ -177,7 +180,7 @@ class GraphReport:
         custom = [node.meta.get("custom") or {} for node in gm.graph.nodes]
         self.annotations = frozenset(item for c in custom for item in c.items() if item[0].startswith(PREFIX))
         paths = {list(s.values())[-1][0] for n in gm.graph.nodes if (s := n.meta.get("nn_module_stack"))}
-        self.unmatched = options.unmatched(paths)
+        self.unmatched = (*options.unmatched(paths), *notes)
 
     @property
     def label(self) -> str:

@@ -1,14 +1,13 @@
 """Hooks that hand an :class:`~effcompile.runtime.cache.Cache` to a transformers model.
 
 They stand on the *instance*: a forward pre-hook that Dynamo does not trace, and two methods that ``generate`` calls.
-All are module-level functions, so a ``deepcopy`` of the model carries them to the copy's own weights.
+All are module-level functions, so a ``deepcopy`` or an unpickled model has them with its own weights.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import types
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -93,8 +92,9 @@ def attach_hooks(module: nn.Module) -> None:
             hook = _before_forward if inner is module else _before_inner_forward
             inner.__dict__[HOOK] = inner.register_forward_pre_hook(hook, with_kwargs=True)
     if hasattr(module, "generate"):
-        module.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, module)
-        module.__dict__["create_masks_for_generate"] = types.MethodType(_create_masks_for_generate, module)
+        # Not bound methods, which are pickled as the attribute of their name, and would be lost or not be found.
+        module.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare_cache_for_generation, module)
+        module.__dict__["create_masks_for_generate"] = functools.partial(_create_masks_for_generate, module)
 
 
 def angles_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,7 +137,7 @@ def detach(module: nn.Module) -> None:
         if hook in (_before_forward, _before_inner_forward, _before_attention):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for name in _METHODS:
+    for name in (*_METHODS, "_effcompile_told_eager"):
         module.__dict__.pop(name, None)
 
 

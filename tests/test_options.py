@@ -215,13 +215,13 @@ def test_deepcopy_carries_options_and_uses_its_own_weights() -> None:
     assert options_of(model) == {"toy": Toy(8)}
 
 
-def test_pickle_keeps_weights_and_drops_the_decoration() -> None:
+def test_pickle_keeps_weights_and_decorations() -> None:
     model, x = Model(), torch.randn(2, 4)
     expected = model(x)
     options.decorate(model, Other(3))
     model = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    assert options_of(model) == {}
+    assert options_of(model) == {"other": Other(3)}
     other(level=2)(model)
     assert options_of(model) == {"other": Other(2)}
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
@@ -278,7 +278,6 @@ def test_a_hook_that_fails_leaves_the_module_undecorated() -> None:
 @pytest.mark.parametrize(
     ("thing", "said"),
     [
-        (Model, "the class Model"),
         (torch.relu, "the function"),
         (Model().forward, "the function Model.forward"),
         (3, "an object of type int"),
@@ -290,6 +289,12 @@ def test_what_cannot_be_decorated(thing: Any, said: str) -> None:
         toy()(thing)
     with pytest.raises(TypeError, match=said):
         remove(thing)
+
+
+def test_only_instances_are_looked_at_and_undone() -> None:
+    for look in (remove, options_of):
+        with pytest.raises(TypeError, match="the class Model; it works on an instance"):
+            look(Model)  # type: ignore[type-var, arg-type]
 
 
 @pytest.mark.parametrize("thing", [Model, Model(), torch.relu])
