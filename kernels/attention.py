@@ -29,15 +29,17 @@ def allowed(predicate: Predicate, queries: int, length: int, key_mask: Tensor | 
 def attend(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention with grouped heads, in fp32.
 
-    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]``, ``value`` ``[B, G, S, E]``, ``keep`` bool broadcastable to
-    ``[B, 1, T, S]``. Returns ``o`` ``[B, H, T, E]`` in the query's dtype and ``lse`` ``[B, H, T]`` fp32, the natural
-    logarithm of the sum of exponentials. A row that may see no key gives 0 and -inf.
+    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]``, ``value`` ``[B, G, S, E]``, ``keep`` bool
+    ``[B or 1, H or 1, T, S]``. Returns ``o`` ``[B, H, T, E]`` in the query's dtype and ``lse`` ``[B, H, T]`` fp32, the
+    natural logarithm of the sum of exponentials. A row that may see no key gives 0 and -inf.
     """
     batch, heads, rows, size = query.shape
     groups = key.shape[1]
     q = query.float().reshape(batch, groups, heads // groups, rows, size)
     scores = torch.einsum("bgrtd,bgsd->bgrts", q, key.float()) * scale
-    scores = scores.masked_fill(~keep.unsqueeze(2), float("-inf"))
+    per_head = keep.shape[1] != 1
+    keep = keep.unflatten(1, (groups, heads // groups)) if per_head else keep.unsqueeze(2)
+    scores = scores.masked_fill(~keep, float("-inf"))
     lse = scores.logsumexp(-1)
     # exp(-inf - -inf) would be nan: a row without keys gets weight 0 everywhere.
     weights = (scores - torch.where(lse.isinf(), torch.zeros_like(lse), lse).unsqueeze(-1)).exp()

@@ -28,12 +28,12 @@ library = torch.library.Library("effcompile", "DEF")
 
 _STATE = ", ".join(f"Tensor{{}} {s}{i}" if i == 0 else f"Tensor{{}}? {s}{i}" for s in "kv" for i in range(3))
 _MUTATED = _STATE.format(*(f"({c}!)" for c in "abcdef"))
-_READ = _STATE.format(*[""] * 6)
+READ = _STATE.format(*[""] * 6)
 
 library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form) -> ()")
-library.define(f"kv_load({_READ}, Tensor length, str form) -> (Tensor, Tensor)")
+library.define(f"kv_load({READ}, Tensor length, str form) -> (Tensor, Tensor)")
 library.define(
-    f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window) "
+    f"attend(Tensor query, {READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window) "
     "-> (Tensor, Tensor)"
 )
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
@@ -76,7 +76,7 @@ def reference_only() -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def _launch(op: str, device_type: str, *args: Any) -> Any:
+def launch(op: str, device_type: str, *args: Any) -> Any:
     """Run the launcher of ``op``, or raise :class:`KernelUnavailable`; a reason is warned about once."""
     launcher = None if _reference_only else _launchers.get((op, device_type))
     if launcher is None:
@@ -104,7 +104,7 @@ def capacity_of(keys: list[Tensor], form: KVForm) -> int:
 def _kv_store(*args: Any) -> None:
     *state, length, key, value, name = args
     try:
-        _launch("kv_store", key.device.type, *args)
+        launch("kv_store", key.device.type, *args)
         return
     except KernelUnavailable:
         form = KVForm.parse(name)
@@ -122,7 +122,7 @@ def _kv_store(*args: Any) -> None:
 def _kv_load(*args: Any) -> tuple[Tensor, Tensor]:
     *state, length, name = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("kv_load", state[0].device.type, *args)
+        result: tuple[Tensor, Tensor] = launch("kv_load", state[0].device.type, *args)
         return result
     except KernelUnavailable:
         form = KVForm.parse(name)
@@ -137,7 +137,7 @@ def _kv_load(*args: Any) -> tuple[Tensor, Tensor]:
 def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, name, scale, causal, window = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args)
+        result: tuple[Tensor, Tensor] = launch("attend", query.device.type, query, *args)
         return result
     except KernelUnavailable:
         form, n = KVForm.parse(name), int(length)
@@ -152,7 +152,7 @@ def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     try:
-        result: Tensor = _launch("linear", x.device.type, x, weight, bias)
+        result: Tensor = launch("linear", x.device.type, x, weight, bias)
         return result
     except KernelUnavailable:
         return torch.nn.functional.linear(x, weight, bias).contiguous()

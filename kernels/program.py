@@ -52,7 +52,8 @@ class Program:
     """Attention over one layer's store, as a choice of parts.
 
     ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not
-    part of a program: one compiled program serves every step.
+    part of a program: one compiled program serves every step. With ``blocks`` it visits listed blocks only
+    (:mod:`effcompile.kernels.blocks`), whose size comes with the lists.
     """
 
     phase: Phase
@@ -62,12 +63,14 @@ class Program:
     ratio: int
     key_size: int
     value_size: int
+    blocks: bool = False
 
     @property
     def name(self) -> str:
         """A readable identifier, the name of the generated kernel."""
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
-        return f"attend_{self.phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{self.predicate.name}"
+        phase = "blocks" if self.blocks else self.phase
+        return f"attend_{phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{self.predicate.name}"
 
     @staticmethod
     def phase_for(queries: int, ratio: int) -> Phase:
