@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.compress_kv import CompressKV
-    from effcompile.passes.options import DecorationError, OptionError, decorator, options_of, remove
+    from effcompile.passes.options import (
+        DecorationError,
+        OptionError,
+        decorator,
+        options_of,
+        remove,
+        sparse_attention,
+    )
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
@@ -39,6 +46,7 @@ else:
         "inspect": "passes.report",
         "options_of": "passes.options",
         "remove": "passes.options",
+        "sparse_attention": "passes.options",
     }
 
     def __getattr__(name):
@@ -76,4 +84,5 @@ __all__ = [
     "inspect",
     "options_of",
     "remove",
+    "sparse_attention",
 ]

@@ -39,9 +39,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with grouped heads, in fp32.
 
-    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]``, ``value`` ``[B, G, S, E]``, ``keep`` bool broadcastable to
-    ``[B, 1, T, S]``. Returns ``o`` ``[B, H, T, E]`` in the query's dtype and ``lse`` ``[B, H, T]`` fp32, the natural
-    logarithm of the sum of exponentials. A row that may see no key gives 0 and -inf.
+    ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]``, ``value`` ``[B, G, S, E]``, ``keep`` bool
+    ``[B or 1, H or 1, T, S]``. Returns ``o`` ``[B, H, T, E]`` in the query's dtype and ``lse`` ``[B, H, T]`` fp32, the
+    natural logarithm of the sum of exponentials. A row that may see no key gives 0 and -inf.
 
     The parts of :class:`~effcompile.kernels.program.ScoreParts`, in the order in which models apply them: scores are
     scaled, then ``softcap * tanh(score / softcap)``, then ``bias`` float ``[B or 1, H or 1, T or 1, S or more]`` is
@@ -57,7 +57,9 @@ def attend(
     if bias is not None:
         wide = bias[..., : key.shape[2]].float().expand(batch, heads, rows, -1)
         scores = scores + wide.unflatten(1, (groups, -1))
-    scores = scores.masked_fill(~keep.unsqueeze(2), float("-inf"))
+    per_head = keep.shape[1] != 1
+    keep = keep.unflatten(1, (groups, heads // groups)) if per_head else keep.unsqueeze(2)
+    scores = scores.masked_fill(~keep, float("-inf"))
     lse = scores.logsumexp(-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float().reshape(1, groups, -1, 1))

@@ -30,12 +30,12 @@ library = torch.library.Library("effcompile", "DEF")
 
 _STATE = ", ".join(f"Tensor{{}} {s}{i}" if i == 0 else f"Tensor{{}}? {s}{i}" for s in "kv" for i in range(3))
 _MUTATED = _STATE.format(*(f"({c}!)" for c in "abcdef"))
-_READ = _STATE.format(*[""] * 6)
+READ = _STATE.format(*[""] * 6)
 
 library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form, *, Tensor? table=None) -> ()")
-library.define(f"kv_load({_READ}, Tensor length, str form, *, Tensor? table=None) -> (Tensor, Tensor)")
+library.define(f"kv_load({READ}, Tensor length, str form, *, Tensor? table=None) -> (Tensor, Tensor)")
 library.define(
-    f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
+    f"attend(Tensor query, {READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
     "*, Tensor? table=None, float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 library.define("rope_store(Tensor(a!) table, Tensor length, Tensor cos, Tensor sin) -> ()")
@@ -79,7 +79,7 @@ def reference_only() -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def _launch(op: str, device_type: str, *args: Any, **extra: Any) -> Any:
+def launch(op: str, device_type: str, *args: Any, **extra: Any) -> Any:
     """Run the launcher of ``op``, or raise :class:`KernelUnavailable`; a reason is warned about once."""
     launcher = None if _reference_only else _launchers.get((op, device_type))
     if launcher is None:
@@ -115,7 +115,7 @@ def _check_table(name: str, table: Tensor | None) -> KVForm:
 def _kv_store(*args: Any, table: Tensor | None = None) -> None:
     *state, length, key, value, name = args
     try:
-        _launch("kv_store", key.device.type, *args, table=table)
+        launch("kv_store", key.device.type, *args, table=table)
         return
     except KernelUnavailable:
         form = _check_table(name, table)
@@ -133,7 +133,7 @@ def _kv_store(*args: Any, table: Tensor | None = None) -> None:
 def _kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *state, length, name = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("kv_load", state[0].device.type, *args, table=table)
+        result: tuple[Tensor, Tensor] = launch("kv_load", state[0].device.type, *args, table=table)
         return result
     except KernelUnavailable:
         form = _check_table(name, table)
@@ -148,7 +148,7 @@ def _kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def _attend(query: Tensor, *args: Any, table: Tensor | None = None, **parts: Any) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, name, scale, causal, window = args
     try:
-        result: tuple[Tensor, Tensor] = _launch("attend", query.device.type, query, *args, table=table, **parts)
+        result: tuple[Tensor, Tensor] = launch("attend", query.device.type, query, *args, table=table, **parts)
         return result
     except KernelUnavailable:
         form, n = _check_table(name, table), int(length)
@@ -174,7 +174,7 @@ def _rope_store(table: Tensor, length: Tensor, cos: Tensor, sin: Tensor) -> None
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     try:
-        result: Tensor = _launch("linear", x.device.type, x, weight, bias)
+        result: Tensor = launch("linear", x.device.type, x, weight, bias)
         return result
     except KernelUnavailable:
         return torch.nn.functional.linear(x, weight, bias).contiguous()

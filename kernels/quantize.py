@@ -81,6 +81,12 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return torch.cat([(words >> (k * bits) & 2**bits - 1).to(torch.uint8) for k in range(channels)], dim)
 
 
+def _needed(table: Tensor | None, form: KVForm) -> Tensor:
+    if table is None:
+        raise ValueError(f"the form {form.name} needs a table of angles.")
+    return table
+
+
 def store_side(
     state: list[Tensor], length: int, new: Tensor, form: KVForm, kind: Kind, table: Tensor | None = None
 ) -> None:
@@ -102,8 +108,8 @@ def store_side(
         batch, heads, count, size = fresh.shape
         g, bits = form.group, form.bits(kind)
         if form.axis(kind) == "channel":
-            if kind == "key" and form.pre and table is not None:
-                fresh = rope.unrotate(fresh.float(), *rope.angles(table, start, stop), form.rope)
+            if kind == "key" and form.pre:
+                fresh = rope.unrotate(fresh.float(), *rope.angles(_needed(table, form), start, stop), form.rope)
             grouped = fresh.reshape(batch, heads, count // g, g, size)
             q, *steps = quantize_fp8(grouped, dim=3) if form.fp8(kind) else quantize(grouped, bits, dim=3)
             codes[:, :, start // g : stop // g] = pack(q, bits, dim=4).transpose(3, 4)
@@ -127,8 +133,8 @@ def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind, table:
     if form.axis(kind) == "channel":
         q = unpack(codes[:, :, : stop // g].transpose(3, 4), bits, dim=4)
         body = dequantize(q, *scales[:, :, : stop // g].split(1, dim=3)).flatten(2, 3)
-        if kind == "key" and form.pre and table is not None:
-            body = rope.rotate(body, *rope.angles(table, 0, stop), form.rope)
+        if kind == "key" and form.pre:
+            body = rope.rotate(body, *rope.angles(_needed(table, form), 0, stop), form.rope)
     else:
         q = unpack(codes[:, :, :stop], bits, dim=3).unflatten(3, (-1, g))
         body = dequantize(q, *scales[:, :, :stop].unsqueeze(5).unbind(3)).flatten(3)

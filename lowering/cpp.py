@@ -18,7 +18,7 @@ import dataclasses
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -89,6 +89,8 @@ def source(program: AnyProgram) -> str:
             "bool key_mask": str(predicate.key_mask).lower(),
         }
         header, entries = f"{program.phase}.h", {"attend": ("AttendArgs", program.phase)}
+        if program.blocks:
+            header, entries = "blocks.h", {"attend_blocks": ("BlockArgs", "attend_blocks")}
     else:
         header, entries = "store.h", {"kv_store": ("StoreArgs", "append"), "kv_load": ("LoadArgs", "read")}
     unusual = {
@@ -138,7 +140,8 @@ def build(program: AnyProgram) -> Kernel:
     library = toolchain.build(program.name, source(program))
     loaded = toolchain.load(library)
     entries = {}
-    for name in ("attend",) if isinstance(program, Program) else ("kv_store", "kv_load"):
+    names = ("kv_store", "kv_load") if isinstance(program, StoreProgram) else ("attend",)
+    for name in ("attend_blocks",) if isinstance(program, Program) and program.blocks else names:
         entry = getattr(loaded, name)
         entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64
         entries[name] = entry
@@ -194,7 +197,8 @@ def clear() -> None:
 _bound: dict[tuple[Any, ...], Entry | str] = {}
 
 
-def _bind(key: tuple[Any, ...], op: str, make: Callable[[], AnyProgram]) -> Entry:
+def bind(key: tuple[Any, ...], op: str, make: Callable[[], AnyProgram]) -> Entry:
+    """The entry point for these facts; ``make`` gives its program the first time. Raises :class:`KernelUnavailable`."""
     entry = _bound.get(key)
     if entry is None:
         try:
@@ -324,7 +328,7 @@ def attend(
     few = queries * ratio <= DECODE_ROWS
     parts = (softcap is not None, bias is not None, sinks is not None)
     key = (form, dtype, size, value_size, ratio, few, causal, window, key_mask is None, parts, _rotary(table))
-    entry = _bind(
+    entry = bind(
         key,
         "attend",
         lambda: Program(
@@ -339,45 +343,62 @@ def attend(
             _rotary(table),
         ),
     )
-    state = (k0, k1, k2, v0, v1, v2)
-    pointers = _pointers(state, dtype, size, value_size)
-    capacity = _capacity(k0, v0)
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
+    more, held = b"", None
+    if any(parts):
+        more, held = _parts(softcap, bias, sinks, query, _capacity(k0, v0), length)
+    state = (k0, k1, k2, v0, v1, v2)
+    packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale, table)
+    beyond = entry(packed + more)
+    del alive, held
+    if beyond:
+        raise CapacityError(f"the length, {int(length)}, is not within the capacity of the store.")
+    return out, lse
+
+
+def attend_arguments(
+    query: Tensor,
+    state: Sequence[Tensor | None],
+    length: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    table: Tensor | None = None,
+) -> tuple[bytes, Tensor, Tensor, Any]:
+    """``AttendArgs`` as bytes, the results they will be written to, and what the caller keeps alive meanwhile."""
+    k0, _, _, v0, _, v2 = state
+    assert k0 is not None
+    assert v0 is not None
+    batch, heads, queries, size = query.shape
+    value_size = (v0 if v2 is None else v2).shape[3]
+    pointers = _pointers(tuple(state), query.dtype, size, value_size)
+    capacity = _capacity(k0, v0)
     if query.stride(3) != 1:
         query = query.contiguous()
     mask_pointer = mask_stride = 0
     if key_mask is not None:
         key_mask, mask_stride = _mask(key_mask, batch, capacity, length)
         mask_pointer = key_mask.data_ptr()
-    more = b""
-    if any(parts):
-        more, _alive = _parts(softcap, bias, sinks, query, capacity, length)
     out = query.new_empty((batch, heads, queries, value_size))
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    beyond = entry(
-        _ATTEND(
-            *pointers,
-            _length(length),
-            _table(table, batch, capacity),
-            query.data_ptr(),
-            mask_pointer,
-            out.data_ptr(),
-            lse.data_ptr(),
-            batch,
-            groups,
-            queries,
-            capacity,
-            *query.stride()[:3],
-            mask_stride,
-            torch.get_num_threads(),
-            scale,
-        )
-        + more
+    packed = _ATTEND(
+        *pointers,
+        _length(length),
+        _table(table, batch, capacity),
+        query.data_ptr(),
+        mask_pointer,
+        out.data_ptr(),
+        lse.data_ptr(),
+        batch,
+        k0.shape[1],
+        queries,
+        capacity,
+        *query.stride()[:3],
+        mask_stride,
+        torch.get_num_threads(),
+        scale,
     )
-    if beyond:
-        raise CapacityError(f"the length, {int(length)}, is not within the capacity, {capacity}.")
-    return out, lse
+    return packed, out, lse, (query, key_mask)
 
 
 def kv_store(
@@ -398,7 +419,7 @@ def kv_store(
     batch, groups, tokens, key_size = key.shape
     value_size = value.shape[3]
     dtype = key.dtype
-    entry = _bind(
+    entry = bind(
         ("kv_store", form, dtype, key_size, value_size, _rotary(table)),
         "kv_store",
         lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, _rotary(table)),
@@ -451,7 +472,7 @@ def kv_load(
     key_like, value_like = k0 if k2 is None else k2, v0 if v2 is None else v2
     key_size, value_size = key_like.shape[3], value_like.shape[3]
     dtype = key_like.dtype
-    entry = _bind(
+    entry = bind(
         ("kv_load", form, dtype, key_size, value_size, _rotary(table)),
         "kv_load",
         lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, _rotary(table)),

@@ -118,6 +118,9 @@ def _unchanged(
     return report.attach(record, made)
 
 
+_DEFAULT = "compress_kv"
+"""The pass that tells about a site of which nobody asked anything."""
+
 Replaced = list[tuple[AttentionSite, Rewrite, fx.Node, fx.Node]]
 
 
@@ -129,12 +132,21 @@ def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[r
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
+        taken = ""
+        answers = {}
         for name in base.REGISTRY:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen)
-            answer, rule = _ask(name, resolved, site)
+            answers[name] = _ask(name, resolved, site)
+        asked = any(rule for _, rule in answers.values())
+        for name, (answer, rule) in answers.items():
+            if not rule and (asked or name != _DEFAULT):
+                continue  # nobody asked for this pass here, and another row tells about the site
+            if taken:
+                answer = Reason("taken", f"{taken} stands here", site.source)
             if isinstance(answer, Reason):
                 decisions.append(report.left(index, site, rule, answer))
                 continue
+            taken = name
             with gm.graph.inserting_before(site.output):
                 new = answer.emit(gm.graph)
             for key, item in site.output.meta.items():
@@ -170,7 +182,7 @@ def _ask(name: str, resolved: choices.Resolved, site: AttentionSite) -> tuple[Re
     if resolved.options is not None:
         return resolved.options.match(site), resolved.rule
     # Nobody asked by name, but a compressed cache may have been passed: its form is the choice.
-    if site.store is not None:
+    if name == _DEFAULT and site.store is not None:
         return method().match(site), "ec.Cache"
     return Reason("not-asked", f"no decorator, rule or option asks for {name} here", site.source), ""
 

@@ -19,6 +19,10 @@ from torch import nn
 from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
+    "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
+    "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
+    "streaming": "effcompile.passes.streaming:Streaming",
+    "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
 }
 """Every pass: its name, and where its class is. A class is imported when it is first asked for."""

@@ -52,6 +52,7 @@ NO_CACHE = (
 )
 
 DENSE = KVForm(16, 16)
+State = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def match(site: AttentionSite) -> Rewrite | Reason:
     for node in between(load, site.output):
         if any(root(a) in roots for a in mutated_arguments(node)):
             return no("store-changes", f"{node.name} writes to the store between reading it and attending to it")
-    if problem := _unsupported(site):
+    if problem := unsupported(site):
         return problem
     return _fuse(site, form, form, lambda graph: (load.args[:6], total), table)
 
@@ -222,19 +223,10 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
             f"the first call attends to its own keys, and its mask ({mask.predicate.name}) does not begin with them",
         )
     if value(site.query).device.type == "cpu" and _serves_fresh(site, mask):
-
-        def dense(graph: fx.Graph) -> tuple[tuple[fx.Node | None, ...], fx.Node]:
-            key, val = (
-                graph.call_function(aten.clone.default, (n,), {"memory_format": torch.contiguous_format})
-                for n in (site.key, site.value)
-            )
-            count = tokens if isinstance(tokens, int) else graph.call_function(aten.sym_size.int, (site.query, 2))
-            length = graph.call_function(aten.full.default, ([], count), {"dtype": torch.int64, "device": "cpu"})
-            return (key, None, None, val, None, None), length
-
         store = site.store
         assert store is not None
-        return _fuse(site, DENSE, KVForm.parse(str(store.args[9])), dense, stored_table=store.kwargs.get("table"))
+        stored, table = KVForm.parse(str(store.args[9])), store.kwargs.get("table")
+        return _fuse(site, DENSE, stored, lambda graph: fresh_store(graph, site), stored_table=table)
     if parts := _score_parts(site).name or ("factors" if site.factors else ""):
         return no("fresh-keys", f"the first call attends to its own keys, and SDPA has no such scores ({parts})")
     if site.spelling == "sdpa" and not site.mask_terms:
@@ -258,16 +250,29 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
     return Rewrite("sdpa_causal", emit, ())
 
 
+def fresh_store(graph: fx.Graph, site: AttentionSite) -> tuple[State, fx.Node]:
+    """The keys and values of a site as a full store of 16 bits: its six state arguments and its length."""
+    key, val = (
+        graph.call_function(aten.clone.default, (n,), {"memory_format": torch.contiguous_format})
+        for n in (site.key, site.value)
+    )
+    tokens = shape(site.key)[2]
+    count = tokens if isinstance(tokens, int) else graph.call_function(aten.sym_size.int, (site.key, 2))
+    device = value(site.query).device
+    length = graph.call_function(aten.full.default, ([], count), {"dtype": torch.int64, "device": device})
+    return (key, None, None, val, None, None), length
+
+
 def _serves_fresh(site: AttentionSite, mask: Mask) -> bool:
     """Whether the C++ prefill program computes what the site does."""
-    if _unsupported(site) is not None or site.dropout:
+    if unsupported(site) is not None or site.dropout:
         return False
     # A query that may see no key gets 0 from us, and a mean from a mask of large finite numbers.
     blind = mask.finite and mask.predicate.key_mask
     return not blind and lowering.refusal(_program(site, DENSE), "cpu") is None
 
 
-def _unsupported(site: AttentionSite) -> Reason | None:
+def unsupported(site: AttentionSite) -> Reason | None:
     """Why no attention program can serve a site, whatever it reads."""
     query, size, value_size = value(site.query), shape(site.query)[3], shape(site.value)[3]
     if query.dtype not in DTYPES or size not in HEAD_SIZES or value_size not in HEAD_SIZES:
@@ -303,9 +308,6 @@ def _score_parts(site: AttentionSite) -> ScoreParts:
     return ScoreParts(site.softcap is not None, bool(site.mask.bias), site.sinks is not None)
 
 
-State = tuple[Any, ...]
-
-
 def _fuse(
     site: AttentionSite,
     form: KVForm,
@@ -324,7 +326,7 @@ def _fuse(
     appended = StoreProgram(stored, program.dtype, program.key_size, program.value_size, _rotary(table or stored_table))
 
     def emit(graph: fx.Graph) -> fx.Node:
-        mask = None if padding is None else _bool_mask(graph, padding)
+        mask = None if padding is None else bool_mask(graph, padding)
         window = -1 if program.predicate.window is None else program.predicate.window
         state, length = read(graph)
         call = graph.call_function(
@@ -358,7 +360,7 @@ def _reads(node: fx.Node) -> bool:
     return not list(mutated_arguments(node)) and not is_call(node, torch.ops.effcompile.kv_store.default)
 
 
-def _bool_mask(graph: fx.Graph, padding: fx.Node) -> fx.Node:
+def bool_mask(graph: fx.Graph, padding: fx.Node) -> fx.Node:
     """The padding mask as bool ``[B, S]``, made once right after the node it comes from."""
     if value(padding).dtype == torch.bool:
         return padding

@@ -130,6 +130,17 @@ def decorator_of(name: str) -> Callable[..., Decorator]:
     return decorator(get(name))
 
 
+def sparse_attention(method: str, **options: Any) -> Decorator:
+    """The decorator of a sparse attention method by name, ``ec.sparse_attention("xattention", threshold=0.9)(model)``.
+
+    The same as the decorator of that name. Raises :class:`OptionError` for a name that is no such method.
+    """
+    offered = [name for name in REGISTRY if getattr(get(name), "family", None) == "sparse_attention"]
+    if method not in offered:
+        raise unknown("method", method, offered, "sparse_attention(...)")
+    return decorator_of(method)(**options)
+
+
 def describe(thing: object) -> str:
     """What an error calls the thing that a decorator was put on."""
     if isinstance(thing, type):

@@ -1,0 +1,114 @@
+// Attention over listed blocks of keys (effcompile/kernels/blocks.py). As prefill, but each head has rows of its own, since
+// each has its own list; heads that share keys go through them together, so that a block two heads list is read once.
+#pragma once
+#include "prefill.h"
+
+namespace ec {
+
+struct BlockArgs {
+  AttendArgs attend;
+  const int32_t* counts[2];   // partial and full: [B or 1, H or 1, nQ], the second may be null
+  const int32_t* indices[2];  // [B or 1, H or 1, nQ, nK]
+  int64_t stride[2];          // of counts over batch and head, in elements; 0 where one serves all
+  int64_t block, rows, columns;  // tokens in a block, nQ, nK
+};
+
+// Marks the blocks that `head` of `batch` lists for query block `row`: 1 partial, 2 full. False if a number is out of range.
+inline bool read_lists(const BlockArgs& a, int64_t batch, int64_t head, int64_t row, uint8_t* marks) {
+  std::memset(marks, 0, a.columns);
+  for (int kind = 0; kind < 2; ++kind) {
+    if (!a.counts[kind]) continue;
+    const int64_t at = batch * a.stride[0] + head * a.stride[1] + row;
+    const int64_t count = a.counts[kind][at];
+    if (count < 0 || count > a.columns) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t block = a.indices[kind][at * a.columns + i];
+      if (block < 0 || block >= a.columns) return false;
+      marks[block] = kind + 1;
+    }
+  }
+  return true;
+}
+
+// Query block `row` of heads [r, r + heads) of one key/value head.
+template <class P>
+inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t heads, int64_t row, int64_t stop) {
+  const AttendArgs& a = b.attend;
+  constexpr int64_t D = P::key_size, E = P::value_size, DP = round_up(D, VL), EP = round_up(E, VL);
+  constexpr int64_t BK = P::group * most(1, 128 / P::group);
+  constexpr Block wide = best_block(BK / VL), deep = best_block(EP / VL);
+  const int64_t length = *a.state.length, first = row * b.block, tokens = least(b.block, a.queries - first);
+  // multiply() writes up to a block of rows behind the last, so every head's rows have room behind them.
+  const int64_t padded = tokens + ACCUMULATORS, all = heads * padded;
+  const Scale scale(softmax_scale<P>(a));
+  const Side<P, Kind::key> keys(a.state, head, a.capacity);
+  const Side<P, Kind::value> values(a.state, head, a.capacity);
+  const Rope<P> rope(a.state, head / a.groups, a.capacity);
+  const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
+  struct Work;
+  const int64_t marked = round_up(heads * b.columns, sizeof(float)) / sizeof(float);
+  float* q = scratch<Work>(all * (DP + EP + 3) + padded * BK + D * BK + BK * EP + marked + 16);
+  float *o = q + all * DP, *s = o + all * EP, *key = s + padded * BK, *value = key + D * BK;
+  float *max = value + BK * EP, *sum = max + all, *alpha = sum + all;
+  uint8_t* marks = reinterpret_cast<uint8_t*>(alpha + all);
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t query_head = head % a.groups * P::ratio + r + h;
+    if (!read_lists(b, head / a.groups, query_head, row, marks + h * b.columns)) return false;
+    for (int64_t i = 0; i < tokens; ++i)
+      read_query<P>(a, scale, head, (first + i) * P::ratio + r + h, q + (h * padded + i) * DP);
+  }
+  for (int64_t i = 0; i < all * EP; ++i) o[i] = 0.f;
+  for (int64_t i = 0; i < all; ++i) max[i] = -INF, sum[i] = 0.f, alpha[i] = 1.f;
+
+  const int64_t end = Visible<P>(first + tokens - 1, a.queries, length).last;
+  const int64_t begin = Visible<P>(first, a.queries, length).first / b.block;
+  for (int64_t block = begin; block < b.columns && block * b.block < end; ++block) {
+    bool wanted = false;
+    for (int64_t h = 0; h < heads; ++h) wanted |= marks[h * b.columns + block] != 0;
+    if (!wanted) continue;
+    for_runs<P>(block * b.block, least((block + 1) * b.block, end), stop, BK, [&](int64_t t, int64_t n, bool tail) {
+      key_tile<P>(keys, rope, t, n, tail, key, BK);
+      const float* v = nullptr;
+      for (int64_t h = 0; h < heads; ++h) {
+        const uint8_t mark = marks[h * b.columns + block];
+        if (!mark) continue;
+        const int64_t at = h * padded;
+        multiply<float, wide.rows, wide.columns>(tokens, round_up(n, VL), D, q + at * DP, DP, key, BK, nullptr, s, BK);
+        for (int64_t i = 0; i < tokens; ++i) {
+          const Visible<P> seen(first + i, a.queries, length);
+          if (mark == 1 && (P::key_mask || t < seen.first || t + n > seen.last)) hide<P>(s + i * BK, t, n, seen, mask);
+          alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
+        }
+        if (!v) v = value_tile<P>(values, t, n, tail, value);
+        multiply<float, deep.rows, deep.columns>(tokens, EP, n, s, BK, v, EP, alpha + at, o + at * EP, EP);
+      }
+    });
+  }
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t at = h * padded + i;
+      write_row<P>(a, scale, head, (first + i) * P::ratio + r + h, o + at * EP, max[at], sum[at]);
+    }
+  return true;
+}
+
+// Returns 1, having written nothing, if the length is not within the capacity; 2 if a list names a block that is not there.
+template <class P>
+int64_t attend_blocks(const BlockArgs& b) {
+  const AttendArgs& a = b.attend;
+  if (*a.state.length < 0 || *a.state.length > a.capacity) return 1;
+  const int64_t stop = packed_length<P>(*a.state.length), pairs = a.batch * a.groups;
+  // The heads of a group share what is read; few enough of them that their rows stay in the second-level cache.
+  const int64_t together = least(P::ratio, most(1, 512 / b.block)), parts = (P::ratio + together - 1) / together;
+  int64_t bad = 0;
+  // The last queries see the most keys: they go first, so that no long tile is left for the end.
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1) reduction(+ : bad)
+  for (int64_t item = 0; item < pairs * parts * b.rows; ++item) {
+    const int64_t row = b.rows - 1 - item / (pairs * parts), rest = item % (pairs * parts);
+    const int64_t r = rest % parts * together;
+    bad += !block_tile<P>(b, rest / parts, r, least(together, P::ratio - r), row, stop);
+  }
+  return bad ? 2 : 0;
+}
+
+}  // namespace ec

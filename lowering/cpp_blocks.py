@@ -1,0 +1,82 @@
+"""Attention over listed blocks on CPUs: the launcher of ``effcompile::attend_blocks``."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcompile.kernels import block_ops, ops
+from effcompile.kernels.blocks import BlockError
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.ops import CapacityError, KernelUnavailable
+from effcompile.kernels.program import Predicate, Program
+from effcompile.lowering import cpp
+
+# Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
+_LISTS = struct.Struct("=4q 2q 3q").pack
+
+
+def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
+    """Elements from one batch entry, and from one head, to the next; 0 where one serves all."""
+    if counts.shape[0] not in (1, batch) or counts.shape[1] not in (1, heads):
+        raise BlockError(f"lists for {tuple(counts.shape[:2])} batch entries and heads; the call has {batch}, {heads}.")
+    per_head, per_entry = counts.shape[2], counts.shape[1] * counts.shape[2]
+    return (per_entry if counts.shape[0] > 1 else 0, per_head if counts.shape[1] > 1 else 0)
+
+
+def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
+
+    Raises
+    ------
+    BlockError
+        If the lists are of other lengths, or name a block that is not there.
+    """
+    *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
+    batch, heads, queries, size = query.shape
+    k0, _, _, v0, _, v2 = state
+    groups, dtype = k0.shape[1], query.dtype
+    ratio, value_size = heads // groups, (v0 if v2 is None else v2).shape[3]
+    form, keys = KVForm.parse(name), int(length)
+    if not form.dense and block % form.group:
+        raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
+    predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
+    entry = cpp.bind(
+        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None),
+        "attend_blocks",
+        lambda: Program("prefill", form, predicate, dtype, ratio, size, value_size, blocks=True),
+    )
+    block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
+    if ratio * groups != heads or k0.shape[0] != batch:
+        raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
+    given = [t for t in (kv_num, full_num, kv_idx, full_idx) if t is not None]
+    if any(t.dtype is not torch.int32 for t in given):
+        raise BlockError(f"block lists are int32; these are {', '.join(str(t.dtype) for t in given)}.")
+    strides = {_stride(t, batch, heads) for t in (kv_num, full_num) if t is not None}
+    widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
+    if len(strides) > 1 or len(widths) > 1:
+        raise KernelUnavailable("partial and full lists of different shapes")
+    held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
+    packed, out, lse, alive = cpp.attend_arguments(query, state, length, key_mask, scale)
+    code = entry(
+        packed
+        + _LISTS(
+            *(0 if t is None else t.data_ptr() for t in held),
+            *strides.pop(),
+            block,
+            kv_num.shape[2],
+            widths.pop(),
+        )
+    )
+    del alive
+    if code == 1:
+        raise CapacityError(f"the length, {keys}, is not within the capacity of the store.")
+    if code == 2:
+        raise BlockError(f"a block list names a block that is not there; there are {kv_idx.shape[3]}.")
+    return out, lse
+
+
+ops.register_launcher("attend_blocks", "cpu", attend_blocks)

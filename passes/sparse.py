@@ -1,0 +1,154 @@
+"""What sparse prefill methods share: which sites they take, and the operators they put there.
+
+``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``. A method is a policy, a
+function of queries and keys that gives the blocks to visit (:mod:`effcompile.kernels.blocks`), and its options. Where
+a paper and its official code disagree, the method's docstring says which was followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from effcompile import lowering
+from effcompile.kernels import block_ops, blocks
+from effcompile.kernels.program import DECODE_ROWS, Program
+from effcompile.kernels.reason import Reason
+from effcompile.passes.base import Pass
+from effcompile.passes.compress_kv import DENSE, bool_mask, fresh_store, unsupported
+from effcompile.passes.rewrite import Rewrite
+from effcompile.patterns.attention import AttentionSite
+from effcompile.patterns.walk import same_size, shape, value
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsePrefill(Pass):
+    """A method that chooses blocks of keys for each block of queries of a prompt.
+
+    Parameters
+    ----------
+    block_size
+        Tokens in a block of queries and of keys; a multiple of 16.
+    min_length
+        Queries below which every block is visited: there the choice costs more than it saves.
+    """
+
+    block_size: int = blocks.BLOCK
+    min_length: int = 2048
+
+    phases: ClassVar[tuple[str, ...]] = ("prefill",)
+    family: ClassVar[str] = "sparse_attention"
+
+    def __post_init__(self) -> None:
+        if self.block_size < 16 or self.block_size % 16:
+            raise ValueError(f"block_size={self.block_size!r} is not offered; choose a multiple of 16, such as 128.")
+        if self.min_length < 0:
+            raise ValueError(f"min_length={self.min_length!r}; expected a number of tokens, 0 or more.")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "policy" in cls.__dict__:
+            block_ops.register_policy(cls.name, _with_minimum(cls.policy))
+
+    @staticmethod
+    def policy(query: Tensor, key: Tensor, *, scale: float, key_mask: Tensor | None, **options: Any) -> Tensor:
+        """The blocks to visit: bool ``[B, H, nQ, nK]``. Only queries and keys are looked at, on their device."""
+        raise NotImplementedError
+
+    def check(self, site: AttentionSite) -> Reason | None:
+        """Why this method cannot serve a site that others of its family can."""
+        return None
+
+    def match(self, site: AttentionSite) -> Rewrite | Reason:
+        """Attention over the blocks that the policy chooses, or why the site stays dense."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        mask, queries, keys = site.mask, shape(site.query)[2], shape(site.key)[2]
+        if isinstance(queries, int) and queries * site.ratio <= DECODE_ROWS:
+            return no("decode", f"{self.name} is for prompts, and this call has {queries} query rows")
+        if isinstance(mask, Reason):
+            return no(mask.code, mask.text)
+        if site.dropout:
+            return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
+        if site.load is not None:
+            return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
+        if mask.predicate.window is not None or not mask.predicate.causal:
+            return no("mask-not-honoured", f"{self.name} is for causal attention; the mask is {mask.predicate.name}")
+        if not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
+            return no("mask-offset", f"{self.name} needs the queries to be the last tokens of the keys")
+        if isinstance(queries, int) and queries < self.min_length:
+            text = f"{queries} tokens, and {self.name} gains from {self.min_length} on (min_length)"
+            return no("short-prompt", text)
+        if mask.finite and mask.predicate.key_mask:
+            return no("mask-not-honoured", "rows that see no key get a mean of all values here, and 0 from block lists")
+        if site.softcap is not None or site.sinks is not None or site.factors or mask.bias:
+            return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
+        if problem := unsupported(site) or self.check(site):
+            return problem
+        program = Program(
+            "prefill",
+            DENSE,
+            mask.predicate,
+            value(site.query).dtype,
+            site.ratio,
+            shape(site.query)[3],
+            shape(site.value)[3],
+            blocks=True,
+        )
+        device = value(site.query).device.type
+        if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
+            return no("not-supported", why)
+
+        def emit(graph: fx.Graph) -> fx.Node:
+            hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
+            state, length = fresh_store(graph, site)
+            method = block_ops.method_text(self.name, dataclasses.asdict(self))
+            made = graph.call_function(
+                torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, method, site.scale)
+            )
+            lists = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
+            call = graph.call_function(
+                torch.ops.effcompile.attend_blocks.default,
+                (site.query, *state, length, hidden, *lists, self.block_size, DENSE.name, site.scale, True, -1),
+            )
+            call.meta.update(site.output.meta)
+            return graph.call_function(operator.getitem, (call, 0))
+
+        return Rewrite(f"{self.name}_{program.name}", emit, (program,))
+
+
+def _with_minimum(policy: Any) -> Any:
+    """The policy with the common option: all blocks below ``min_length``, which may be known only at the call."""
+
+    def chosen(query: Tensor, key: Tensor, *, min_length: int, **options: Any) -> Tensor:
+        (batch, heads, queries, _), keys, block = query.shape, key.shape[2], options["block_size"]
+        if queries < min_length:
+            return blocks.possible(queries, keys, block, device=key.device).expand(batch, heads, -1, -1)
+        keep: Tensor = policy(query, key, **options)
+        return keep
+
+    return chosen
+
+
+def first_block(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> Tensor:
+    """The block with each row's first token, the attention sink: bool ``[B or 1, 1, 1, nK]``."""
+    count = blocks.count_blocks(key.shape[2], block)
+    columns = torch.arange(count, device=key.device)
+    if key_mask is None:
+        return (columns == 0)[None, None, None]
+    first = key_mask[:, : key.shape[2]].int().argmax(1)
+    return (columns == (first // block)[:, None])[:, None, None]
+
+
+def bounds(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """Blocks that causality allows, and of these the sink and the diagonal: bool, broadcastable to lists."""
+    queries, keys = query.shape[2], key.shape[2]
+    allowed = blocks.possible(queries, keys, block, device=key.device)
+    forced = blocks.own(queries, keys, block, device=key.device) | first_block(query, key, key_mask, block)
+    return allowed, forced & allowed
