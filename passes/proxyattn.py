@@ -63,7 +63,7 @@ class ProxyAttn(SparsePrefill):
         if self.proxy_heads < 1 or self.min_budget < 0:
             raise ValueError(f"proxy_heads={self.proxy_heads!r}, min_budget={self.min_budget!r}; expected 1 and 0 up.")
 
-    def check(self, site: AttentionSite) -> Reason | None:
+    def serves(self, site: AttentionSite) -> Reason | None:
         """A proxy's heads are whole groups of heads that share keys."""
         groups = shape(site.key)[1]
         if isinstance(groups, int) and groups % self.proxy_heads:

@@ -59,7 +59,7 @@ class SparsePrefill(Pass):
         """The blocks to visit: bool ``[B, H, nQ, nK]``. Only queries and keys are looked at, on their device."""
         raise NotImplementedError
 
-    def check(self, site: AttentionSite) -> Reason | None:
+    def serves(self, site: AttentionSite) -> Reason | None:
         """Why this method cannot serve a site that others of its family can."""
         return None
 
@@ -89,7 +89,7 @@ class SparsePrefill(Pass):
             return no("mask-not-honoured", "rows that see no key get a mean of all values here, and 0 from block lists")
         if site.softcap is not None or site.sinks is not None or site.factors or mask.bias:
             return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
-        if problem := unsupported(site) or self.check(site):
+        if problem := unsupported(site) or self.serves(site):
             return problem
         program = Program(
             "prefill",
