@@ -104,10 +104,10 @@ def test_rotation_is_that_of_transformers(kind, how):
 
 
 FORMS = [
-    (KVForm(2, 2, 32, 32, "pre"), 64),
-    (KVForm(3, 4, 16, 0, "pre"), 20),
-    (KVForm(4, 16, 32, 64, "pre_adjacent"), 64),
-    (KVForm(8, 3, 64, 0, "pre_adjacent"), 30),
+    (KVForm(2, 2, 32, 32, rope="pre"), 64),
+    (KVForm(3, 4, 16, 0, rope="pre"), 20),
+    (KVForm(4, 16, 32, 64, rope="pre_adjacent"), 64),
+    (KVForm(8, 3, 64, 0, rope="pre_adjacent"), 30),
 ]
 
 
@@ -162,7 +162,7 @@ def test_what_it_is_for():
     key = rope.rotate(base, cos[:, None].float(), sin[:, None].float(), "pre")
     lost = {}
     for how in ("post", "pre"):
-        form = KVForm(2, 16, 32, 0, how)
+        form = KVForm(2, 16, 32, 0, rope=how)
         state = [torch.zeros(s, dtype=d) for s, d in form.buffers("key", 2, 2, 512, 64, torch.float32)]
         given_table = table if how == "pre" else None
         quantize.store_side(state, 0, key, form, "key", given_table)
@@ -210,7 +210,7 @@ def test_opcheck():
 
 def test_names_and_forms():
     for how in ("post", "pre", "pre_adjacent"):
-        form = KVForm(3, 2, 64, 128, how)
+        form = KVForm(3, 2, 64, 128, rope=how)
         assert KVForm.parse(form.name) == form
     assert KVForm(2, 2, rope="pre").name == "k2v2g32r128pre"
     assert KVForm().name == "k4v4g32r128"
@@ -492,7 +492,7 @@ def test_cost_of_the_angles():
     from effcompile.kernels.program import Predicate
 
     sizes = {"B": 2, "H": 6, "G": 2, "T": 1, "S": 300, "C": 512, "D": 64, "E": 64}
-    pre, post = (KVForm(2, 2, 32, 32, how) for how in ("pre", "post"))
+    pre, post = (KVForm(2, 2, 32, 32, rope=how) for how in ("pre", "post"))
     for ours, theirs in (
         (cost.attend(pre, Predicate(), 4, 16), cost.attend(post, Predicate(), 4)),
         (cost.unfused(pre, 4, 1, 16), cost.unfused(post, 4)),
