@@ -31,7 +31,7 @@ def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str,
             bits = form.key_bits if name[0] == "k" else form.value_bits
             types[name] = f"*{kind}" if bits == 16 or name[1] == "2" else ("*u8", "*fp16")[int(name[1])]
         else:
-            types[name] = {"length": "*i64", "key_mask": "*i1", "scale": "fp32"}.get(name, "i32")
+            types[name] = {"length": "*i64", "key_mask": "*i1", "scale": "fp32", "table": "*fp16"}.get(name, "i32")
     return types
 
 
