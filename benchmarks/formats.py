@@ -1,8 +1,12 @@
-"""What few bits cost, for each pair of widths: the distance to the dense model with every token quantised."""
+"""What few bits cost, for each pair of widths: the distance to the dense model with every token quantised.
+
+Keys with their rotary embedding, and keys before it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -60,22 +64,28 @@ def distance(model: Any, cache: Any, text: Tensor, dense: list[Tensor]) -> Dista
 
 
 def run(quick: bool = False) -> list[Measured]:
-    """KL, perplexity and agreement for each of :data:`BITS`, and the orders that KVTuner (section 4) expects."""
+    """KL, perplexity and agreement for each of :data:`BITS`, and the orders that the papers expect.
+
+    KVTuner (section 4): keys need bits more than values. KVQuant (section 3.2): before RoPE keys need fewer of them.
+    """
     model, tokenizer = shared()
     first, last = smollm2.TOPICS
     text = smollm2.topics(tokenizer)[:, first : first + 1024 if quick else last]
     say(f"formats, {text.shape[1]} tokens: dense")
     dense = list(log_probabilities(model, DynamicCache(config=model.config), text))
     rows, kl = [], {}
-    for key_bits, value_bits in ((16, 16), *BITS):
-        name = f"K{key_bits}V{value_bits}"
+    for (key_bits, value_bits), rope in (((16, 16), "post"), *itertools.product(BITS, ("post", "pre"))):
+        name = f"K{key_bits}V{value_bits}" + (" before RoPE" if rope == "pre" else "")
         say(f"formats: {name}")
-        bits = {"key_bits": key_bits, "value_bits": value_bits}
-        found = distance(model, Cache(model, text.shape[1], **bits, residual=0), text, dense)
-        kl[key_bits, value_bits] = found.kl / found.count
+        cache = Cache(model, text.shape[1], key_bits=key_bits, value_bits=value_bits, residual=0, rope=rope)
+        found = distance(model, cache, text, dense)
+        kl[key_bits, value_bits, rope] = found.kl / found.count
         note = f"perplexity {math.exp(found.nats / found.count):.2f}, same first choice {found.same / found.count:.1%}"
         rows.append(Measured(f"{name}, KL to dense", 1e3 * found.kl / found.count, " mnat", note=note))
     for better, worse in (((8, 4), (4, 8)), ((4, 2), (2, 4)), ((8, 8), (4, 4)), ((4, 4), (3, 3)), ((3, 3), (2, 2))):
         what = "K{}V{} over K{}V{}".format(*worse, *better)
-        rows.append(Measured(f"KL, {what}", kl[worse] / kl[better], " x", 1.0))
+        rows.append(Measured(f"KL, {what}", kl[*worse, "post"] / kl[*better, "post"], " x", 1.0))
+    for bits in ((3, 3), (2, 2)):
+        what = "K{}V{} after RoPE over before it".format(*bits)
+        rows.append(Measured(f"KL, {what}", kl[*bits, "post"] / kl[*bits, "pre"], " x", 1.0))
     return rows

@@ -18,7 +18,9 @@ from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, ScoreParts, StoreProgram
+from effcompile.kernels.rope import rotary_of, table_shape
 from effcompile.lowering.triton_build import Built, build, chip_of
+from effcompile.lowering.triton_side import sides_of
 
 WAVES = 4
 """Decode programs per multiprocessor to aim at: enough to hide latency, few enough that the merge stays small."""
@@ -26,37 +28,42 @@ MAX_SPLITS = 128
 SPLIT_KEYS = 256
 """Keys of capacity per split at least; a split of fewer costs more in the merge than it gains."""
 
-PRE = "no GPU kernel reads keys before RoPE; use rope='post' there"
-"""Why forms of keys before RoPE run the reference body on GPUs."""
-
 
 def refusal(program: Program | StoreProgram) -> str | None:
     """Why no Triton kernel can serve ``program``; None where that is not known to be so."""
-    return PRE if program.form.pre else None
+    if not program.form.pre:
+        return None
+    try:
+        sides_of(program, "cuda")
+    except (FormError, KernelUnavailable) as error:
+        return str(error)
+    return None
 
 
 @functools.cache
 def _attend_program(
     phase: Phase, name: str, causal: bool, window: int, masked: bool, ratio: int, key_size: int, value_size: int,
-    dtype: torch.dtype, device: torch.device, score: ScoreParts,
+    dtype: torch.dtype, device: torch.device, score: ScoreParts, rotary: int,
 ) -> Built:  # fmt: skip
     if dtype not in DTYPES:
         raise KernelUnavailable(f"no GPU kernel for {dtype}")
     predicate = Predicate(causal, window if window >= 0 else None, masked)
     try:
         form = KVForm.parse(name)
-        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score=score)
+        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score=score, rotary=rotary)
         return build(program, _chip(device))
     except FormError as error:
         raise KernelUnavailable(str(error)) from error
 
 
 @functools.cache
-def _store_program(name: str, dtype: torch.dtype, key_size: int, value_size: int, device: torch.device) -> Built:
+def _store_program(
+    name: str, dtype: torch.dtype, key_size: int, value_size: int, device: torch.device, rotary: int
+) -> Built:
     if dtype not in DTYPES:
         raise KernelUnavailable(f"no GPU kernel for {dtype}")
     try:
-        return build(StoreProgram(KVForm.parse(name), dtype, key_size, value_size), _chip(device))
+        return build(StoreProgram(KVForm.parse(name), dtype, key_size, value_size, rotary), _chip(device))
     except FormError as error:
         raise KernelUnavailable(str(error)) from error
 
@@ -88,8 +95,8 @@ def _form(name: str) -> KVForm:
     return KVForm.parse(name)
 
 
-def _buffers(state: tuple[Tensor | None, ...], name: str) -> list[Tensor]:
-    """The state's tensors, in the order of the generated arguments."""
+def _buffers(state: tuple[Tensor | None, ...], name: str, table: Tensor | None) -> list[Tensor]:
+    """The state's tensors, with the table of angles behind those of the keys: the order of the generated arguments."""
     found = [t for t in state if t is not None]
     form = _form(name)
     expected = (1 if form.key_bits == 16 else 3) + (1 if form.value_bits == 16 else 3)
@@ -97,7 +104,24 @@ def _buffers(state: tuple[Tensor | None, ...], name: str) -> list[Tensor]:
         raise KernelUnavailable(f"the form {name} has {expected} buffers, but {len(found)} were given")
     if not all(t.is_contiguous() for t in found):
         raise KernelUnavailable("a buffer of the cache is not contiguous")
+    if form.pre != (table is not None):
+        raise KernelUnavailable(f"the form {name} {'needs a' if form.pre else 'takes no'} table of angles")
+    if table is not None:
+        shape = table_shape(found[0].shape[0], found[0].shape[2] * form.group, rotary_of(table))
+        if table.shape != shape or table.dtype != torch.float16 or not table.is_contiguous():
+            given = f"{tuple(table.shape)} in {table.dtype}"
+            raise KernelUnavailable(f"a table of angles of {given}, and not a contiguous one of {shape} in fp16")
+        found.insert(3, table)
     return found
+
+
+def _rotary(table: Tensor | None) -> int:
+    return 0 if table is None else rotary_of(table)
+
+
+def _exactly(table: Tensor | None) -> dict[str, bool]:
+    """Options of a launch whose products and sums are rounded one by one, as the reference rounds them."""
+    return {} if table is None else {"enable_fp_fusion": False}
 
 
 def _sizes(state: tuple[Tensor | None, ...], form: KVForm) -> tuple[Tensor, Tensor, int]:
@@ -114,11 +138,6 @@ def _sizes(state: tuple[Tensor | None, ...], form: KVForm) -> tuple[Tensor, Tens
 def _row_major(x: Tensor) -> Tensor:
     """``x`` with channels next to each other; heads and tokens may stand in any order."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _no_table(table: Tensor | None) -> None:
-    if table is not None:
-        raise KernelUnavailable(PRE)
 
 
 def _part_values(
@@ -151,11 +170,10 @@ def attend(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
-    _no_table(table)
     *held, length, key_mask, name, scale, causal, window = args
     state = tuple(held)
     form = _form(name)
-    buffers = _buffers(state, name)
+    buffers = _buffers(state, name, table)
     key, value, capacity = _sizes(state, form)
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise KernelUnavailable(f"queries are {query.dtype}, but the cache holds {key.dtype} and {value.dtype}")
@@ -168,7 +186,18 @@ def attend(
     masked = key_mask is not None
     parts = ScoreParts(softcap is not None, bias is not None, sinks is not None)
     built = _attend_program(
-        phase, name, causal, window, masked, ratio, size, value.shape[3], query.dtype, query.device, parts
+        phase,
+        name,
+        causal,
+        window,
+        masked,
+        ratio,
+        size,
+        value.shape[3],
+        query.dtype,
+        query.device,
+        parts,
+        _rotary(table),
     )
     assert built.blocks is not None
     query = _row_major(query)
@@ -211,15 +240,14 @@ def kv_store(*args: Any, table: Tensor | None = None) -> None:
     One new token needs one launch: it overwrites the slot of a token whose group was packed before. More tokens may
     overwrite slots that this call still has to quantise, so packing and appending are two launches, in that order.
     """
-    _no_table(table)
     *held, length, key, value, name = args
     state = tuple(held)
     form = _form(name)
-    buffers = _buffers(state, name)
+    buffers = _buffers(state, name, table)
     key_like, value_like, capacity = _sizes(state, form)
     if key.dtype != key_like.dtype or value.dtype != value_like.dtype:
         raise KernelUnavailable(f"new tokens are {key.dtype} and {value.dtype}, but the cache holds {key_like.dtype}")
-    built = _store_program(name, key.dtype, key.shape[3], value.shape[3], key.device)
+    built = _store_program(name, key.dtype, key.shape[3], value.shape[3], key.device, _rotary(table))
     key, value = _row_major(key), _row_major(value)
     batch, groups, tokens, _ = key.shape
     common = (
@@ -228,28 +256,30 @@ def kv_store(*args: Any, table: Tensor | None = None) -> None:
     )  # fmt: skip
     grid = batch * groups * -(-tokens // built.block)
     if form.dense or tokens == 1:
-        built.launch("", grid, *common, QUANTIZE=not form.dense, APPEND=True, num_warps=4)
+        built.launch("", grid, *common, QUANTIZE=not form.dense, APPEND=True, num_warps=4, **_exactly(table))
         return
-    built.launch("", grid, *common, QUANTIZE=True, APPEND=False, num_warps=4)
+    built.launch("", grid, *common, QUANTIZE=True, APPEND=False, num_warps=4, **_exactly(table))
     built.launch("", grid, *common, QUANTIZE=False, APPEND=True, num_warps=4)
 
 
 def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::kv_load``: ``[B, G, C, D]`` and ``[B, G, C, E]`` in the model's dtype, 0 past the length."""
-    _no_table(table)
     *held, length, name = args
     state = tuple(held)
     form = _form(name)
-    buffers = _buffers(state, name)
+    buffers = _buffers(state, name, table)
     key_like, value_like, capacity = _sizes(state, form)
     if key_like.dtype != value_like.dtype:
         raise KernelUnavailable(f"keys are {key_like.dtype}, but values are {value_like.dtype}")
-    built = _store_program(name, key_like.dtype, key_like.shape[3], value_like.shape[3], key_like.device)
+    built = _store_program(
+        name, key_like.dtype, key_like.shape[3], value_like.shape[3], key_like.device, _rotary(table)
+    )
     batch, groups = key_like.shape[:2]
     key = key_like.new_empty(batch, groups, capacity, key_like.shape[3])
     value = value_like.new_empty(batch, groups, capacity, value_like.shape[3])
     grid = batch * groups * -(-capacity // built.block)
-    built.launch("load_", grid, *buffers, length, key, value, capacity, TILE=built.block, num_warps=4)
+    sizes = (capacity,) if table is None else (groups, capacity)
+    built.launch("load_", grid, *buffers, length, key, value, *sizes, TILE=built.block, num_warps=4, **_exactly(table))
     return key, value
 
 

@@ -20,6 +20,7 @@ OPERANDS = {
     "softcap": "fp32",
     "bias": "*fp32",
     "sinks": "*fp32",
+    "table": "*fp16",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

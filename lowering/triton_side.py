@@ -50,6 +50,7 @@ class Side:
     size: int
     dtype: torch.dtype
     vendor: Vendor
+    rotary: int = 0
 
     def __post_init__(self) -> None:
         self.form.check_head(self.kind, self.size)
@@ -59,6 +60,8 @@ class Side:
             )
         if self.bits != 16 and self.form.group not in GROUPS:
             raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
+        if self.rotary and (why := self._not_turned()):
+            raise KernelUnavailable(f"no GPU kernel for keys before RoPE {why}; use rope='post' there")
         if self.axis == "token" and self.bits == 3 and self.size % 32:
             # Four words of eight channels are read together.
             raise KernelUnavailable(
@@ -70,6 +73,21 @@ class Side:
     def bits(self) -> int:
         """Bits of this side in its form."""
         return self.form.bits(self.kind)
+
+    def _not_turned(self) -> str:
+        """For which heads there is no kernel of keys before RoPE; '' if there is one."""
+        if self.fp8:
+            return "in fp8"
+        if self.halved and self.rotary != self.size:
+            return f"whose first {self.rotary} of {self.size} channels are rotated by halves"
+        if self.halved and self.columns < 16:
+            return f"in heads of {self.size} channels with {self.bits} bits"
+        return f"in {self.width} channels a part, an odd number," if self.width % 2 and not self.halved else ""
+
+    @property
+    def halved(self) -> bool:
+        """Whether the rotated pairs are a channel of the lower half and one of the upper: each is its own operand."""
+        return self.rotary > 0 and self.form.rope == "pre"
 
     @property
     def axis(self) -> Axis | None:
@@ -84,12 +102,14 @@ class Side:
     @property
     def width(self) -> int:
         """Channels of one part of an operand: those that lie in the same bits of all words of codes."""
+        if self.halved and self.bits == 8:
+            return self.size // 2
         return self.size if self.bits == 16 else self.size // word(self.bits)[0]
 
     @property
     def parts(self) -> int:
         """Parts of an operand: 1, but 8 with 3 bits and 4 with 2. With 4 bits each of the two is its own operand."""
-        return self.size // self.width if self.bits in (3, 2) else 1
+        return self.size // self.width // (2 if self.halved else 1) if self.bits in (3, 2) else 1
 
     @property
     def padded(self) -> int:
@@ -108,13 +128,14 @@ class Side:
     @property
     def halves(self) -> tuple[tuple[str, int], ...]:
         """Suffix and first channel of each operand."""
-        return (("_lo", 0), ("_hi", self.width)) if self.bits == 4 else (("", 0),)
+        return (("_lo", 0), ("_hi", self.size // 2)) if self.bits == 4 or self.halved else (("", 0),)
 
     @property
     def buffers(self) -> list[str]:
         """Argument names of this side's buffers."""
         letter = self.kind[0]
-        return [f"{letter}0"] if self.bits == 16 else [f"{letter}{i}" for i in range(3)]
+        packed = [f"{letter}{i}" for i in range(3)]
+        return packed[:1] if self.bits == 16 else [*packed, "table"] if self.rotary else packed
 
     def offsets(self) -> list[str]:
         """Lines that move each buffer's pointer to head ``head`` (int64)."""
@@ -128,6 +149,7 @@ class Side:
             f"{letter}0 += head * capacity * {row}",
             f"{letter}1 += head * ({count})",
             f"{letter}2 += head * {self.form.slots * self.size}",
+            *([f"table += batch * capacity * {self.rotary}"] if self.rotary else []),
         ]
 
     def names(self, stem: str) -> str:
@@ -160,16 +182,27 @@ class Side:
         part = f"{self.width}, " if self.parts > 1 else ""
         numbers = f"{self.size}, {part}{self.padded}, {self.form.group}, "
         numbers += f"{shared & -shared}, " if self.axis == "token" and self.bits < 8 else ""
-        dtype = TYPES[self.dtype] if exact else self.operand
+        final = TYPES[self.dtype] if exact else self.operand
+        dtype = "tl.float32" if exact and self.rotary else final
         ptx = f", {self.fused and self.vendor == 'cuda' and not exact}"
         name, bits = ("joined", f"{self.bits}, ") if self.parts > 1 else (str(self.bits), "")
         if self.fp8:
             name, ptx = "fp8", ""
+        name += "_halves" if self.halved and self.bits == 8 else ""
         function = f"{'keys' if self.axis == 'channel' else 'values'}_{name}"
         call = f"{function}({letter}0, {letter}1, start, stop, {numbers}TILE, {bits}{dtype}{ptx})"
+        if self.halved and self.parts > 1:
+            call = f"two_halves({call}, TILE)"
         lines = [f"{self.names(letter)} = {call}"]
         if (self.axis == "channel") != (self.kind == "key"):
             lines += [f"{letter}{suffix} = tl.trans({letter}{suffix})" for suffix, _ in self.halves]
+        cut = f"{self.width}, {self.padded}, {self.parts}, TILE, {final})"
+        if self.halved:
+            lines.append(f"k_lo, k_hi = turn_halves(k_lo, k_hi, table, start, stop, {self.rotary}, {cut}")
+        elif self.rotary:
+            for suffix, first in self.halves:
+                k = f"k{suffix}"
+                lines.append(f"{k} = turn_adjacent({k}, table, start, stop, {self.rotary}, {first}, {cut}")
         return lines
 
     def ring(self) -> list[str]:
@@ -189,7 +222,7 @@ class Side:
 def sides_of(program: Program | StoreProgram, vendor: Vendor) -> tuple[Side, Side]:
     """Keys and values of a program."""
     return (
-        Side("key", program.form, program.key_size, program.dtype, vendor),
+        Side("key", program.form, program.key_size, program.dtype, vendor, program.rotary),
         Side("value", program.form, program.value_size, program.dtype, vendor),
     )
 
@@ -216,6 +249,7 @@ LOAD_PARTS = (
     "keys_4",
     "keys_8",
     "keys_fp8",
+    "keys_8_halves",
     "keys_joined",
     "load_rows",
     "packed_length",
@@ -238,4 +272,5 @@ SOFTMAX_PARTS = (
     "visible",
     "with_sink",
 )
-PACK_PARTS = ("append_dense", "append_ring", "pack_keys", "pack_values")
+PACK_PARTS = ("append_dense", "append_ring", "pack_keys", "pack_turned_keys", "pack_values")
+ROPE_PARTS = ("turn_adjacent", "turn_halves", "two_halves")

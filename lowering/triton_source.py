@@ -10,6 +10,7 @@ from effcompile.kernels.program import Program, ScoreParts
 from effcompile.lowering.triton_side import (
     LOAD_PARTS,
     NUMBER_PARTS,
+    ROPE_PARTS,
     SOFTMAX_PARTS,
     TYPES,
     Blocks,
@@ -168,7 +169,7 @@ def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
     arguments = ["query, " + ", ".join(keys.buffers + values.buffers) + ",", *ATTEND_TAIL]
     arguments[-1] += "".join(f", {name}" for name in part_arguments(program.score))
     functions += write(program, blocks, keys, values, packed, end, arguments, ringed)
-    imports = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "softmax": SOFTMAX_PARTS}
+    imports = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "rope": ROPE_PARTS, "softmax": SOFTMAX_PARTS}
     return module_text(program.name, imports, functions)
 
 

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from effcompile.kernels.program import StoreProgram
-from effcompile.lowering.triton_side import LOAD_PARTS, PACK_PARTS, Side, Vendor, indent, module_text, padded, sides_of
+from effcompile.lowering.triton_side import (
+    LOAD_PARTS,
+    PACK_PARTS,
+    ROPE_PARTS,
+    Side,
+    Vendor,
+    indent,
+    module_text,
+    padded,
+    sides_of,
+)
 
 
 def store_block(program: StoreProgram) -> int:
@@ -37,11 +49,14 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
             "    if first < last:",
         ]
         for side in packed:
-            c, new = side.kind[0], side.kind
-            function = "pack_keys" if side.axis == "channel" else "pack_values"
+            c, new, words = side.kind[0], side.kind, dataclasses.replace(side, rotary=0)
+            pack, table, turn = "pack_keys" if side.axis == "channel" else "pack_values", "", ", True" * side.fp8
+            if side.rotary:
+                pack, table = "pack_turned_keys", "table, "
+                turn = f", {side.rotary}, {form.rope == 'pre_adjacent'}"
             kernel.append(
-                f"        {function}({c}0, {c}1, {c}2, {new}, {new}_token, first, old, {side.size}, "
-                f"{side.padded}, {side.size // side.width}, {side.bits}, {form.slots}, {block}{', True' * side.fp8})"
+                f"        {pack}({c}0, {c}1, {c}2, {table}{new}, {new}_token, first, old, {side.size}, "
+                f"{words.padded}, {side.size // words.width}, {side.bits}, {form.slots}, {block}{turn})"
             )
     kernel.append("if APPEND:")
     for side in sides:
@@ -63,6 +78,7 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
     lines = [
         f"blocks = tl.cdiv(capacity, {block})",
         f"head, start = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks * {block}",
+        *(["batch = head // groups"] if program.rotary else []),
         *(line for side in sides for line in side.offsets()),
         "n = tl.minimum(tl.load(length), capacity).to(tl.int32)",
         f"packed = packed_length(n, {block}, {form.residual})" if packed else "packed = n",
@@ -75,13 +91,14 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
         "else:",
         *indent(_read_back(sides, True) if packed else _read_back(sides, False)),
     ]
+    sizes = ["groups", "capacity"] if program.rotary else ["capacity"]
     load = [
-        '@triton.jit(do_not_specialize=["capacity"])',
-        f"def load_{name}({buffers}, length, key, value, capacity, TILE: tl.constexpr):",
+        f"@triton.jit(do_not_specialize=[{', '.join(map(repr, sizes))}])",
+        f"def load_{name}({buffers}, length, key, value, {', '.join(sizes)}, TILE: tl.constexpr):",
         '    """Every token dequantised to the model\'s dtype; 0 from the length on."""',
         *indent(lines),
     ]
-    return module_text(name, {"load": LOAD_PARTS, "pack": PACK_PARTS}, [store, load])
+    return module_text(name, {"load": LOAD_PARTS, "pack": PACK_PARTS, "rope": ROPE_PARTS}, [store, load])
 
 
 def _read_back(sides: tuple[Side, Side], ring: bool) -> list[str]:

@@ -68,29 +68,32 @@ class Learned:
     source: int = 0
 
 
-_learned: weakref.WeakKeyDictionary[nn.Module, dict[int, Learned | str]] = weakref.WeakKeyDictionary()
+_learned: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.WeakSet[nn.Module], dict[int, Learned]]]
+_learned = weakref.WeakKeyDictionary()
+"""For each model what was learned of all its layers, and the attention modules of which that is true."""
 
 
 def learn(model: nn.Module, layers: list[int]) -> dict[int, Learned]:
-    """How ``layers`` of ``model`` rotate their keys; tried once for each model, on :data:`TOKENS` tokens.
+    """How ``layers`` of ``model`` rotate their keys; tried once as long as its attentions stay the same modules.
 
     Raises
     ------
     CacheError
         For a layer whose rotation could not be shown; the error names it and says why.
     """
-    known = _learned.setdefault(model, {})
-    if missing := [i for i in layers if i not in known]:
-        known.update(_try(model, missing))
-    found: dict[int, Learned] = {}
-    for index in layers:
-        answer = known[index]
+    modules, found = _learned.get(model, (weakref.WeakSet(), {}))
+    same = all(module in modules for _, _, module in attention_modules(model, layers))
+    if same and found.keys() >= set(layers):
+        return {index: found[index] for index in layers}
+    answers = _try(model, layers)
+    for index, answer in answers.items():
         if isinstance(answer, str):
             raise CacheError(
                 f"layer {index}: rope='pre' needs to know how its keys are rotated, and {answer}; {WHAT_TO_DO}."
             )
-        found[index] = answer
-    return found
+    found = {index: answer for index, answer in answers.items() if isinstance(answer, Learned)}
+    _learned[model] = weakref.WeakSet(module for _, _, module in attention_modules(model, layers)), found
+    return dict(found)
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]

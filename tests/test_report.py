@@ -242,7 +242,7 @@ def site(load: KVForm | None, mask: int = 0, rows: int = 1, causal: bool = False
         ratio=3,
         is_causal=causal,
         mask_terms=(node(1, 1, rows, 1024, dtype=torch.bool),) * mask,
-        load=None if load is None else SimpleNamespace(args=(None,) * 7 + (load.name,)),
+        load=None if load is None else SimpleNamespace(args=(None,) * 7 + (load.name,), kwargs={}),
     )
 
 

@@ -81,25 +81,35 @@ inline void score_turned(const Side<P, Kind::key>& keys, const Rope<P>& rope, in
       offset.store(zero + d);
     }
     for (int64_t i = 0; i < g; i += VL) {
-      const auto channel = [&](int64_t d) {
-        const Words<S::format> words(codes + d % S::words * g + i, S::words * g);
-        return at::vec::fmadd(words.at(static_cast<int>(d / S::words)), Vec(step[d]), Vec(zero[d]));
-      };
       Vec acc[2][RB];
       for (int r = 0; r < RB; ++r) acc[0][r] = acc[1][r] = Vec(0.f);
-      for (int64_t p = 0; p < R::half; ++p) {
-        const int64_t j = R::low(p), k = R::high(p);
+      const auto read = [&](int64_t word) { return Words<S::format>(codes + word * g + i, S::words * g); };
+      const auto value = [&](Vec code, int64_t d) { return at::vec::fmadd(code, Vec(step[d]), Vec(zero[d])); };
+      const auto channel = [&](int64_t d) { return value(read(d % S::words).at(static_cast<int>(d / S::words)), d); };
+      const auto meet = [&](int64_t p, Vec a, Vec b) {
         const Half* angle = rope.at(t + first + i, p);
-        const Vec cos = load_f32(angle), sin = load_f32(angle + R::sine), a = channel(j), b = channel(k);
+        const Vec cos = load_f32(angle), sin = load_f32(angle + R::sine);
         const Vec x = a * cos - b * sin, y = at::vec::fmadd(b, cos, a * sin);
         for (int r = 0; r < RB; ++r) {
-          acc[0][r] = at::vec::fmadd(Vec(q[r * DP + j]), x, acc[0][r]);
-          acc[1][r] = at::vec::fmadd(Vec(q[r * DP + k]), y, acc[1][r]);
+          acc[0][r] = at::vec::fmadd(Vec(q[r * DP + R::low(p)]), x, acc[0][r]);
+          acc[1][r] = at::vec::fmadd(Vec(q[r * DP + R::high(p)]), y, acc[1][r]);
         }
-      }
-      for (int64_t d = P::rotary; d < D; ++d) {
-        const Vec x = channel(d);
-        for (int r = 0; r < RB; ++r) acc[0][r] = at::vec::fmadd(Vec(q[r * DP + d]), x, acc[0][r]);
+      };
+      if constexpr (!P::adjacent && P::rotary == D && S::per > 1) {
+        // Both channels of a pair lie in one word.
+        for (int64_t w = 0; w < S::words; ++w) {
+          const Words<S::format> words = read(w);
+          for (int k = 0; k < S::per / 2; ++k) {
+            const int64_t p = w + k * S::words;
+            meet(p, value(words.at(k), p), value(words.at(k + S::per / 2), p + R::half));
+          }
+        }
+      } else {
+        for (int64_t p = 0; p < R::half; ++p) meet(p, channel(R::low(p)), channel(R::high(p)));
+        for (int64_t d = P::rotary; d < D; ++d) {
+          const Vec x = channel(d);
+          for (int r = 0; r < RB; ++r) acc[0][r] = at::vec::fmadd(Vec(q[r * DP + d]), x, acc[0][r]);
+        }
       }
       for (int r = 0; r < RB; ++r) (acc[0][r] + acc[1][r]).store(s + r * ld + first + i);
     }

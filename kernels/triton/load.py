@@ -135,6 +135,21 @@ def keys_fp8(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexp
 
 
 @triton.jit
+def keys_8_halves(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+                  TILE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """:func:`keys_8` as two of ``[PADDED, TILE]``: the lower and the upper half of the channels."""
+    HALF: tl.constexpr = SIZE // 2
+    low = key_codes(codes, start, stop, HALF, PADDED, GROUP, TILE, 0, 2)
+    high = key_codes(codes, start, stop, HALF, PADDED, GROUP, TILE, 1, 2)
+    scale = key_steps(scales, start, stop, 0, SIZE, HALF, PADDED, GROUP, TILE)
+    zero = key_steps(scales, start, stop, SIZE, SIZE, HALF, PADDED, GROUP, TILE)
+    high_scale = key_steps(scales, start, stop, HALF, SIZE, HALF, PADDED, GROUP, TILE)
+    high_zero = key_steps(scales, start, stop, SIZE + HALF, SIZE, HALF, PADDED, GROUP, TILE)
+    low = contraction_first(dequantize_8(low, scale, zero, DTYPE, PTX), PADDED, TILE)
+    return low, contraction_first(dequantize_8(high, high_scale, high_zero, DTYPE, PTX), PADDED, TILE)
+
+
+@triton.jit
 def keys_4(codes, scales, start, stop, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
            TILE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Two of ``[PADDED, TILE]``: the lower and the upper half of the channels of keys of 4 bits, transposed."""

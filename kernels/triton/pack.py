@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from effcompile.kernels.triton.load import channels, store_rows
+from effcompile.kernels.triton.rope import partner, turn_back
 
 FP16_MAX = tl.constexpr(65504.0)
 E4M3_MAX = tl.constexpr(448.0)
@@ -57,8 +58,15 @@ def encode_fp8(x, scale):
 def group_rows(new, new_stride, tail, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                PARTS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """``[GROUP, PARTS * PADDED]`` fp32: the group at ``first``, its tokens before ``length`` from the tail."""
-    token = first + tl.arange(0, GROUP)
     channel, real = channels(WIDTH, PADDED, PARTS)
+    return rows_of(new, new_stride, tail, first, length, channel, real, SIZE, SLOTS, GROUP)
+
+
+@triton.jit
+def rows_of(new, new_stride, tail, first, length, channel, real, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+            GROUP: tl.constexpr):  # fmt: skip
+    """:func:`group_rows` of any channels ``[N]``, 0 where one is not ``real``."""
+    token = first + tl.arange(0, GROUP)
     live = real[None, :]
     fresh = (token >= length)[:, None]
     place = channel[None, :]
@@ -81,9 +89,30 @@ def pack_keys(codes, scales, tail, new, new_stride, first, length, SIZE: tl.cons
               E4M3: tl.constexpr = False):  # fmt: skip
     """Quantise the group at token ``first``, as keys are by default: a scale per channel, ``PARTS`` channels a word."""
     WIDTH: tl.constexpr = SIZE // PARTS
+    x = group_rows(new, new_stride, tail, first, length, SIZE, WIDTH, PADDED, PARTS, SLOTS, GROUP)
+    write_keys(codes, scales, x, first, SIZE, PADDED, PARTS, BITS, GROUP, E4M3)
+
+
+@triton.jit
+def pack_turned_keys(codes, scales, tail, table, new, new_stride, first, length, SIZE: tl.constexpr,
+                     PADDED: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
+                     GROUP: tl.constexpr, ROTARY: tl.constexpr, ADJACENT: tl.constexpr):  # fmt: skip
+    """:func:`pack_keys` of keys before RoPE: their group is rotated back first."""
+    channel, real = channels(SIZE // PARTS, PADDED, PARTS)
+    other, _, _ = partner(channel, ROTARY, ADJACENT)
+    x = rows_of(new, new_stride, tail, first, length, channel, real, SIZE, SLOTS, GROUP)
+    y = rows_of(new, new_stride, tail, first, length, other, real, SIZE, SLOTS, GROUP)
+    x = turn_back(x, y, table, first, channel, real, ROTARY, ADJACENT, GROUP)
+    write_keys(codes, scales, x, first, SIZE, PADDED, PARTS, BITS, GROUP)
+
+
+@triton.jit
+def write_keys(codes, scales, x, first, SIZE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+               BITS: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr = False):  # fmt: skip
+    """Quantise and write the key group ``x`` ``[GROUP, PARTS * PADDED]`` fp32 at token ``first``."""
+    WIDTH: tl.constexpr = SIZE // PARTS
     BYTES: tl.constexpr = PARTS * BITS // 8
     at = first // GROUP
-    x = group_rows(new, new_stride, tail, first, length, SIZE, WIDTH, PADDED, PARTS, SLOTS, GROUP)
     channel, real = channels(WIDTH, PADDED, PARTS)
     if E4M3:
         scale = step_fp8(tl.min(x, 0), tl.max(x, 0))
