@@ -44,6 +44,9 @@ library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 LINEAR_ROWS = 8
 """Rows up to which ``effcompile::linear`` is used: there reading the weights is all that counts."""
 
+SCORES = 1 << 26
+"""Scores that the reference body of ``attend`` makes at a time, at least one row of them: 256 MiB."""
+
 Launcher = Callable[..., Any]
 _launchers: dict[tuple[str, str], Launcher] = {}
 _reference_only = False
@@ -154,11 +157,24 @@ def _attend(query: Tensor, *args: Any, table: Tensor | None = None, **parts: Any
         form, n = _check_table(name, table), int(length)
         keys, values = split_state(tuple(state))
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
-        keep = attention.allowed(predicate, query.shape[2], n, key_mask, query.device)
         key = quantize.load_side(keys, n, form, "key", table)
         value = quantize.load_side(values, n, form, "value")
-        out, lse = attention.attend(query, key, value, keep, scale, **parts)
-        return out.contiguous(), lse.contiguous()
+        # Some queries at a time, as all scores of a long prompt would not fit in memory; rows do not depend on others.
+        rows, bias = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * n)), parts.get("bias")
+        outs = []
+        for start in range(0, max(1, query.shape[2]), rows):
+            some = query[:, :, start : start + rows]
+            # For causal queries the last of them is the end of the store.
+            end = n - query.shape[2] + start + some.shape[2] if causal else n
+            keep = attention.allowed(
+                predicate, some.shape[2] if causal else query.shape[2], end, key_mask, query.device
+            )
+            if not causal:
+                keep = keep[:, :, start : start + rows]
+            if bias is not None and bias.shape[2] != 1:
+                parts["bias"] = bias[:, :, start : start + rows]
+            outs.append(attention.attend(some, key[:, :, :end], value[:, :, :end], keep, scale, **parts))
+        return torch.cat([out for out, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
 
 
 def _rope_store(table: Tensor, length: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -193,8 +194,10 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _before_inner_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """As :func:`_before_forward`, for a model within a model: within the outer one's call there is nothing to do.
 
-    Dynamo traces this one, so that the outer model stays one graph.
+    Dynamo traces this one, so that the outer model stays one graph, also on a cache that is not ours and without one.
     """
+    if getattr(module, FORM, None) is None and not any(_is_cache(given) for given in (*args, *kwargs.values())):
+        return None
     if any(_is_cache(given) and given.call.entry.open for given in (*args, *kwargs.values())):
         return None
     prepared: tuple[Any, Any] | None = _before_forward(module, args, kwargs)
@@ -256,7 +259,12 @@ def _prepare_cache_for_generation(
     if _is_cache(given):
         if given.growing:
             given.reserve(length + 1)
+        recording = any(layer.record_past for layer in given.compressed)
         _prepare_for_assistance(given, generation_config, mode)
+        if not recording and not generation_config.is_assistant:
+            # generate works on a copy of the config, which goes when it returns: that is the end of the recording that
+            # it began on a cache of the user's. An assistant's cache is cropped after its own generate has returned.
+            weakref.finalize(generation_config, _stop_recording, weakref.ref(given)).atexit = False
         return
     form = form_of(self)
     made = model_kwargs.get("past_key_values")
@@ -282,6 +290,11 @@ def _prepare_cache_for_generation(
     cache.growing = True
     _prepare_for_assistance(cache, generation_config, mode)
     model_kwargs["past_key_values"] = cache
+
+
+def _stop_recording(cache: weakref.ref[Cache]) -> None:
+    if (found := cache()) is not None:
+        found.stop_recording()
 
 
 def _prepare_for_assistance(cache: Cache, generation_config: Any, mode: Any) -> None:

@@ -376,6 +376,12 @@ class Cache(cache_utils.Cache):
         """From the next call on note what new tokens take over, so that they can be removed: see :attr:`removable`."""
         super().activate_past_recording()  # type: ignore[no-untyped-call]
 
+    def stop_recording(self) -> None:
+        """Undo :meth:`activate_past_recording`, and free what was noted."""
+        for layer in self.compressed:
+            layer.record_past = False
+            layer.forget()
+
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: ``crop(-3)`` removes three, as everywhere in transformers; ``crop(0)`` none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -210,6 +211,65 @@ def test_streamed_tokens_are_those_of_the_result(llama, bits, no_inductor):
     assert streamer.seen == out[0].tolist()
     if bits == 16:
         assert torch.equal(out, llama.generate(IDS[:1], **GREEDY))
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, ids, **kwargs):
+        return "".join(chr(0x100 + int(i)) for i in ids)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_text_streamed_from_a_thread(llama, bits, no_inductor):
+    """TextIteratorStreamer: generate runs in a thread of its own, and the caller reads what comes."""
+    fast = compressed(llama, bits)
+    expected = fast.generate(IDS[:1], **GREEDY)
+    fast.compile(backend="effcompile")
+    for _ in range(2):
+        streamer = transformers.TextIteratorStreamer(Letters(), skip_prompt=True, timeout=120)
+        thread = threading.Thread(target=fast.generate, args=(IDS[:1],), kwargs={"streamer": streamer, **GREEDY})
+        thread.start()
+        text = "".join(streamer)
+        thread.join(60)
+        assert text == Letters().decode(expected[0, 300:])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_prompt_lookup_on_packed_groups(llama, compiled, monkeypatch, no_inductor):
+    """Proposals from the prompt come and go over the edges of groups; the length is that of the accepted tokens."""
+    removed, crop = [], ec.Cache.crop
+    monkeypatch.setattr(ec.Cache, "crop", lambda self, n: (removed.append(-int(n)), crop(self, n))[1])
+    # Repetition, so that there is something to look up.
+    prompt = IDS[:1, :50].repeat(1, 4)
+    fast = compressed(llama, 8, residual=32)
+    expected = fast.generate(prompt, **{**GREEDY, "max_new_tokens": 80})
+    if compiled:
+        fast.compile(backend="effcompile")
+    how = {**GREEDY, "max_new_tokens": 80, "prompt_lookup_num_tokens": 5, "return_dict_in_generate": True}
+    out = fast.generate(prompt, **how)
+    assert sum(removed) > 3, "nothing was proposed in vain, so nothing was tested"
+    assert out.past_key_values.tokens == out.sequences.shape[1] - 1
+    # At 8 bits no two tokens of this model are nearly as likely, so they are those of plain decoding.
+    assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_recording_on_a_users_cache_ends_with_the_generation(llama, asked):
+    """It costs a copy of what each token takes over; what the user asked for stays."""
+    cache = ec.Cache(llama, 512, residual=32)
+    prompt = IDS[:1, :50].repeat(1, 4)
+    with torch.no_grad():
+        llama(prompt[:, :-1], past_key_values=cache)
+    if asked:
+        cache.activate_past_recording()
+    plain = cache.nbytes
+    llama.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
+    assert all(layer.record_past == asked for layer in cache.compressed)
+    assert (cache.nbytes > plain) == asked
+    with torch.no_grad():
+        llama(IDS[:1, :1], past_key_values=cache)
+    assert (cache.nbytes > plain) == asked
 
 
 def test_sampling_with_a_seed_is_that_of_the_eager_model(llama, no_inductor):

@@ -134,3 +134,6 @@ def test_a_static_cache_that_was_asked_for_stays_and_says_so(decorated, no_induc
     targets = {str(node.target) for graph in no_inductor for node in graph.graph.nodes}
     assert any("scaled_dot_product_attention" in target for target in targets)
     assert not any("effcompile" in target for target in targets)
+    # The whole model is one graph, and the report has it.
+    assert len(no_inductor) == 1
+    assert {d.reason.code for d in ec.inspect(model).decisions} == {"no-compressed-cache" if decorated else "not-asked"}
