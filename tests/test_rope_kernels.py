@@ -111,7 +111,9 @@ def program(kind: str, rotary: int, bits_: tuple[int, int], phase: Any = "decode
     sizes = other.pop("sizes", (64, 64, 32))
     form = KVForm(*bits_, sizes[2], other.pop("residual", 0) * sizes[2], rope=kind)
     predicate = other.pop("predicate", Predicate())
-    return Program(phase, form, predicate, other.pop("dtype", torch.float32), other.pop("ratio", 3), *sizes[:2], rotary=rotary)
+    return Program(
+        phase, form, predicate, other.pop("dtype", torch.float32), other.pop("ratio", 3), *sizes[:2], rotary=rotary
+    )
 
 
 PADDED = Predicate(key_mask=True)

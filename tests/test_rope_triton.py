@@ -25,7 +25,12 @@ from effcompile.lowering.triton_aot import compile_ahead, resources
 from effcompile.lowering.triton_build import build
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HALVES = [KVForm(2, 2, rope="pre"), KVForm(4, 4, 32, 32, rope="pre"), KVForm(3, 16, 16, 0, "pre"), KVForm(8, 4, rope="pre")]
+HALVES = [
+    KVForm(2, 2, rope="pre"),
+    KVForm(4, 4, 32, 32, rope="pre"),
+    KVForm(3, 16, 16, 0, rope="pre"),
+    KVForm(8, 4, rope="pre"),
+]
 ADJACENT = [
     KVForm(2, 3, 32, 0, rope="pre_adjacent"),
     KVForm(4, 4, 16, 32, rope="pre_adjacent"),
