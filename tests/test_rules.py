@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import effcompile as ec
-from effcompile.kernels.form import FormError
+from effcompile.kernels.form import FormError, KVForm
 from effcompile.passes import options
+from effcompile.runtime import adapter
+from effcompile.runtime.rules import parse
 from models import GQA
 
 IDS = torch.arange(40)[None] % 128
@@ -51,11 +54,25 @@ def test_of_equally_deep_rules_the_last_wins(llama: Any) -> None:
     first, second = {"model.layers.*": {"key_bits": 8}}, {"**.2": {"key_bits": 2}}
     assert forms(ec.Cache(llama, rules=first | second)) == ["k8v4", "k8v4", "k2v4", "k8v4"]
     assert forms(ec.Cache(llama, rules=second | first)) == ["k8v4"] * 4
-    ec.compress_kv(rules=second | first)(llama)
-    # Also after the options were read back from what the decorator left on the module.
-    again = make()
-    options.decorate(again, options.options_of(llama)["compress_kv"])
-    assert forms(ec.Cache(again)) == ["k8v4"] * 4
+    for given, expected in ((second | first, "k8v4"), (first | second, "k2v4")):
+        ec.compress_kv(rules=given)(llama)
+        # Also after the options were read back from what the decorator left on the module.
+        again = make()
+        options.decorate(again, options.options_of(llama)["compress_kv"])
+        assert forms(ec.Cache(again)) == ["k8v4", "k8v4", expected, "k8v4"]
+
+
+def test_of_modules_with_one_number_the_deepest_choice_decides() -> None:
+    """Where a layer's other parts know its number too, as some experts do, nothing is taken back by them."""
+    model = nn.ModuleDict({"block": nn.ModuleDict({"attention": nn.Linear(1, 1), "experts": nn.Linear(1, 1)})})
+    for part in model["block"].values():
+        part.layer_idx = 0
+    rule = {"block.attention": {"key_bits": 8}, "*": {"value_bits": 2}}
+    assert adapter.layer_forms(model, KVForm(), 1, parse(rule, KVForm())) == [KVForm(8, 4)]
+    adapter.set_form(model, KVForm(), parse(rule, KVForm()))
+    assert adapter.layer_forms(model, KVForm(), 1) == [KVForm(8, 4)]
+    adapter.set_form(model["block"]["attention"], KVForm(3, 3))
+    assert adapter.layer_forms(model, KVForm(), 1) == [KVForm(3, 3)]
 
 
 def test_a_deeper_decorator_beats_a_rule_and_a_decorator_beats_the_cache(llama: Any) -> None:

@@ -287,7 +287,7 @@ class TestStore:
             assert torch.equal(x, y)
 
     def test_numbers_on_every_edge_of_fp8(self) -> None:
-        form, x = KVForm("fp8", "fp8", 32, 0, "token"), fp8_edges()
+        form, x = KVForm("fp8", "fp8", 32, 0, "token", "token"), fp8_edges()
         states = [empty(form, 1, 1, 64, (32, 32), torch.float32) for _ in range(2)]
         store(reference_store, states[0], x, x, form, [64])
         store(lowering.kv_store, states[1], x, x, form, [64])

@@ -33,10 +33,14 @@ def encode(x, scale, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def step_fp8(low, high):
-    """fp16 scale of groups of e4m3 numbers that span ``low .. high`` (fp32, any shape)."""
-    peak = tl.maximum(tl.abs(low), tl.abs(high))
-    return tl.minimum(tl.div_rn(peak, tl.full(low.shape, E4M3_MAX, tl.float32)), FP16_MAX).to(tl.float16)
+def step_fp8(low, high, bad):
+    """fp16 scale of groups of e4m3 numbers that span ``low .. high`` (fp32, any shape), NaN where they are ``bad``.
+
+    A maximum on a GPU passes over NaN, and in a code that would become a number.
+    """
+    peak = tl.where(bad > 0, float("nan"), tl.maximum(tl.abs(low), tl.abs(high)))
+    peak = tl.div_rn(peak, tl.full(low.shape, E4M3_MAX, tl.float32))
+    return tl.where(peak > FP16_MAX, FP16_MAX, peak).to(tl.float16)
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def pack_keys(codes, scales, tail, new, new_stride, first, length, SIZE: tl.cons
     x = group_rows(new, new_stride, tail, first, length, SIZE, WIDTH, PADDED, PARTS, SLOTS, GROUP)
     channel, real = channels(WIDTH, PADDED, PARTS)
     if E4M3:
-        scale = step_fp8(tl.min(x, 0), tl.max(x, 0))
+        scale = step_fp8(tl.min(x, 0), tl.max(x, 0), tl.max((x != x).to(tl.int32), 0))
         tl.store(scales + at * SIZE + channel, scale, mask=real)
         code = encode_fp8(x, scale[None, :])
     else:
@@ -122,7 +126,7 @@ def pack_values(codes, scales, tail, new, new_stride, first, length, SIZE: tl.co
         low = tl.min(tl.where(inside, x, float("inf")), 1)
         high = tl.max(tl.where(inside, x, float("-inf")), 1)
         if E4M3:
-            scale = step_fp8(low, high)
+            scale = step_fp8(low, high, tl.max((inside & (x != x)).to(tl.int32), 1))
             tl.store(scales + (first + token) * GROUPS + at, scale)
             found = encode_fp8(x, scale[:, None])
         else:
