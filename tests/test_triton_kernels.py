@@ -131,11 +131,12 @@ OTHER_FORMS = [
     KVForm(2, 8, 16, 0, "token"),
 ]
 """Scales along the other axis, and fp8."""
+OTHER_SIZES = [(64, 64), (96, 80), (64, 64), (96, 80), (64, 64), (96, 32)]
 OTHER_CASES = [
     {"form": form, "sizes": sizes, "dtype": dtype, "queries": queries, "length": 65, "ratio": 3, "batch": 2,
      "window": window, "masked": masked, "causal": True}
     for form, sizes, dtype, queries, window, masked in zip(
-        OTHER_FORMS, [(64, 64), (96, 32)] * 3, DTYPES * 2, [1, 17, 3] * 2, [None, None, 40] * 2, [False, True] * 3
+        OTHER_FORMS, OTHER_SIZES, DTYPES * 2, [1, 17, 3] * 2, [None, None, 40] * 2, [False, True] * 3
     )
 ]  # fmt: skip
 MORE_CASES = pairwise(
