@@ -287,6 +287,16 @@ class TestStore:
         for x, y in zip(expected, lowering.kv_load(*states[1], torch.tensor(length), form.name)):
             assert torch.equal(x, y)
 
+    @pytest.mark.parametrize("form", [KVForm(4, 8, 16, 0), KVForm("fp8", "fp8", 16, 0)], ids=lambda f: f.name)
+    def test_nan_and_infinity(self, form: KVForm) -> None:
+        x = tokens(1, 32, 1, 32, torch.float32, 0)
+        x[0, 0, 3, 4], x[0, 0, 20, 5], x[0, 0, 21, 31] = float("nan"), float("inf"), float("-inf")
+        x[0, 0, :, 9], x[0, 0, 30] = -0.0, 1e38
+        states = [empty(form, 1, 1, 32, (32, 32), torch.float32) for _ in range(2)]
+        store(reference_store, states[0], x, x, form, [32])
+        store(lowering.kv_store, states[1], x, x, form, [32])
+        assert_same(*states)
+
     def test_numbers_on_every_edge_of_fp8(self) -> None:
         form, x = KVForm("fp8", "fp8", 32, 0, "token", "token"), fp8_edges()
         states = [empty(form, 1, 1, 64, (32, 32), torch.float32) for _ in range(2)]
