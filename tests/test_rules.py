@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -163,6 +164,39 @@ def test_the_report_shows_each_layers_form(monkeypatch: pytest.MonkeyPatch) -> N
     found = {d.module: d.form for d in ec.inspect(model).decisions if "decode" in d.form}
     assert [found[f"model.layers.{n}.self_attn"].split("_")[2] for n in range(2)] == ["k8v4g32r0", "k4vfp8g32r0"]
     json.loads(ec.inspect(model).to_json())
+
+
+@pytest.mark.slow
+def test_compiled_layers_of_different_forms_give_what_the_reference_bodies_give() -> None:
+    """fp8 and the other axes in one model: prefill, chunk and decode, with padding; no kernel is missing."""
+    from effcompile.kernels import ops
+
+    rules = {"model.layers.0": {"key_bits": "fp8", "value_bits": "fp8"}, "model.layers.1": {"key_axis": "token"}}
+    rules["model.layers.1.self_attn"] = {"key_axis": "token", "value_axis": "channel", "key_bits": 8, "value_bits": 8}
+    model = make(2)
+    ids = torch.randint(128, (2, 90), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+
+    def logits() -> list[torch.Tensor]:
+        cache, found, at = ec.Cache(model, 512, group_size=16, residual=16, rules=rules), [], 0
+        assert forms(cache) == ["kfp8vfp8g16r16", "k8v8g16r16ktvc"]
+        for count in (60, 27, 1, 1, 1):
+            seen = at + count
+            out = model(ids[:, at:seen], attention_mask=mask[:, :seen], past_key_values=cache)
+            at = seen
+            found.append(out.logits[1])
+        return found
+
+    with torch.inference_mode(), ops.reference_only():
+        expected = logits()
+    model.compile(backend="effcompile")
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
+        found = logits()
+    assert any("ktvc" in d.form for d in ec.inspect(model).decisions)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_limit_with_rules_is_exact(llama: Any) -> None:
