@@ -22,8 +22,14 @@ from effcompile.runtime.cache import Cache
 
 CHUNK = 256
 """Tokens a call: whole groups, so that with no residual a call attends to packed keys only, its own among them."""
-BITS = ((8, 8), (8, 4), (4, 8), (4, 4), (3, 3), (4, 2), (2, 4), (2, 2))
+BITS = ((8, 8), ("fp8", "fp8"), (8, 4), (4, 8), (4, 4), (3, 3), (4, 2), (2, 4), (2, 2))
 """Key and value bits that are measured."""
+AXES = {
+    "K8V8, keys per token": {"key_bits": 8, "value_bits": 8, "key_axis": "token"},
+    "K4V4, keys per token": {"key_bits": 4, "value_bits": 4, "key_axis": "token"},
+    "K4V4, values per channel": {"key_bits": 4, "value_bits": 4, "value_axis": "channel"},
+}
+"""Scales along the other axis, as options of a cache."""
 
 
 @dataclasses.dataclass
@@ -74,18 +80,17 @@ def run(quick: bool = False) -> list[Measured]:
     say(f"formats, {text.shape[1]} tokens: dense")
     dense = list(log_probabilities(model, DynamicCache(config=model.config), text))
     rows, kl = [], {}
-    for (key_bits, value_bits), rope in (((16, 16), "post"), *itertools.product(BITS, ("post", "pre"))):
-        name = f"K{key_bits}V{value_bits}" + (" before RoPE" if rope == "pre" else "")
+    pairs = {f"K{k}V{v}".replace("fp8", "F8"): {"key_bits": k, "value_bits": v} for k, v in ((16, 16), *BITS)}
+    before = {f"{name} before RoPE": form | {"rope": "pre"} for name, form in pairs.items() if name != "K16V16"}
+    for name, form in (pairs | AXES | before).items():
         say(f"formats: {name}")
-        cache = Cache(model, text.shape[1], key_bits=key_bits, value_bits=value_bits, residual=0, rope=rope)
-        found = distance(model, cache, text, dense)
-        kl[key_bits, value_bits, rope] = found.kl / found.count
+        found = distance(model, Cache(model, text.shape[1], **form, residual=0), text, dense)
+        kl[name] = found.kl / found.count
         note = f"perplexity {math.exp(found.nats / found.count):.2f}, same first choice {found.same / found.count:.1%}"
         rows.append(Measured(f"{name}, KL to dense", 1e3 * found.kl / found.count, " mnat", note=note))
-    for better, worse in (((8, 4), (4, 8)), ((4, 2), (2, 4)), ((8, 8), (4, 4)), ((4, 4), (3, 3)), ((3, 3), (2, 2))):
-        what = "K{}V{} over K{}V{}".format(*worse, *better)
-        rows.append(Measured(f"KL, {what}", kl[*worse, "post"] / kl[*better, "post"], " x", 1.0))
-    for bits in ((3, 3), (2, 2)):
-        what = "K{}V{} after RoPE over before it".format(*bits)
-        rows.append(Measured(f"KL, {what}", kl[*bits, "post"] / kl[*bits, "pre"], " x", 1.0))
+    orders = [("K8V4", "K4V8"), ("K4V2", "K2V4"), ("K8V8", "K4V4"), ("K4V4", "K3V3"), ("K3V3", "K2V2")]
+    orders += [("KF8VF8", "K4V4"), ("K4V4", "K4V4, keys per token")]
+    orders += [("K3V3 before RoPE", "K3V3"), ("K2V2 before RoPE", "K2V2")]
+    for better, worse in orders:
+        rows.append(Measured(f"KL, {worse} over {better}", kl[worse] / kl[better], " x", 1.0))
     return rows

@@ -104,6 +104,11 @@ def check(console: Console) -> list[dict[str, Any]]:
     """
     found = []
     forms = [*FORMS, KVForm(4, 4, 16, 0), KVForm(8, 4, 32, 32), KVForm(4, 16), KVForm(16, 8)]
+    forms += [
+        KVForm("fp8", "fp8"),
+        KVForm(4, 4, 32, 32, "token", "channel"),
+        KVForm("fp8", 8, 16, 0, "token", "channel"),
+    ]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for form in forms:
             for size, queries, length in ((128, 1, 500), (96, 3, 1000), (80, 65, 333), (64, 300, 700), (256, 1, 300)):

@@ -40,6 +40,7 @@ def test_every_number_lies_where_the_form_says(form: KVForm, total: int) -> None
             append(state, length, key[:, :, at : at + 7], value[:, :, at : at + 7], form)
         loaded = torch.ops.effcompile.kv_load(*state, length, form.name)
     for kind, side, got, new in zip(KINDS, (state[:3], state[3:]), loaded, (key, value)):
+        assert got.shape == (2, 1, 96, 32)
         assert torch.equal(got[:, :, :total], plain(new, form, kind))
         assert not got[:, :, total:].any()
         wide = dequantised(side, total, form, kind)
@@ -74,6 +75,17 @@ def test_error_is_bounded_by_the_steps(form: KVForm) -> None:
         with_none_left = KVForm(form.key_bits, form.value_bits, form.group, 0, form.key_axis, form.value_axis)
         error = (plain(x.float(), with_none_left, kind).double() - x).abs()
         assert (error <= bound.expand_as(groups).flatten(at, at + 1)).all()
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+def test_no_room_is_said_before_anything_is_written(form: KVForm) -> None:
+    state, length = make_state(form, 1, 1, 96, 32)
+    with ops.reference_only():
+        append(state, length, numbers(1, 1, 95, 32), numbers(1, 1, 95, 32), form)
+        with pytest.raises(
+            ops.CapacityError, match="95 tokens are cached and 2 more were given, but the capacity is 96"
+        ):
+            append(state, length, numbers(1, 1, 2, 32), numbers(1, 1, 2, 32), form)
 
 
 @settings(deadline=None, max_examples=300)

@@ -101,6 +101,15 @@ def test_a_window_reads_only_the_window() -> None:
     assert windowed.at(S=300, **sizes) == cost.attend(KVForm(), Predicate(), 2).at(S=300, **sizes)
 
 
+def test_a_window_reads_the_scales_of_groups_that_it_cuts_where_they_are_of_channels() -> None:
+    sizes: dict[str, Any] = {"B": 1, "H": 2, "G": 2, "T": 1, "C": 64, "S": 64, "D": 64, "E": 64}
+    channel, token = (
+        cost.attend(KVForm(4, 16, 32, 0, axis), Predicate(window=40), 2).at(**sizes).bytes
+        for axis in ("channel", "token")
+    )
+    assert channel - token == 2 * (2 * 64 - 40 * 2) * 4  # two groups a channel, but two a token for 40 tokens
+
+
 def test_unfused_pays_for_the_capacity_and_fused_does_not() -> None:
     sizes = {"B": 1, "H": 9, "G": 3, "T": 1, "S": 500, "D": 64, "E": 64}
     before = cost.unfused(KVForm(), 4)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import effcompile as ec
-from effcompile.kernels.form import FormError
+from effcompile.kernels.form import FormError, KVForm
 from effcompile.passes import options
+from effcompile.runtime import adapter
+from effcompile.runtime.rules import parse
 from models import GQA
 
 IDS = torch.arange(40)[None] % 128
@@ -51,11 +55,25 @@ def test_of_equally_deep_rules_the_last_wins(llama: Any) -> None:
     first, second = {"model.layers.*": {"key_bits": 8}}, {"**.2": {"key_bits": 2}}
     assert forms(ec.Cache(llama, rules=first | second)) == ["k8v4", "k8v4", "k2v4", "k8v4"]
     assert forms(ec.Cache(llama, rules=second | first)) == ["k8v4"] * 4
-    ec.compress_kv(rules=second | first)(llama)
-    # Also after the options were read back from what the decorator left on the module.
-    again = make()
-    options.decorate(again, options.options_of(llama)["compress_kv"])
-    assert forms(ec.Cache(again)) == ["k8v4"] * 4
+    for given, expected in ((second | first, "k8v4"), (first | second, "k2v4")):
+        ec.compress_kv(rules=given)(llama)
+        # Also after the options were read back from what the decorator left on the module.
+        again = make()
+        options.decorate(again, options.options_of(llama)["compress_kv"])
+        assert forms(ec.Cache(again)) == ["k8v4", "k8v4", expected, "k8v4"]
+
+
+def test_of_modules_with_one_number_the_deepest_choice_decides() -> None:
+    """Where a layer's other parts know its number too, as some experts do, nothing is taken back by them."""
+    model = nn.ModuleDict({"block": nn.ModuleDict({"attention": nn.Linear(1, 1), "experts": nn.Linear(1, 1)})})
+    for part in model["block"].values():
+        part.layer_idx = 0
+    rule = {"block.attention": {"key_bits": 8}, "*": {"value_bits": 2}}
+    assert adapter.layer_forms(model, KVForm(), 1, parse(rule, KVForm())) == [KVForm(8, 4)]
+    adapter.set_form(model, KVForm(), parse(rule, KVForm()))
+    assert adapter.layer_forms(model, KVForm(), 1) == [KVForm(8, 4)]
+    adapter.set_form(model["block"]["attention"], KVForm(3, 3))
+    assert adapter.layer_forms(model, KVForm(), 1) == [KVForm(3, 3)]
 
 
 def test_a_deeper_decorator_beats_a_rule_and_a_decorator_beats_the_cache(llama: Any) -> None:
@@ -146,6 +164,39 @@ def test_the_report_shows_each_layers_form(monkeypatch: pytest.MonkeyPatch) -> N
     found = {d.module: d.form for d in ec.inspect(model).decisions if "decode" in d.form}
     assert [found[f"model.layers.{n}.self_attn"].split("_")[2] for n in range(2)] == ["k8v4g32r0", "k4vfp8g32r0"]
     json.loads(ec.inspect(model).to_json())
+
+
+@pytest.mark.slow
+def test_compiled_layers_of_different_forms_give_what_the_reference_bodies_give() -> None:
+    """fp8 and the other axes in one model: prefill, chunk and decode, with padding; no kernel is missing."""
+    from effcompile.kernels import ops
+
+    rules = {"model.layers.0": {"key_bits": "fp8", "value_bits": "fp8"}, "model.layers.1": {"key_axis": "token"}}
+    rules["model.layers.1.self_attn"] = {"key_axis": "token", "value_axis": "channel", "key_bits": 8, "value_bits": 8}
+    model = make(2)
+    ids = torch.randint(128, (2, 90), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+
+    def logits() -> list[torch.Tensor]:
+        cache, found, at = ec.Cache(model, 512, group_size=16, residual=16, rules=rules), [], 0
+        assert forms(cache) == ["kfp8vfp8g16r16", "k8v8g16r16ktvc"]
+        for count in (60, 27, 1, 1, 1):
+            seen = at + count
+            out = model(ids[:, at:seen], attention_mask=mask[:, :seen], past_key_values=cache)
+            at = seen
+            found.append(out.logits[1])
+        return found
+
+    with torch.inference_mode(), ops.reference_only():
+        expected = logits()
+    model.compile(backend="effcompile")
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
+        found = logits()
+    assert any("ktvc" in d.form for d in ec.inspect(model).decisions)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_limit_with_rules_is_exact(llama: Any) -> None:

@@ -7,6 +7,7 @@ is a pairwise cover; ``-m slow`` compiles more.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,8 @@ def test_store_and_load(program: StoreProgram, chip: str) -> None:
         assert used["shared"] <= SHARED[chip]
         if pack and "ptx" in binary.asm and "QUANTIZE" in binary.src.fn.arg_names:
             assert "div.rn.f32" in binary.asm["ptx"], "codes need IEEE division to agree with the reference"
+            # min.f32 and max.f32 pass over NaN.
+            assert re.search(r"setp\.(neu|nan)\.b?f\d", binary.asm["ptx"]), "NaN becomes a number"
 
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])

@@ -131,11 +131,12 @@ OTHER_FORMS = [
     KVForm(2, 8, 16, 0, "token"),
 ]
 """Scales along the other axis, and fp8."""
+OTHER_SIZES = [(64, 64), (96, 80), (64, 64), (96, 80), (64, 64), (96, 32)]
 OTHER_CASES = [
     {"form": form, "sizes": sizes, "dtype": dtype, "queries": queries, "length": 65, "ratio": 3, "batch": 2,
      "window": window, "masked": masked, "causal": True}
     for form, sizes, dtype, queries, window, masked in zip(
-        OTHER_FORMS, [(64, 64), (96, 32)] * 3, DTYPES * 2, [1, 17, 3] * 2, [None, None, 40] * 2, [False, True] * 3
+        OTHER_FORMS, OTHER_SIZES, DTYPES * 2, [1, 17, 3] * 2, [None, None, 40] * 2, [False, True] * 3
     )
 ]  # fmt: skip
 MORE_CASES = pairwise(
@@ -381,8 +382,18 @@ class TestStore:
         for x, y in zip(expected, lowering.kv_load(*states[1], torch.tensor(length), form.name)):
             assert torch.equal(x, y)
 
+    @pytest.mark.parametrize("form", [KVForm(4, 8, 16, 0), KVForm("fp8", "fp8", 16, 0)], ids=lambda f: f.name)
+    def test_nan_and_infinity(self, form: KVForm) -> None:
+        x = tokens(1, 32, 1, 32, torch.float32, 0)
+        x[0, 0, 3, 4], x[0, 0, 20, 5], x[0, 0, 21, 31] = float("nan"), float("inf"), float("-inf")
+        x[0, 0, :, 9], x[0, 0, 30] = -0.0, 1e38
+        states = [empty(form, 1, 1, 32, (32, 32), torch.float32) for _ in range(2)]
+        store(reference_store, states[0], x, x, form, [32])
+        store(lowering.kv_store, states[1], x, x, form, [32])
+        assert_same(*states)
+
     def test_numbers_on_every_edge_of_fp8(self) -> None:
-        form, x = KVForm("fp8", "fp8", 32, 0, "token"), fp8_edges()
+        form, x = KVForm("fp8", "fp8", 32, 0, "token", "token"), fp8_edges()
         states = [empty(form, 1, 1, 64, (32, 32), torch.float32) for _ in range(2)]
         store(reference_store, states[0], x, x, form, [64])
         store(lowering.kv_store, states[1], x, x, form, [64])

@@ -15,11 +15,20 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
+def ends(x, AXIS: tl.constexpr):
+    """Smallest and largest number of groups along ``AXIS``; NaN if there is one, which maxima on a GPU pass over."""
+    bad = tl.max((x != x).to(tl.int32), AXIS) > 0
+    low = tl.where(bad, float("nan"), tl.min(x, AXIS))
+    return low, tl.where(bad, float("nan"), tl.max(x, AXIS))
+
+
+@triton.jit
 def steps(low, high, BITS: tl.constexpr):
-    """fp16 scale and zero of groups that span ``low .. high`` (fp32, any shape)."""
+    """fp16 scale and zero of groups that span ``low .. high`` (fp32, any shape). NaN stays NaN."""
     levels = tl.full(low.shape, 2**BITS - 1, tl.float32)
-    scale = tl.minimum(tl.div_rn(high - low, levels), FP16_MAX).to(tl.float16)
-    zero = tl.minimum(tl.maximum(low, -FP16_MAX), FP16_MAX).to(tl.float16)
+    scale = tl.div_rn(high - low, levels)
+    scale = tl.where(scale > FP16_MAX, FP16_MAX, scale).to(tl.float16)
+    zero = tl.where(low > FP16_MAX, FP16_MAX, tl.where(low < -FP16_MAX, -FP16_MAX, low)).to(tl.float16)
     return scale, zero
 
 
@@ -35,9 +44,10 @@ def encode(x, scale, zero, BITS: tl.constexpr):
 
 @triton.jit
 def step_fp8(low, high):
-    """fp16 scale of groups of e4m3 numbers that span ``low .. high`` (fp32, any shape)."""
-    peak = tl.maximum(tl.abs(low), tl.abs(high))
-    return tl.minimum(tl.div_rn(peak, tl.full(low.shape, E4M3_MAX, tl.float32)), FP16_MAX).to(tl.float16)
+    """fp16 scale of groups of e4m3 numbers that span ``low .. high`` (fp32, any shape). NaN stays NaN."""
+    peak = tl.where(tl.abs(low) > tl.abs(high), tl.abs(low), tl.abs(high))
+    scale = tl.div_rn(peak, tl.full(low.shape, E4M3_MAX, tl.float32))
+    return tl.where(scale > FP16_MAX, FP16_MAX, scale).to(tl.float16)
 
 
 @triton.jit
@@ -114,12 +124,13 @@ def write_keys(codes, scales, x, first, SIZE: tl.constexpr, PADDED: tl.constexpr
     BYTES: tl.constexpr = PARTS * BITS // 8
     at = first // GROUP
     channel, real = channels(WIDTH, PADDED, PARTS)
+    low, high = ends(x, 0)
     if E4M3:
-        scale = step_fp8(tl.min(x, 0), tl.max(x, 0))
+        scale = step_fp8(low, high)
         tl.store(scales + at * SIZE + channel, scale, mask=real)
         code = encode_fp8(x, scale[None, :])
     else:
-        scale, zero = steps(tl.min(x, 0), tl.max(x, 0), BITS)
+        scale, zero = steps(low, high, BITS)
         place = scales + at * (2 * SIZE) + channel
         tl.store(place, scale, mask=real)
         tl.store(place + SIZE, zero, mask=real)
@@ -148,8 +159,8 @@ def pack_values(codes, scales, tail, new, new_stride, first, length, SIZE: tl.co
     code = tl.zeros(x.shape, tl.uint8)
     for at in tl.static_range(GROUPS):
         inside = (real & (channel // GROUP == at))[None, :]
-        low = tl.min(tl.where(inside, x, float("inf")), 1)
-        high = tl.max(tl.where(inside, x, float("-inf")), 1)
+        low, _ = ends(tl.where(inside, x, float("inf")), 1)
+        high = tl.where(low != low, low, tl.max(tl.where(inside, x, float("-inf")), 1))
         if E4M3:
             scale = step_fp8(low, high)
             tl.store(scales + (first + token) * GROUPS + at, scale)
