@@ -51,7 +51,8 @@ def blocks_for(program: Program, chip: str) -> Blocks:
     packed = (keys.bits != 16) + (values.bits != 16)
     warpgroups = chip in ("sm_90", "sm_100", "sm_103")
     if program.phase == "decode":
-        tile = 32 if single or (wide and not packed) else 64 if wide or packed < 2 else 128
+        # Keys before RoPE are in registers twice, with their angles: half a tile.
+        tile = 32 if single or (wide and not packed) else 64 if wide or packed < 2 or program.rotary else 128
         ring = 32 if wide or single else 64
         stages = 2 if single or (packed and not warpgroups) else 3
         blocks = Blocks(16, tile, ring, warps=8 if wide and single else 4, stages=stages)
@@ -61,8 +62,9 @@ def blocks_for(program: Program, chip: str) -> Blocks:
         blocks = Blocks(128 if warpgroups else 64, 32, 32, warps=8, stages=2)
     elif warpgroups:
         blocks = Blocks(128, 64, 64, warps=8, stages=2 if packed else 3)
-    elif packed and vendor_of(chip) == "hip" and max(keys.parts, values.parts) > 1:
-        # Eight warps have half the registers each, which does not hold what a word of several codes becomes.
+    elif packed and vendor_of(chip) == "hip" and (max(keys.parts, values.parts) > 1 or program.rotary):
+        # Eight warps have half the registers each, which does not hold what a word of several codes becomes, nor keys
+        # before RoPE with their angles.
         blocks = Blocks(64, 32, 32, warps=4, stages=2)
     elif packed:
         blocks = Blocks(128, 32, 32, warps=8, stages=2)

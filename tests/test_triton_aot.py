@@ -44,7 +44,7 @@ def spill_budget(program: Program, chip: str, registers: int) -> int:
 
     Exceptions, where a tile cannot be smaller than 32 keys and one group: larger heads, groups longer than the usual
     tile, fp32 models (three tf32 products), and prefill with 8 or 3 bits on sm_80, which keeps operands in registers
-    (3 bits: the eight codes of a word). And decode
+    (3 bits: the eight codes of a word; keys before RoPE: two registers). And decode
     where the assembler stays at 168 or 128 registers by itself, so that a third or fourth program fits into a
     multiprocessor, and spills a few for it: how many differs from one release of it to the next.
     """
@@ -55,6 +55,8 @@ def spill_budget(program: Program, chip: str, registers: int) -> int:
         return 256
     packed_8 = 8 in (program.form.key_bits, program.form.value_bits)
     if program.phase == "prefill":
+        if program.rotary and chip == "sm_80" and not packed_8:
+            return 16
         packed_3 = 3 in (program.form.key_bits, program.form.value_bits)
         return 64 if (packed_8 or packed_3) and chip == "sm_80" else 0
     fits_more = chip != "gfx942" and registers in (128, 168)
