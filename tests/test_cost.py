@@ -97,6 +97,15 @@ def test_a_window_reads_only_the_window() -> None:
     assert windowed.at(S=300, **sizes) == cost.attend(KVForm(), Predicate(), 2).at(S=300, **sizes)
 
 
+@pytest.mark.parametrize("own", [(True, True, False), (False, True, True), (False, False, False)])
+def test_operands_of_scores_are_read_once(own: tuple[bool, bool, bool]) -> None:
+    shape = [n if yes else 1 for n, yes in zip((2, 6, 3), own)]
+    bias, sinks = torch.empty(*shape, 50), torch.empty(6)
+    found = cost.score_operands(Predicate(), own, True).at(B=2, H=6, T=3, S=50)
+    assert found == cost.Cost(bias.nbytes + sinks.nbytes, 0)
+    assert cost.score_operands(Predicate(), None, False) == cost.Cost(0, 0)
+
+
 def test_unfused_pays_for_the_capacity_and_fused_does_not() -> None:
     sizes = {"B": 1, "H": 9, "G": 3, "T": 1, "S": 500, "D": 64, "E": 64}
     before = cost.unfused(KVForm(), 4)
