@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, GREEDY
-from test_score_matching import B, CAPACITY, D, DENSE, G, H, Step, everything
+from test_score_matching import CAPACITY, DENSE, B, D, G, H, Step, everything
 from torch import Tensor, nn
 
 import effcompile as ec
