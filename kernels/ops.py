@@ -34,7 +34,8 @@ library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, s
 library.define(f"kv_load({_READ}, Tensor length, str form) -> (Tensor, Tensor)")
 library.define(
     f"attend(Tensor query, {_READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
-    "*, float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
+    "*, float? softcap=None, Tensor? bias=None, Tensor? sinks=None, "
+    "Tensor? segments=None, Tensor? prefix=None) -> (Tensor, Tensor)"
 )
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -142,8 +143,10 @@ def _attend(query: Tensor, *args: Any, **parts: Any) -> tuple[Tensor, Tensor]:
     except KernelUnavailable:
         form, n = KVForm.parse(name), int(length)
         keys, values = split_state(tuple(state))
-        predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
-        keep = attention.allowed(predicate, query.shape[2], n, key_mask, query.device)
+        segments, prefix = parts.pop("segments", None), parts.pop("prefix", None)
+        rules = key_mask is not None, segments is not None, prefix is not None
+        predicate = Predicate(causal, window if window >= 0 else None, *rules)
+        keep = attention.allowed(predicate, query.shape[2], n, key_mask, query.device, segments, prefix)
         key = quantize.load_side(keys, n, form, "key")
         value = quantize.load_side(values, n, form, "value")
         out, lse = attention.attend(query, key, value, keep, scale, **parts)

@@ -274,6 +274,14 @@ def sinks_that_change(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor)
     return out + sinks.sum()
 
 
+def sinks_that_change_after_a_copy(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    sinks = self.sinks * 2
+    column = sinks.clone().view(1, H, 1, 1)
+    sinks.zero_()
+    scores = q @ k.mT * 0.25 + additive(keep)
+    return torch.cat([scores, column.expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1] @ v
+
+
 def sinks_of_groups(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """One for two heads: a view of them is no vector of heads."""
     scores = q @ k.mT * 0.25 + additive(keep)
@@ -290,6 +298,7 @@ def sinks_of_groups(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -
         (a_factor_that_changes, "attention-arithmetic"),
         (scaled_twice_in_place, "attention-arithmetic"),
         (sinks_that_change, "sinks"),
+        (sinks_that_change_after_a_copy, "sinks"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
