@@ -178,9 +178,9 @@ def _offset_written_before(s: Spelling, mask: fx.Node) -> fx.Node:
 
 NEAR = [
     _in_one_row, _per_head, _data, _prefix, _suffix, _data_prefix, _row_lengths, _shifted_padding,
-    _padding_at_the_query, _positions, _one_row_for_all, _first_row_for_all, _more_rows, _rows_reversed, _inverted_padding,
-    _padding_equals_one, _second_padding, _transposed, _other_offset, _chunks, _documents, _strided, _written_later,
-    _offset_written_before,
+    _padding_at_the_query, _positions, _one_row_for_all, _first_row_for_all, _more_rows, _rows_reversed,
+    _inverted_padding, _padding_equals_one, _second_padding, _transposed, _other_offset, _chunks, _documents,
+    _strided, _written_later, _offset_written_before,
 ]  # fmt: skip
 
 
