@@ -8,7 +8,15 @@ from torch import Tensor
 from effcompile.kernels.program import Predicate
 
 
-def allowed(predicate: Predicate, queries: int, length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
+def allowed(
+    predicate: Predicate,
+    queries: int,
+    length: int,
+    key_mask: Tensor | None,
+    device: torch.device,
+    segments: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
     """Which keys each query may see: bool ``[B or 1, 1, T, S]`` with ``S = length``.
 
     Query ``i`` stands at position ``length - T + i``: the queries are the last tokens of the store.
@@ -21,6 +29,10 @@ def allowed(predicate: Predicate, queries: int, length: int, key_mask: Tensor | 
     if predicate.window is not None:
         keep &= key > position - predicate.window
     keep = keep[None, None]
+    if prefix is not None:
+        keep = keep | (key < prefix[:, None, None, None])
+    if segments is not None:
+        keep = keep & (segments[:, None, position] == segments[:, None, None, :length])
     if key_mask is not None:
         keep = keep & key_mask[:, None, None, :length]
     return keep

@@ -187,6 +187,18 @@ def attend(form: KVForm, predicate: Predicate, itemsize: int, rotary: int = 0) -
 
 
 @functools.cache
+def score_operands(predicate: Predicate, bias: tuple[bool, bool, bool] | None, sinks: bool) -> Cost:
+    """What score parts read besides: an fp32 bias, and an fp32 sink for each head.
+
+    ``bias`` says whether it has rows of the batch, heads and queries of its own, or one for all.
+    """
+    read = 4 * H if sinks else Integer(0)
+    if bias is not None:
+        read += 4 * tokens_read(predicate) * math.prod(size for size, own in zip((B, H, T), bias) if own)
+    return Cost(read, Integer(0))
+
+
+@functools.cache
 def dense(predicate: Predicate, itemsize: int) -> Cost:
     """The strong baseline: attention over a dense cache in the model's dtype, stopping at the real length."""
     read = B * G * tokens_read(predicate) * (D + E) * itemsize

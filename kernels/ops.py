@@ -36,7 +36,8 @@ library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, s
 library.define(f"kv_load({READ}, Tensor length, str form, *, Tensor? table=None) -> (Tensor, Tensor)")
 library.define(
     f"attend(Tensor query, {READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
-    "*, Tensor? table=None, float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
+    "*, Tensor? table=None, float? softcap=None, Tensor? bias=None, Tensor? sinks=None, "
+    "Tensor? segments=None, Tensor? prefix=None) -> (Tensor, Tensor)"
 )
 library.define("rope_store(Tensor(a!) table, Tensor length, Tensor cos, Tensor sin) -> ()")
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
@@ -156,20 +157,22 @@ def _attend(query: Tensor, *args: Any, table: Tensor | None = None, **parts: Any
     except KernelUnavailable:
         form, n = _check_table(name, table), int(length)
         keys, values = split_state(tuple(state))
-        predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
+        segments, prefix = parts.pop("segments", None), parts.pop("prefix", None)
+        rules = key_mask is not None, segments is not None, prefix is not None
+        predicate = Predicate(causal, window if window >= 0 else None, *rules)
         key = quantize.load_side(keys, n, form, "key", table)
         value = quantize.load_side(values, n, form, "value")
         # Some queries at a time, as all scores of a long prompt would not fit in memory; rows do not depend on others.
         rows, bias = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * n)), parts.get("bias")
+        # For causal queries the last of them is the end of the store; a prefix may lie behind it.
+        total, cut = query.shape[2], causal and prefix is None
         outs = []
-        for start in range(0, max(1, query.shape[2]), rows):
+        for start in range(0, max(1, total), rows):
             some = query[:, :, start : start + rows]
-            # For causal queries the last of them is the end of the store.
-            end = n - query.shape[2] + start + some.shape[2] if causal else n
-            keep = attention.allowed(
-                predicate, some.shape[2] if causal else query.shape[2], end, key_mask, query.device
-            )
-            if not causal:
+            end = n - total + start + some.shape[2] if cut else n
+            count = some.shape[2] if cut else total
+            keep = attention.allowed(predicate, count, end, key_mask, query.device, segments, prefix)
+            if not cut:
                 keep = keep[:, :, start : start + rows]
             if bias is not None and bias.shape[2] != 1:
                 parts["bias"] = bias[:, :, start : start + rows]

@@ -30,11 +30,19 @@ class Predicate:
         If given, only if ``j > p - window``.
     key_mask
         Whether a bool ``[B, C]`` operand (padding) hides further keys.
+    segments
+        Whether an int64 ``[B, C]`` operand says which sequence a token belongs to (packed sequences): key ``j`` is
+        visible to the query at position ``p`` only if both belong to the same.
+    prefix
+        Whether an int64 ``[B]`` operand makes that many keys from the first on visible, whatever ``causal`` says
+        (prefix language models; Raffel et al., JMLR 2020, section 3.2.1). Not together with ``window``.
     """
 
     causal: bool = True
     window: int | None = None
     key_mask: bool = False
+    segments: bool = False
+    prefix: bool = False
 
     @property
     def name(self) -> str:
@@ -44,6 +52,7 @@ class Predicate:
             words.append(f"w{self.window}")
         if self.key_mask:
             words.append("pad")
+        words += ["seg"] * self.segments + ["pre"] * self.prefix
         return "_".join(words)
 
 

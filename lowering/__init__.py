@@ -22,7 +22,10 @@ def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> No
 
 def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
     """Why a device of this type has no generated kernel for ``program``; None where that is not known to be so."""
-    return cpp.refusal(program) if device_type == "cpu" else triton.refusal(program)
+    if device_type == "cpu":
+        return cpp.refusal(program)
+    rules = isinstance(program, Program) and (program.predicate.segments or program.predicate.prefix)
+    return triton.UNSERVED if rules else triton.refusal(program)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ _CPP_TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.flo
 # Fields of AttendArgs, StoreArgs and LoadArgs in kernels/cpp/args.h, in their order; q is 8 bytes, as is every pointer.
 _ATTEND = struct.Struct("=8q 4q 4q 3q q q d").pack
 # ScoreArgs, behind the former if a program has parts.
-_SCORE = struct.Struct("=q 3q q d").pack
+_SCORE = struct.Struct("=q 3q q d q q q q").pack
 _STORE = struct.Struct("=8q 2q 4q 6q q").pack
 _LOAD = struct.Struct("=8q 2q 3q q").pack
 
@@ -101,8 +101,10 @@ def source(program: AnyProgram) -> str:
     }
     bases = ", ".join(f"ec::{name}" for name, holds in unusual.items() if holds)
     body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
-    if isinstance(program, Program) and program.score.name:
-        parts = ", ".join(f"{k} = {str(v).lower()}" for k, v in dataclasses.asdict(program.score).items())
+    rules = ("segments", "prefix")
+    if isinstance(program, Program) and (program.score.name or any(getattr(program.predicate, r) for r in rules)):
+        chosen = dataclasses.asdict(program.score) | {rule: getattr(program.predicate, rule) for rule in rules}
+        parts = ", ".join(f"{k} = {str(v).lower()}" for k, v in chosen.items())
         body += f"\n  struct score {{\n    static constexpr bool {parts};\n  }};"
     calls = "\n".join(
         f'extern "C" int64_t {entry}(const ec::{args}* args) {{ return ec::{call}<P>(*args); }}'
@@ -270,6 +272,8 @@ def _parts(
     softcap: float | None,
     bias: Tensor | None,
     sinks: Tensor | None,
+    segments: Tensor | None,
+    prefix: Tensor | None,
     query: Tensor,
     capacity: int,
     length: Tensor,
@@ -296,7 +300,17 @@ def _parts(
         sinks = sinks.float().contiguous()
         sinks_pointer = sinks.data_ptr()
         alive.append(sinks)
-    return _SCORE(bias_pointer, *strides, sinks_pointer, 0.0 if softcap is None else softcap), alive
+    rows = [0, 0, 0, 0]
+    for place, ids, rank in ((0, segments, 2), (2, prefix, 1)):
+        if ids is not None:
+            short = rank == 2 and ids.shape[1] < capacity and ids.shape[1] < int(length)
+            if ids.ndim != rank or ids.shape[0] not in (1, batch) or short:
+                what = "segments" if rank == 2 else "a prefix"
+                raise KernelUnavailable(f"{what} of {tuple(ids.shape)} for batch {batch} and {int(length)} tokens")
+            ids = ids.to(torch.int64).contiguous()
+            rows[place : place + 2] = ids.data_ptr(), ids.stride(0) if ids.shape[0] > 1 else 0
+            alive.append(ids)
+    return _SCORE(bias_pointer, *strides, sinks_pointer, 0.0 if softcap is None else softcap, *rows), alive
 
 
 def attend(
@@ -318,6 +332,8 @@ def attend(
     softcap: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    segments: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend`` on CPUs. Arguments and results are the operator's."""
     batch, heads, queries, size = query.shape
@@ -327,14 +343,15 @@ def attend(
     value_size = (v0 if v2 is None else v2).shape[3]
     few = queries * ratio <= DECODE_ROWS
     parts = (softcap is not None, bias is not None, sinks is not None)
-    key = (form, dtype, size, value_size, ratio, few, causal, window, key_mask is None, parts, _rotary(table))
+    rules = (key_mask is not None, segments is not None, prefix is not None)
+    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, _rotary(table))
     entry = bind(
         key,
         "attend",
         lambda: Program(
             "decode" if few else "prefill",
             KVForm.parse(form),
-            Predicate(causal, window if window >= 0 else None, key_mask is not None),
+            Predicate(causal, window if window >= 0 else None, *rules),
             dtype,
             ratio,
             size,
@@ -346,8 +363,8 @@ def attend(
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
     more, held = b"", None
-    if any(parts):
-        more, held = _parts(softcap, bias, sinks, query, _capacity(k0, v0), length)
+    if any(parts) or any(rules[1:]):
+        more, held = _parts(softcap, bias, sinks, segments, prefix, query, _capacity(k0, v0), length)
     state = (k0, k1, k2, v0, v1, v2)
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale, table)
     beyond = entry(packed + more)

@@ -22,6 +22,7 @@ from effcompile.kernels.rope import rotary_of, table_shape
 from effcompile.lowering.triton_build import Built, build, chip_of
 from effcompile.lowering.triton_side import sides_of
 
+UNSERVED = "packed sequences and prefixes have no GPU kernel"
 WAVES = 4
 """Decode programs per multiprocessor to aim at: enough to hide latency, few enough that the merge stays small."""
 MAX_SPLITS = 128
@@ -168,8 +169,12 @@ def attend(
     softcap: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    segments: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
+    if segments is not None or prefix is not None:
+        raise KernelUnavailable(UNSERVED)
     *held, length, key_mask, name, scale, causal, window = args
     state = tuple(held)
     form = _form(name)

@@ -160,8 +160,13 @@ def match(site: AttentionSite) -> Rewrite | Reason:
     for node in between(load, site.output):
         if any(root(a) in roots for a in mutated_arguments(node)):
             return no("store-changes", f"{node.name} writes to the store between reading it and attending to it")
+    if predicate.prefix:
+        return no("mask-prefix", "a prefix may reach past the tokens that are stored, where queries would see zeros")
     if problem := unsupported(site):
         return problem
+    device = value(site.query).device.type
+    if predicate.segments and (why := lowering.refusal(_program(site, form, table), device)):
+        return no("not-supported", why)
     return _fuse(site, form, form, lambda graph: (load.args[:6], total), table)
 
 

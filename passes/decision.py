@@ -139,9 +139,24 @@ def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     after = cost.dense(Predicate(), item)
     if program is not None:
         after = cost.attend(program.form, program.predicate, item, program.rotary)
+    if program is not None and program.score.name:
+        after += cost.score_operands(
+            program.predicate, _bias(site) if program.score.bias else None, program.score.sinks
+        )
     names = tuple(p.name for p in rewrite.programs)
     before = _cost_before(site)
     return Decision(**common, action="rewritten", form=rewrite.form, before=before, after=after, kernels=names)
+
+
+def _bias(site: Any) -> tuple[bool, bool, bool]:
+    """Whether the bias of a site has rows of the batch, heads and queries of its own."""
+    own = [False, False, False]
+    for term in site.mask.bias:
+        sizes = term.node.meta["val"].shape[:-1]
+        sizes = (*sizes[:1], *sizes) if term.folded else sizes
+        for place, size in enumerate(reversed(sizes), 1):
+            own[-place] |= bool(size != 1) if isinstance(size, int) else True
+    return own[0], own[1], own[2]
 
 
 def _cost_before(site: Any) -> Cost:

@@ -36,7 +36,28 @@ def parts_of(graph: fx.Graph, site: AttentionSite) -> dict[str, Any]:
         parts["bias"] = first
     if site.sinks is not None:
         parts["sinks"] = _sinks(graph, site)
+    if site.mask.segments is not None:
+        parts["segments"] = _integers(graph, site.mask.segments, 0)
+    if site.mask.prefix is not None:
+        node, number = site.mask.prefix
+        if node is None:
+            options = {"dtype": torch.int64, "device": value(site.query).device}
+            parts["prefix"] = graph.call_function(aten.full.default, ([1], number), options)
+        else:
+            parts["prefix"] = _integers(graph, node, number, flat=True)
     return parts
+
+
+def _integers(graph: fx.Graph, node: fx.Node, number: int, flat: bool = False) -> fx.Node:
+    """An integer tensor plus a number in int64, as it is or in one dimension. Made once for all layers."""
+
+    def make(call: Callable[..., fx.Node]) -> fx.Node:
+        made = call(aten.to.dtype, node, torch.int64) if value(node).dtype != torch.int64 else node
+        if flat and len(shape(node)) != 1:
+            made = call(aten.reshape.default, made, [-1])
+        return call(aten.add.Tensor, made, number) if number else made
+
+    return _once(graph, node, ("integers", number, flat), make)
 
 
 def _bias(graph: fx.Graph, term: Added, heads: int) -> fx.Node:

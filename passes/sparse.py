@@ -78,7 +78,8 @@ class SparsePrefill(Pass):
             return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
         if site.load is not None:
             return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
-        if mask.predicate.window is not None or not mask.predicate.causal:
+        rule = mask.predicate
+        if rule.window is not None or not rule.causal or rule.segments or rule.prefix:
             return no("mask-not-honoured", f"{self.name} is for causal attention; the mask is {mask.predicate.name}")
         if not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
             return no("mask-offset", f"{self.name} needs the queries to be the last tokens of the keys")

@@ -32,6 +32,8 @@ from effcompile.patterns.walk import (
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_SCALES = (aten.mul.Tensor, aten.div.Tensor)
+_SCALES_IN_PLACE = (aten.mul_.Tensor, aten.div_.Tensor)
 _FOLDS = (*_VIEWS, aten.flatten.using_ints)
 _MOVES = (
     *_VIEWS,
@@ -64,7 +66,7 @@ class Parts:
 
     ``terms`` are added to or put over the scores, after ``softcap * tanh(scores / softcap)``. ``column``
     ``[B, H, T, 1]`` is concatenated to them before the softmax. ``factors`` multiply or, with True, divide the scores
-    and have one number for each query at most.
+    and have one number for each query at most. ``in_place`` are the steps that write over the scores.
     """
 
     output: fx.Node
@@ -77,6 +79,7 @@ class Parts:
     softcap: float | None = None
     column: fx.Node | None = None
     factors: tuple[tuple[fx.Node, bool], ...] = ()
+    in_place: tuple[fx.Node, ...] = ()
 
 
 def parts_of(softmax: fx.Node) -> Parts | Reason | None:
@@ -116,9 +119,8 @@ def parts_of(softmax: fx.Node) -> Parts | Reason | None:
     if "cut" in lacks or len(shape(softmax)) != 4 or not is_call(product, aten.matmul.default, aten.bmm.default):
         sizes = "[" + ", ".join(map(str, shape(softmax))) + "]"
         return Reason("attention-arithmetic", f"softmax weights of shape {sizes} are not [B, H, T, S] @ values", source)
-    return Parts(
-        output, got.query, got.key, val, got.scale, got.terms, dropout, got.softcap, got.column, tuple(got.factors)
-    )
+    rest = got.softcap, got.column, tuple(got.factors), tuple(got.in_place)
+    return Parts(output, got.query, got.key, val, got.scale, got.terms, dropout, *rest)
 
 
 def _weights_product(softmax: fx.Node) -> tuple[fx.Node, float, set[str]] | None:
@@ -164,6 +166,7 @@ class _Scores:
     softcap: float | None = None
     column: fx.Node | None = None
     factors: list[tuple[fx.Node, bool]] = dataclasses.field(default_factory=list)
+    in_place: list[fx.Node] = dataclasses.field(default_factory=list)
 
 
 def _scores(scores: Any, source: str) -> _Scores | Reason:
@@ -178,11 +181,13 @@ def _scores(scores: Any, source: str) -> _Scores | Reason:
 
     for _ in range(24):
         current = strip_casts(current)
-        if is_call(current, aten.mul.Tensor, aten.div.Tensor) and isinstance(current.args[1], (int, float)):
+        if is_call(current, *_SCALES, *_SCALES_IN_PLACE) and isinstance(current.args[1], (int, float)):
             factor = float(current.args[1])
-            got.scale *= factor if is_call(current, aten.mul.Tensor) else 1.0 / factor
+            got.scale *= factor if is_call(current, aten.mul.Tensor, aten.mul_.Tensor) else 1.0 / factor
+            if is_call(current, *_SCALES_IN_PLACE):
+                got.in_place.append(current)
             current = current.args[0]
-        elif is_call(current, aten.mul.Tensor, aten.div.Tensor):
+        elif is_call(current, *_SCALES):
             divides, (left, right) = is_call(current, aten.div.Tensor), current.args[:2]
             if not divides and _reaches_product(right):
                 left, right = right, left
@@ -347,7 +352,7 @@ def _reaches_product(node: Any) -> bool:
         elif is_call(node, aten.mul.Tensor) and _reaches_product(node.args[1]):
             return True
         elif is_call(
-            node, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar, aten.tanh.default
+            node, *_SCALES, *_SCALES_IN_PLACE, aten.add.Tensor, aten.masked_fill.Scalar, aten.tanh.default
         ) or is_call(node, *_VIEWS):
             node = node.args[0]
         else:

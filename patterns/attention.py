@@ -25,6 +25,7 @@ from effcompile.patterns.walk import (
     aten,
     first_mutation,
     is_call,
+    operand,
     root,
     same_shape,
     same_size,
@@ -259,8 +260,10 @@ def _from_arithmetic(node: fx.Node, proofs: masks.Proofs) -> AttentionSite | Rea
         sinks = per_head(parts.column, proofs.writes, proofs.constants)
         if sinks is None:
             return Reason("sinks", arithmetic.MISSING["sinks"], source_line(node))
-    if any(proofs.writes.after(factor) for factor, _ in parts.factors):
-        text = "a factor of the scores is written to in place after it is made"
+    writes = proofs.writes
+    changed = any(writes.after(factor) for factor, _ in parts.factors)
+    if changed or any(writes.between(operand(n, 0), n) or writes.after(n) for n in parts.in_place):
+        text = "the scores, or a factor of them, are written to in place after they are made"
         return Reason("attention-arithmetic", text, source_line(node))
     found = _site(
         proofs,

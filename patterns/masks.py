@@ -6,6 +6,8 @@ expressed in these four indices (:mod:`effcompile.patterns.elements`) and brough
     j <= i + offset                 causal
     j >  i + offset - window        a sliding window, with the same offset
     padding[b, j] != 0              a 2-D tensor
+    segment[b, i + offset] == segment[b, j]        packed sequences
+    j <= i + offset  or  j < prefix[b]             causal behind a prefix
 
 or always true. Anything else, and anything that is not understood, gives a
 :class:`~effcompile.kernels.reason.Reason`, and the mask stays an operand. No name, shape or value is taken as a hint,
@@ -45,6 +47,7 @@ from effcompile.patterns.index_algebra import (
     Opaque,
     expression,
 )
+from effcompile.patterns.rules import Prefix, prefix_bound, same_segment
 from effcompile.patterns.storage import Writes
 from effcompile.patterns.walk import arguments, aten, is_call, source_line, value
 
@@ -68,6 +71,12 @@ class Mask:
         the value where it is made. Given iff ``predicate.key_mask``.
     bias
         What must be added to the scores besides, to be broadcast to ``[B, H, T, S]``; see :class:`Added`.
+    segments
+        An integer node ``[B or 1, >= S]``: key ``j`` is visible to query ``i`` only if its element is that of
+        ``offset + i``. Given iff ``predicate.segments``.
+    prefix
+        Keys that every query sees, whatever causality says: an integer node with one element, or one for each row, and
+        a number to add. Given iff ``predicate.prefix``.
     finite
         Whether masked scores got a large finite number instead of -inf. It makes a difference only for a query that may
         see no key at all: its weights are then uniform, and not 0.
@@ -78,6 +87,8 @@ class Mask:
     padding: fx.Node | None = None
     finite: bool = False
     bias: tuple[Added, ...] = ()
+    segments: fx.Node | None = None
+    prefix: Prefix | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,13 +342,17 @@ class _Recovery:
         if cnf == FALSE:
             raise _Unproved("mask-empty", "no query may see any key")
         units = {next(iter(c)) for c in cnf if len(c) == 1}
-        for clause in cnf:
-            if len(clause) != 1:
-                raise self.unnamed(clause)
+        clauses = [clause for clause in cnf if len(clause) != 1]
+        known = self.elements, self.query, self.key
+        behind = prefix_bound(clauses[0], *known) if len(clauses) == 1 else None
+        if clauses and behind is None:
+            raise self.unnamed(clauses[0])
+        segments, apart, said = same_segment(units, *known) or (None, None, set())
+        units -= said
         # What follows from a padding tensor that is kept anyway need not be said again.
         optional = {x for x in units if isinstance(x, Ge) and self.implied(x) & units}
         paddings = {x.node for x in units if isinstance(x, Bit) and self.elements.is_padding(x)}
-        causal: list[sympy.Expr] = []
+        causal: list[sympy.Expr] = [] if behind is None else [behind[0]]
         window: list[sympy.Expr] = []
         for literal in sorted(units, key=lambda x: x in optional):
             if isinstance(literal, Bit):
@@ -354,12 +369,19 @@ class _Recovery:
         if len(paddings) > 1:
             names = ", ".join(sorted(map(_name, paddings)))
             raise _Unproved("mask-two-paddings", f"two padding tensors are combined: {names}", min(paddings))
+        if behind is not None and window:
+            raise self.unnamed(clauses[0])
         if len(causal) > 1 or len(window) > 1:
             raise _Unproved("mask-offsets-differ", f"several triangles with offsets {_list(causal + window)}")
         offset, width = self.offset_and_window(causal, window)
+        if apart is not None and not causal and not window:
+            offset = apart
+        if apart is not None and sympy.expand(apart - offset) != 0:
+            raise _Unproved("mask-offsets-differ", f"segments with offset {apart} beside a mask with offset {offset}")
         padding = next(iter(paddings), None)
-        predicate = Predicate(bool(causal), width, padding is not None)
-        return Mask(predicate, self.resolved(offset), padding, self.finite, tuple(term for term, _ in self.bias))
+        predicate = Predicate(bool(causal), width, padding is not None, segments is not None, behind is not None)
+        bias, prefix = tuple(term for term, _ in self.bias), None if behind is None else behind[1]
+        return Mask(predicate, self.resolved(offset), padding, self.finite, bias, segments, prefix)
 
     def implied(self, literal: Ge) -> set[Literal]:
         return set(self.elements.implied.get(literal, ()))

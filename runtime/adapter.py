@@ -187,6 +187,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         given["attention_mask"] = _padding(mask, cache)
+    elif mask is None and "attention_mask" in names and getattr(getattr(module, "config", None), "alibi", False):
+        given["attention_mask"] = _all_tokens(cache, inputs.shape[0], inputs.shape[1])
     positional = {name: given.pop(name) for name in names[: len(args)]}
     return tuple(positional.values()), given
 
@@ -248,6 +250,17 @@ def _padding(mask: Tensor, cache: Cache) -> Tensor | None:
         return None if bool(mask.all()) else mask
     short = cache.capacity - mask.shape[1]
     return nn.functional.pad(mask, (0, short)) if short > 0 else mask
+
+
+def _all_tokens(cache: Cache, batch: int, count: int) -> Tensor | None:
+    """The mask ``[B, C]`` that hides no token, for a model that makes its ALiBi from the mask (Falcon).
+
+    Without one it makes biases for the tokens alone, which do not fit keys of the whole capacity.
+    """
+    if cache.compressed[0].fresh:
+        return None
+    keys = torch.arange(cache.capacity, device=cache.length.device)
+    return (keys < cache.length + count).long().expand(batch, -1).contiguous()
 
 
 def _prepare_cache_for_generation(

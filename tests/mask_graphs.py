@@ -91,6 +91,15 @@ def predicted(mask: Mask, held: dict[fx.Node, Tensor], batch: int, queries: int,
     if mask.predicate.window is not None:
         keep &= key > position - mask.predicate.window
     assert mask.predicate.key_mask == (mask.padding is not None)
+    assert mask.predicate.prefix == (mask.prefix is not None)
+    if mask.prefix is not None:
+        node, number = mask.prefix
+        lengths = (0 if node is None else held[node].flatten()) + torch.tensor([number])
+        keep |= key < lengths[:, None, None]
+    assert mask.predicate.segments == (mask.segments is not None)
+    if mask.segments is not None:
+        ids = held[mask.segments]
+        keep &= ids[:, position.flatten(), None] == ids[:, None, :keys]
     if mask.padding is not None:
         keep &= (held[mask.padding][:, None, :keys] != 0).expand(batch, queries, keys)
     return keep

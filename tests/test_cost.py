@@ -110,6 +110,15 @@ def test_a_window_reads_the_scales_of_groups_that_it_cuts_where_they_are_of_chan
     assert channel - token == 2 * (2 * 64 - 40 * 2) * 4  # two groups a channel, but two a token for 40 tokens
 
 
+@pytest.mark.parametrize("own", [(True, True, False), (False, True, True), (False, False, False)])
+def test_operands_of_scores_are_read_once(own: tuple[bool, bool, bool]) -> None:
+    shape = [n if yes else 1 for n, yes in zip((2, 6, 3), own)]
+    bias, sinks = torch.empty(*shape, 50), torch.empty(6)
+    found = cost.score_operands(Predicate(), own, True).at(B=2, H=6, T=3, S=50)
+    assert found == cost.Cost(bias.nbytes + sinks.nbytes, 0)
+    assert cost.score_operands(Predicate(), None, False) == cost.Cost(0, 0)
+
+
 def test_unfused_pays_for_the_capacity_and_fused_does_not() -> None:
     sizes = {"B": 1, "H": 9, "G": 3, "T": 1, "S": 500, "D": 64, "E": 64}
     before = cost.unfused(KVForm(), 4)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from effcompile import lowering
-from effcompile.kernels import ops
+from effcompile.kernels import cost, ops
 from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import Predicate
 from effcompile.passes import backend, report
 from effcompile.passes.report import Decision
 
@@ -146,6 +147,12 @@ def scaled_bias(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Te
     return weighed((q @ k.mT + self.relative) * 0.25 + additive(keep), v)
 
 
+def scaled_in_place(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = q @ k.mT + self.relative
+    scores *= 0.25
+    return weighed(scores + additive(keep), v)
+
+
 def bias_and_mask_in_sdpa(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """T5: position bias and mask are added once."""
     return nn.functional.scaled_dot_product_attention(q, k, v, self.relative + additive(keep), scale=1.0)
@@ -189,6 +196,7 @@ TAKEN = [
     (folded_and_then_scaled, "bias"),
     (folded, ""),
     (scaled_bias, "bias"),
+    (scaled_in_place, "bias"),
     (bias_and_mask_in_sdpa, "bias"),
     (filled_bias_in_sdpa, "bias"),
     (two_biases, "bias"),
@@ -203,6 +211,25 @@ def test_taken(spelling: Spelling, parts: str, monkeypatch: pytest.MonkeyPatch) 
     for found in decide(spelling, monkeypatch):
         assert found.action == "rewritten", found.reason
         assert found.form.partition("causal_pad")[2].strip("_") == parts
+
+
+@pytest.mark.parametrize(
+    ("spelling", "own", "sinks"),
+    [
+        (cap, None, False),
+        (alibi, (True, True, False), False),
+        (two_biases, (False, True, True), False),
+        (everything, (False, True, False), True),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_operands_count_in_the_cost(
+    spelling: Spelling, own: tuple[bool, bool, bool] | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = decide(spelling, monkeypatch)[1]
+    rule = Predicate(key_mask=True)
+    expected = cost.attend(DENSE, rule, 4) + cost.score_operands(rule, own, sinks)
+    assert found.after == expected
 
 
 def test_taken_on_packed_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +259,27 @@ def a_factor_that_changes(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Ten
     return out + factor.sum()
 
 
+def scaled_twice_in_place(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = q @ k.mT
+    half = scores.mul_(0.25)
+    scores.mul_(2)
+    return weighed(half + additive(keep), v)
+
+
 def sinks_that_change(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     sinks = self.sinks * 2
     scores = q @ k.mT * 0.25 + additive(keep)
     out = torch.cat([scores, sinks.view(1, H, 1, 1).expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1] @ v
     sinks.zero_()
     return out + sinks.sum()
+
+
+def sinks_that_change_after_a_copy(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    sinks = self.sinks * 2
+    column = sinks.clone().view(1, H, 1, 1)
+    sinks.zero_()
+    scores = q @ k.mT * 0.25 + additive(keep)
+    return torch.cat([scores, column.expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1] @ v
 
 
 def sinks_of_groups(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
@@ -254,7 +296,9 @@ def sinks_of_groups(self: Step, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -
         (a_mask_from_outside, "additive-bias"),
         (a_bias_that_changes, "mask-mutated"),
         (a_factor_that_changes, "attention-arithmetic"),
+        (scaled_twice_in_place, "attention-arithmetic"),
         (sinks_that_change, "sinks"),
+        (sinks_that_change_after_a_copy, "sinks"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )

@@ -265,7 +265,7 @@ def test_names_and_source() -> None:
     """Parts are in the name and in the source; a program without them has neither."""
     program = dataclasses.replace(BASE, score=ALL)
     assert program.name == BASE.name + "_cap_bias_sink"
-    assert "bool softcap = true, bias = true, sinks = true;" in cpp.source(program)
+    assert "bool softcap = true, bias = true, sinks = true, segments = false, prefix = false;" in cpp.source(program)
     assert "score" not in cpp.source(BASE)
 
 

@@ -22,6 +22,18 @@ from effcompile.kernels.program import Predicate, ScoreParts
 from effcompile.lowering import triton as lowering
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from effcompile.kernels.triton.softmax import tanh
+
+    @triton.jit
+    def tanh_kernel(x, y, COUNT: tl.constexpr):
+        at = tl.arange(0, COUNT)
+        tl.store(y + at, tanh(tl.load(x + at)))
+
+
 State = list[Tensor | None]
 
 
@@ -264,6 +276,15 @@ class TestAttend:
         summing = sizes[0] * 2.0**-23 * scale * (query.double().abs().amax() * k.double().abs().amax())
         difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
         assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
+
+    def test_tanh(self) -> None:
+        """Within four units in the last place, near 0 and far from it; what is infinite is 1."""
+        sizes = torch.logspace(-30, 2, 2046, dtype=torch.float64).float()
+        x = torch.cat([sizes, -sizes, torch.tensor([0.0, 0.5, float("inf"), float("-inf")])])
+        y = torch.empty_like(x)
+        tanh_kernel[(1,)](x, y, 4096)
+        exact = x.double().tanh()
+        assert ((y.double() - exact).abs() <= 4 * 2.0**-24 * exact.abs()).all()
 
     @pytest.mark.parametrize("sink", [-1e4, 0.0, 1e4, float("-inf")])
     def test_sinks_of_any_size(self, sink: float) -> None:

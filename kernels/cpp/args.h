@@ -25,12 +25,16 @@ struct AttendArgs {
   double scale;
 };
 
-// Operands of the score parts: right behind AttendArgs, for programs that have parts.
+// Operands of the score parts and of rules that compare data: right behind AttendArgs, for programs that have any.
 struct ScoreArgs {
   const float* bias;       // [B or 1, H or 1, T or 1, >= length] or null
   int64_t bias_stride[3];  // batch, head, token; 0 where there is one for all
   const float* sinks;      // [H] or null
   double softcap;
+  const int64_t* segments;  // [B or 1, >= length] or null
+  int64_t segments_stride;
+  const int64_t* prefix;  // [B or 1] or null
+  int64_t prefix_stride;
 };
 
 struct StoreArgs {

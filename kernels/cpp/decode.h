@@ -27,6 +27,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const Rope<P> rope(a.state, head / a.groups, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
+  const int64_t* segments = segments_of<P>(a, head);
   struct Work;
   float* q = scratch<Work>(rows * DP + RB * ld);
   float* s = q + rows * DP;
@@ -36,13 +37,13 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   for (int64_t i = 0; i < rows; ++i) max[i] = -INF, sum[i] = 0.f;
   for_runs<P>(from, to, stop, BK, [&](int64_t t, int64_t n, bool tail) {
     for (int64_t row = 0; row < rows; row += RB) {
-      const Visible<P> seen(row / P::ratio, a.queries, length);
+      const Visible<P> seen(a, head, row / P::ratio, length);
       if (t >= seen.last || t + n <= seen.first) continue;
       score<P, RB>(keys, rope, t, n, tail, q + row * DP, s, ld);
       float alpha[RB];
       for (int r = 0; r < RB; ++r) {
         change_scores<P>(a, head, row + r, t, n, s + r * ld);
-        if (P::key_mask || t < seen.first || t + n > seen.last) hide<P>(s + r * ld, t, n, seen, mask);
+        if (EVERY_KEY<P> || t < seen.first || t + n > seen.last) hide<P>(s + r * ld, t, n, seen, mask, segments);
         alpha[r] = softmax_step(s + r * ld, n, scale, max[row + r], sum[row + r]);
       }
       weigh<P, RB>(values, t, n, tail, s, ld, alpha, o + row * EP);
@@ -58,7 +59,7 @@ int64_t decode(const AttendArgs& a) {
   const int64_t length = *a.state.length, rows = a.queries * P::ratio, heads = a.batch * a.groups;
   const int64_t stop = packed_length<P>(length);
   // Parts start on whole blocks, so that packed runs hold whole groups; keys before the window are hidden one by one.
-  const int64_t start = Visible<P>(0, a.queries, length).first / BK * BK;
+  const int64_t start = Visible<P>(a, 0, 0, length).first / BK * BK;
   const int64_t blocks = most(0, (length - start + BK - 1) / BK);
   // Fewer than about 3,000 keys in all are done before a second thread has woken up.
   const int64_t threads = heads * blocks < 24 ? 1 : a.threads;

@@ -1,5 +1,5 @@
-// Score parts: what a score goes through between the product and the softmax, besides the scale. See ScoreParts in
-// effcompile/kernels/program.py.
+// Score parts: what a score goes through between the product and the softmax, besides the scale; and the operands of
+// rules that compare data. See ScoreParts and Predicate in effcompile/kernels/program.py.
 #pragma once
 #include "side.h"
 
@@ -8,7 +8,7 @@ namespace ec {
 // Which parts program P has; a program without any says nothing about them.
 template <class P, class = void>
 struct Parts {
-  static constexpr bool softcap = false, bias = false, sinks = false;
+  static constexpr bool softcap = false, bias = false, sinks = false, segments = false, prefix = false;
 };
 template <class P>
 struct Parts<P, std::void_t<typename P::score>> : P::score {};
@@ -49,6 +49,20 @@ inline void change_scores(const AttendArgs& a, int64_t head, int64_t row, int64_
       x.store(s + i);
     }
   }
+}
+
+// The sequences that tokens of this batch entry belong to, null if there are no such.
+template <class P>
+inline const int64_t* segments_of(const AttendArgs& a, int64_t head) {
+  if constexpr (Parts<P>::segments) return score_args(a).segments + head / a.groups * score_args(a).segments_stride;
+  return nullptr;
+}
+
+// Keys of this batch entry that every query sees.
+template <class P>
+inline int64_t prefix_of(const AttendArgs& a, int64_t head) {
+  if constexpr (Parts<P>::prefix) return score_args(a).prefix[head / a.groups * score_args(a).prefix_stride];
+  return 0;
 }
 
 // The sink of a row, -inf if there is none.

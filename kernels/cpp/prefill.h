@@ -67,6 +67,7 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const Rope<P> rope(a.state, head / a.groups, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
+  const int64_t* segments = segments_of<P>(a, head);
   struct Work;
   float* q = scratch<Work>(padded * (DP + BK + EP + 3) + D * BK + BK * EP);
   float *s = q + padded * DP, *o = s + padded * BK, *key = o + padded * EP, *value = key + D * BK;
@@ -75,21 +76,21 @@ inline void prefill_tile(const AttendArgs& a, int64_t head, int64_t first, int64
   for (int64_t i = 0; i < padded * EP; ++i) o[i] = 0.f;
   for (int64_t row = 0; row < padded; ++row) max[row] = -INF, sum[row] = 0.f, alpha[row] = 1.f;
 
-  const int64_t from = Visible<P>(first, a.queries, length).first / BK * BK;
-  const int64_t to = Visible<P>(last - 1, a.queries, length).last;
+  const int64_t from = Visible<P>(a, head, first, length).first / BK * BK;
+  const int64_t to = Visible<P>(a, head, last - 1, length).last;
   for_runs<P>(from, to, stop, BK, [&](int64_t t, int64_t n, bool tail) {
     // Tokens before the first that sees any of these keys are skipped. Those behind the last are not, because multiply()
     // writes up to a whole block of rows behind the last: their keys are hidden instead.
     int64_t begin = first;
-    while (begin < last && Visible<P>(begin, a.queries, length).last <= t) ++begin;
+    while (begin < last && Visible<P>(a, head, begin, length).last <= t) ++begin;
     const int64_t low = (begin - first) * P::ratio, count = (last - begin) * P::ratio;
     if (count == 0) return;
     key_tile<P>(keys, rope, t, n, tail, key, BK);
     multiply<float, wide.rows, wide.columns>(count, round_up(n, VL), D, q + low * DP, DP, key, BK, nullptr, s + low * BK, BK);
     for (int64_t row = low; row < low + count; ++row) {
-      const Visible<P> seen(first + row / P::ratio, a.queries, length);
+      const Visible<P> seen(a, head, first + row / P::ratio, length);
       change_scores<P>(a, head, first * P::ratio + row, t, n, s + row * BK);
-      if (P::key_mask || t < seen.first || t + n > seen.last) hide<P>(s + row * BK, t, n, seen, mask);
+      if (EVERY_KEY<P> || t < seen.first || t + n > seen.last) hide<P>(s + row * BK, t, n, seen, mask, segments);
       alpha[row] = softmax_step(s + row * BK, n, scale, max[row], sum[row]);
     }
     const float* v = value_tile<P>(values, t, n, tail, value);

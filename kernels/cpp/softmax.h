@@ -44,26 +44,33 @@ inline float softmax_step(float* s, int64_t n, const Scale& scale, float& max, f
   return before;
 }
 
-// Keys that query t may see lie in [first, last).
+// Keys that query t may see lie in [first, last). A prefix only moves `last`, which never falls from query to query.
 template <class P>
 struct Visible {
-  int64_t first, last;
-  Visible(int64_t t, int64_t queries, int64_t length) {
-    const int64_t position = length - queries + t;
+  int64_t first, last, position;
+  Visible(const AttendArgs& a, int64_t head, int64_t t, int64_t length) : position(length - a.queries + t) {
     first = P::window >= 0 ? most(0, position - P::window + 1) : 0;
-    last = P::causal ? least(length, position + 1) : length;
+    last = P::causal ? least(length, most(position + 1, prefix_of<P>(a, head))) : length;
   }
 };
 
-// Hides keys outside [seen.first, seen.last) and keys whose mask is false in s, the scores of keys [t, t + n).
+// Whether each key has to be asked for, also between `first` and `last`.
 template <class P>
-inline void hide(float* s, int64_t t, int64_t n, Visible<P> seen, const bool* mask) {
+inline constexpr bool EVERY_KEY = P::key_mask || Parts<P>::segments;
+
+// Hides keys outside [seen.first, seen.last), keys whose mask is false and those of other sequences than the query's
+// in s, the scores of keys [t, t + n).
+template <class P>
+inline void hide(float* s, int64_t t, int64_t n, Visible<P> seen, const bool* mask, const int64_t* segments) {
   const int64_t from = least(n, most(0, seen.first - t)), to = most(from, least(n, seen.last - t));
   for (int64_t i = 0; i < from; ++i) s[i] = -INF;
   for (int64_t i = to; i < n; ++i) s[i] = -INF;
   if constexpr (P::key_mask)
     for (int64_t i = from; i < to; ++i)
       if (!mask[t + i]) s[i] = -INF;
+  if constexpr (Parts<P>::segments)
+    for (int64_t i = from; i < to; ++i)
+      if (segments[t + i] != segments[seen.position]) s[i] = -INF;
 }
 
 // Where row `row` of a key/value head is in [B, H, T]: rows count the heads of one token first.
