@@ -125,7 +125,7 @@ def main() -> None:
             "",
             "By `python benchmarks/architectures.py`: tiny random models, undecorated in eager against decorated with",
             "16 bits and compiled. *Error* is the largest difference of logits over the largest logit. *Padded rows*:",
-            "a left-padded batch of two generates what each row alone does; *as eager* where the model itself does not.",
+            "a left-padded batch of two generates what each row alone does; *as eager* where the model does not.",
             "*Decode ratio* (`--ratio`): stock Inductor's time of one step with a static cache over ours, median of",
             "neighbours in time, with the least and the most.",
             "" if ratios else "It is empty here: it has not been measured.",
