@@ -29,9 +29,10 @@ from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
 from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
-from effcompile.patterns.ffn import find_feed_forward
+from effcompile.patterns.ffn import FeedForwardSite, find_feed_forward
+from effcompile.patterns.layers import find_layers
 from effcompile.patterns.linear import find_heads, find_linears
-from effcompile.patterns.moe import find_experts
+from effcompile.patterns.moe import ExpertsSite, find_experts
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.site import Site
 from effcompile.patterns.walk import mutated_arguments, root
@@ -79,8 +80,9 @@ def effcompile(
         )
     clock.lap("normalise")
     before = report.Snapshot(graph)
-    others = _others(graph)
-    decisions, replaced = _rewrite(graph, chosen)
+    attention = find_attention(graph)
+    others = _others(graph, attention)
+    decisions, replaced = _rewrite(graph, chosen, attention)
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
@@ -124,11 +126,13 @@ _DEFAULT = "compress_kv"
 Replaced = list[tuple[AttentionSite, Rewrite, fx.Node, fx.Node]]
 
 
-def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[report.Decision], Replaced]:
+def _rewrite(
+    gm: fx.GraphModule, chosen: choices.BackendOptions, attention: Sequence[AttentionSite | Unmatched]
+) -> tuple[list[report.Decision], Replaced]:
     """Ask every pass about every site, and put the replacements in; the old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
-    for index, site in enumerate(find_attention(gm)):
+    for index, site in enumerate(attention):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
@@ -159,15 +163,10 @@ def _rewrite(gm: fx.GraphModule, chosen: choices.BackendOptions) -> tuple[list[r
     return decisions, replaced
 
 
-def _others(gm: fx.GraphModule) -> list[report.Decision]:
+def _others(gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched]) -> list[report.Decision]:
     """The sites of kinds that no pass takes, listed for those who want to know what a model is made of."""
-    finders: tuple[Callable[[fx.GraphModule], Sequence[Site]], ...] = (
-        find_feed_forward,
-        find_experts,
-        find_heads,
-        find_linears,
-    )
-    sites = [site for find in finders for site in find(gm)]
+    blocks: list[FeedForwardSite | ExpertsSite] = [*find_feed_forward(gm), *find_experts(gm)]
+    sites: list[Site] = [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
     return [
         report.left(i, site, "", Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source))
         for i, site in enumerate(sites)

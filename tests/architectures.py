@@ -165,6 +165,11 @@ def _pixels() -> Inputs:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))}
 
 
+def _placed() -> Inputs:
+    positions = torch.arange(TOKENS).expand(len(IDS), -1)
+    return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "position_ids": positions}
+
+
 def _sound() -> Inputs:
     features = torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(2))
     return {"input_features": features, "decoder_input_ids": IDS[:, :12]}
@@ -225,7 +230,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(_hf("GPT2", cls="LMHeadModel", **_GPTJ)),
     "gpt-neox": Architecture(_hf("GPTNeoX", **SIZES)),
     "gpt-j": Architecture(_hf("GPTJ", **_GPTJ, rotary_dim=8)),
-    "opt": Architecture(_hf("OPT", **SIZES, ffn_dim=96, word_embed_proj_dim=64)),
+    # Without a mask and positions, which generate gives it, it reads the cache's length as a number.
+    "opt": Architecture(_hf("OPT", **SIZES, ffn_dim=96, word_embed_proj_dim=64), _placed),
     "bloom": Architecture(_hf("Bloom", **_BLOOM)),
     "falcon": Architecture(_hf("Falcon", **SIZES, num_kv_heads=2, new_decoder_architecture=True)),
     # Without a mask, as in generate, it makes one of as many columns as there are tokens; ours has all of them.
@@ -275,6 +281,16 @@ def _logits(out: Any) -> Tensor:
     return found
 
 
+def more(inputs: Inputs, step: int) -> Inputs:
+    """What a step after the prompt is given beside its token, as the prompt was."""
+    given = {}
+    if "attention_mask" in inputs:
+        given["attention_mask"] = torch.ones(len(IDS), TOKENS + step + 1, dtype=torch.long)
+    if "position_ids" in inputs:
+        given["position_ids"] = torch.full((len(IDS), 1), TOKENS + step)
+    return given
+
+
 def _run(model: nn.Module, inputs: Inputs, cached: bool) -> tuple[list[Tensor], int]:
     """Logits of one call on the inputs and of some steps after it, and how many graphs the first call made."""
     with torch.no_grad():
@@ -282,10 +298,7 @@ def _run(model: nn.Module, inputs: Inputs, cached: bool) -> tuple[list[Tensor], 
         graphs = len(report.graphs_of(model))
         found = [_logits(out)]
         for step in range(STEPS if cached else 0):
-            more = {}
-            if "attention_mask" in inputs:
-                more = {"attention_mask": torch.ones(len(IDS), TOKENS + step + 1, dtype=torch.long)}
-            out = model(input_ids=IDS[:, step : step + 1], past_key_values=out.past_key_values, **more)
+            out = model(input_ids=IDS[:, step : step + 1], past_key_values=out.past_key_values, **more(inputs, step))
             found.append(_logits(out))
     return found, graphs
 
@@ -304,12 +317,15 @@ _FEED_FORWARD: tuple[set[str], ...] = (
 
 
 def _parts(model: nn.Module) -> dict[str, int]:
-    """Feed-forward blocks, mixtures and heads of an eager model, by what its modules are called."""
+    """Feed-forward blocks, mixtures, heads and layers of an eager model, by what its modules are called."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     children = [{name for name, child in m.named_children()} for m in model.modules()]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         "ffn": sum(any(names <= own for names in _FEED_FORWARD) for own in children),
         "moe": sum("experts" in own for own in children),
+        "layer": sum(isinstance(m, GradientCheckpointingLayer) for m in model.modules()),
         # The hand-written ones multiply by their embedding.
         "lm-head": int(head is not None or hasattr(model, "embed")),
     }
@@ -376,7 +392,24 @@ def measure(name: str) -> Outcome:
             same = None
             if cached:
                 same = torch.equal(fast.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+                facts["padded"] = _padded(fast, model)
     return Outcome(facts, error, same, time.perf_counter() - start)
+
+
+def _padded(fast: nn.Module, model: nn.Module) -> str:
+    """Whether a left-padded batch of two generates what each row alone does on the undecorated eager model.
+
+    ``as eager`` where that model itself does not; ``different`` is a fault of ours.
+    """
+    short = 23
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[0, :-short], mask[0, :-short] = 0, 0
+    got = fast.generate(ids, attention_mask=mask, **GREEDY)[:, TOKENS:]
+    alone = [model.generate(row[None], **GREEDY)[0, -got.shape[1] :] for row in (IDS[0, -short:], IDS[1])]
+    if torch.equal(got, torch.stack(alone)):
+        return "equal"
+    eager = model.generate(ids, attention_mask=mask, **GREEDY)[:, TOKENS:]
+    return "as eager" if torch.equal(got, eager) else "different"
 
 
 def golden() -> dict[str, Any]:

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from effcompile.passes import backend, report
 from effcompile.passes.report import inspect
+from effcompile.patterns.attention import find_attention
 from effcompile.patterns.ffn import find_feed_forward
+from effcompile.patterns.layers import find_layers
 from effcompile.patterns.linear import find_heads, find_linears
 from effcompile.patterns.moe import find_experts
 
@@ -126,6 +128,92 @@ def test_heads() -> None:
     assert not find_heads(graph(used_within, X, (50, 8)))
     assert not find_heads(graph(capped, X, (8, 8)))
     assert len(find_linears(graph(gated, X, UP, DOWN, UP))) == 3
+
+
+def attended(x: Tensor, o: Tensor) -> Tensor:
+    return F.linear(F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3).squeeze(1), o)
+
+
+def normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (8,))
+
+
+def in_sequence(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    x = x + attended(normed(x), o)
+    return plain(normed(x), up, down) + x
+
+
+def side_by_side(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return attended(normed(x), o) + plain(normed(x), up, down) + x
+
+
+def side_by_side_from_the_left(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return x + attended(normed(x), o) + plain(normed(x), up, down)
+
+
+def norm_after(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    x = normed(x + attended(x, o))
+    return normed(x + normed(plain(x, up, down)) * 0.3)
+
+
+def two_attentions(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    x = x + attended(normed(x), o)
+    return in_sequence(x, o, up, down)
+
+
+@pytest.mark.parametrize(
+    ("function", "attentions"),
+    [(in_sequence, 1), (side_by_side, 1), (side_by_side_from_the_left, 1), (norm_after, 1), (two_attentions, 2)],
+)
+def test_layers(function: Callable[..., Tensor], attentions: int) -> None:
+    def stack(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        for _ in range(3):
+            x = function(x, o, up, down)
+        return normed(x)
+
+    gm = graph(stack, X, (8, 8), UP, DOWN)
+    layers = find_layers(gm, find_attention(gm), find_feed_forward(gm))
+    assert [(len(layer.attentions), len(layer.blocks)) for layer in layers] == [(attentions, 1)] * 3
+    assert all(layer.anchor.target is torch.ops.aten.add.Tensor for layer in layers)
+    assert all(max(p.anchor for p in (*one.attentions, *one.blocks)) < one.anchor for one in layers)
+
+
+def without_attention_in_the_stream(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    x = attended(normed(x), o)
+    return plain(normed(x), up, down) + x
+
+
+def without_blocks_in_the_stream(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return plain(normed(x + attended(normed(x), o)), up, down)
+
+
+def with_another_stream(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    x = x + attended(normed(x), o)
+    return plain(normed(x), up, down) + up[:3]
+
+
+def attention_alone(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return x + attended(normed(x), o)
+
+
+def block_first(x: Tensor, o: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return attention_alone(x + plain(normed(x), up, down), o, up, down)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        without_attention_in_the_stream,
+        without_blocks_in_the_stream,
+        with_another_stream,
+        attention_alone,
+        block_first,
+    ],
+)
+def test_what_is_no_layer(function: Callable[..., Tensor]) -> None:
+    gm = graph(function, X, (8, 8), UP, DOWN)
+    assert len(find_attention(gm)) == 1
+    assert not find_layers(gm, find_attention(gm), find_feed_forward(gm))
 
 
 def test_they_are_one_line_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,8 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
   for (int64_t i = 0; i < all * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < all; ++i) max[i] = -INF, sum[i] = 0.f, alpha[i] = 1.f;
 
-  const int64_t end = Visible<P>(first + tokens - 1, a.queries, length).last;
-  const int64_t begin = Visible<P>(first, a.queries, length).first / b.block;
+  const int64_t end = Visible<P>(a, head, first + tokens - 1, length).last;
+  const int64_t begin = Visible<P>(a, head, first, length).first / b.block;
   for (int64_t block = begin; block < b.columns && block * b.block < end; ++block) {
     bool wanted = false;
     for (int64_t h = 0; h < heads; ++h) wanted |= marks[h * b.columns + block] != 0;
@@ -75,8 +75,8 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
         const int64_t at = h * padded;
         multiply<float, wide.rows, wide.columns>(tokens, round_up(n, VL), D, q + at * DP, DP, key, BK, nullptr, s, BK);
         for (int64_t i = 0; i < tokens; ++i) {
-          const Visible<P> seen(first + i, a.queries, length);
-          if (mark == 1 && (P::key_mask || t < seen.first || t + n > seen.last)) hide<P>(s + i * BK, t, n, seen, mask);
+          const Visible<P> seen(a, head, first + i, length);
+          if (mark == 1 && (P::key_mask || t < seen.first || t + n > seen.last)) hide<P>(s + i * BK, t, n, seen, mask, nullptr);
           alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
         }
         if (!v) v = value_tile<P>(values, t, n, tail, value);
