@@ -6,7 +6,6 @@ Keys with their rotary embedding, and keys before it.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
