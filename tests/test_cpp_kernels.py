@@ -465,6 +465,8 @@ struct P {
   static constexpr int64_t residual = 128;
   static constexpr int64_t key_size = 64;
   static constexpr int64_t value_size = 128;
+  static constexpr int64_t rotary = 0;
+  static constexpr bool adjacent = false;
   static constexpr int ratio = 3;
   static constexpr bool causal = true;
   static constexpr int64_t window = 512;
