@@ -38,10 +38,7 @@ class Ruled(Spelling):
         self.rows = self.four(self.call(aten.arange.default, self.batch), 0)
 
     def segments(self, rows: int = 0) -> fx.Node:
-        made = torch.randint(
-            0, 3, (rows or self.batch, self.keys + 9), dtype=self.random.choice((torch.int64, torch.int32))
-        )
-        return self.build.input(made)
+        return self.build.input(torch.randint(0, 3, (rows or self.batch, self.keys + 9)))
 
     def at(self, segments: fx.Node, place: fx.Node) -> fx.Node:
         return self.call(aten.index.Tensor, segments, [self.rows, place])
