@@ -204,7 +204,11 @@ class Domain:
         return result
 
     def choose(self, condition: Cnf, a: Cnf, b: Cnf) -> Cnf:
-        """``a`` where ``condition``, else ``b``:  (not c | a) & (c | b)."""
+        """``a`` where ``condition``, else ``b``:  (not c | a) & (c | b), which is  c & a  where ``b`` never holds."""
+        if b == FALSE:
+            return self.conj(condition, a)
+        if a == FALSE:
+            return self.conj(self.negate(condition), b)
         return self.conj(self.disj(self.negate(condition), a), self.disj(condition, b))
 
     def implies(self, a: Literal, b: Literal) -> bool:
