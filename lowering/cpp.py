@@ -16,9 +16,8 @@ import contextvars
 import ctypes
 import dataclasses
 import os
-import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -29,21 +28,23 @@ from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import DECODE_ROWS, DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
-from effcompile.kernels.rope import rotary_of, table_shape
 from effcompile.lowering import toolchain
+from effcompile.lowering.cpp_arguments import (
+    LOAD,
+    STORE,
+    attend_arguments,
+    capacity_of,
+    length_pointer,
+    pointers_of,
+    rotary,
+    score_arguments,
+    table_pointer,
+)
 
 AnyProgram: TypeAlias = Program | StoreProgram
 Entry: TypeAlias = Callable[[bytes], int]
-State: TypeAlias = tuple[Tensor | None, ...]
 
 _CPP_TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
-
-# Fields of AttendArgs, StoreArgs and LoadArgs in kernels/cpp/args.h, in their order; q is 8 bytes, as is every pointer.
-_ATTEND = struct.Struct("=8q 4q 4q 3q q q d").pack
-# ScoreArgs, behind the former if a program has parts.
-_SCORE = struct.Struct("=q 3q q d q q q q").pack
-_STORE = struct.Struct("=8q 2q 4q 6q q").pack
-_LOAD = struct.Struct("=8q 2q 3q q").pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,106 +214,6 @@ def bind(key: tuple[Any, ...], op: str, make: Callable[[], AnyProgram]) -> Entry
     return entry
 
 
-def _pointers(state: State, dtype: torch.dtype, key_size: int, value_size: int) -> list[int]:
-    """Addresses of the six state tensors, 0 for an absent one."""
-    pointers = []
-    for tensor in state:
-        if tensor is None:
-            pointers.append(0)
-            continue
-        if not tensor.is_contiguous():
-            raise KernelUnavailable("a state buffer is not contiguous")
-        pointers.append(tensor.data_ptr())
-    for first, tail, size in ((state[0], state[2], key_size), (state[3], state[5], value_size)):
-        stored = first if tail is None else tail
-        if stored is None or stored.dtype is not dtype or stored.shape[3] != size:
-            raise KernelUnavailable(f"the store does not hold heads of {size} channels in {dtype}, as the call does")
-    return pointers
-
-
-def _length(length: Tensor) -> int:
-    if length.dtype is not torch.int64:
-        raise KernelUnavailable(f"length is {length.dtype}, not int64")
-    return length.data_ptr()
-
-
-def _rotary(table: Tensor | None) -> int:
-    return 0 if table is None else rotary_of(table)
-
-
-def _table(table: Tensor | None, batch: int, capacity: int) -> int:
-    """Address of the table of angles, 0 without one."""
-    if table is None:
-        return 0
-    shape = table_shape(batch, capacity, rotary_of(table))
-    if table.shape != shape or table.dtype is not torch.float16 or not table.is_contiguous():
-        raise KernelUnavailable(f"a table of angles of {tuple(table.shape)} in {table.dtype}, and not {shape} in fp16")
-    return table.data_ptr()
-
-
-def _capacity(keys: Tensor, values: Tensor) -> int:
-    """Tokens that both sides have room for: codes per channel have a group of tokens in a fifth dimension."""
-    tokens, room = (x.shape[2] * (x.shape[4] if x.ndim == 5 else 1) for x in (keys, values))
-    if room != tokens:
-        raise KernelUnavailable(f"keys have room for {tokens} tokens, values for {room}")
-    return tokens
-
-
-def _mask(key_mask: Tensor, batch: int, capacity: int, length: Tensor) -> tuple[Tensor, int]:
-    """The mask as the kernel reads it (the caller keeps it alive), and its stride over the batch."""
-    rows, columns = key_mask.shape
-    if rows not in (1, batch) or (columns < capacity and columns < int(length)):
-        raise KernelUnavailable(f"a key mask of {tuple(key_mask.shape)} for batch {batch} and {int(length)} tokens")
-    if key_mask.dtype is not torch.bool or key_mask.stride(1) != 1:
-        key_mask = key_mask.bool().contiguous()
-    return key_mask, key_mask.stride(0) if rows == batch else 0
-
-
-def _parts(
-    softcap: float | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    segments: Tensor | None,
-    prefix: Tensor | None,
-    query: Tensor,
-    capacity: int,
-    length: Tensor,
-) -> tuple[bytes, list[Tensor]]:
-    """``ScoreArgs``, and the tensors that it points to, for the caller to keep alive."""
-    batch, heads, queries, _ = query.shape
-    bias_pointer, strides, sinks_pointer = 0, [0, 0, 0], 0
-    alive = []
-    if bias is not None:
-        sizes = bias.shape
-        fits = len(sizes) == 4 and all(n in (1, full) for n, full in zip(sizes, (batch, heads, queries)))
-        if not fits or (sizes[3] < capacity and sizes[3] < int(length)):
-            raise KernelUnavailable(
-                f"a bias of {tuple(sizes)} for {batch} x {heads} x {queries} queries and {int(length)} tokens"
-            )
-        if bias.dtype is not torch.float32 or bias.stride(3) != 1:
-            bias = bias.float().contiguous()
-        bias_pointer = bias.data_ptr()
-        strides = [0 if n == 1 else stride for n, stride in zip(sizes, bias.stride()[:3])]
-        alive.append(bias)
-    if sinks is not None:
-        if sinks.shape != (heads,):
-            raise KernelUnavailable(f"sinks of {tuple(sinks.shape)} for {heads} heads")
-        sinks = sinks.float().contiguous()
-        sinks_pointer = sinks.data_ptr()
-        alive.append(sinks)
-    rows = [0, 0, 0, 0]
-    for place, ids, rank in ((0, segments, 2), (2, prefix, 1)):
-        if ids is not None:
-            short = rank == 2 and ids.shape[1] < capacity and ids.shape[1] < int(length)
-            if ids.ndim != rank or ids.shape[0] not in (1, batch) or short:
-                what = "segments" if rank == 2 else "a prefix"
-                raise KernelUnavailable(f"{what} of {tuple(ids.shape)} for batch {batch} and {int(length)} tokens")
-            ids = ids.to(torch.int64).contiguous()
-            rows[place : place + 2] = ids.data_ptr(), ids.stride(0) if ids.shape[0] > 1 else 0
-            alive.append(ids)
-    return _SCORE(bias_pointer, *strides, sinks_pointer, 0.0 if softcap is None else softcap, *rows), alive
-
-
 def attend(
     query: Tensor,
     k0: Tensor,
@@ -344,7 +245,7 @@ def attend(
     few = queries * ratio <= DECODE_ROWS
     parts = (softcap is not None, bias is not None, sinks is not None)
     rules = (key_mask is not None, segments is not None, prefix is not None)
-    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, _rotary(table))
+    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, rotary(table))
     entry = bind(
         key,
         "attend",
@@ -357,14 +258,14 @@ def attend(
             size,
             value_size,
             ScoreParts(*parts),
-            _rotary(table),
+            rotary(table),
         ),
     )
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
     more, held = b"", None
     if any(parts) or any(rules[1:]):
-        more, held = _parts(softcap, bias, sinks, segments, prefix, query, _capacity(k0, v0), length)
+        more, held = score_arguments(softcap, bias, sinks, segments, prefix, query, capacity_of(k0, v0), length)
     state = (k0, k1, k2, v0, v1, v2)
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale, table)
     beyond = entry(packed + more)
@@ -372,50 +273,6 @@ def attend(
     if beyond:
         raise CapacityError(f"the length, {int(length)}, is not within the capacity of the store.")
     return out, lse
-
-
-def attend_arguments(
-    query: Tensor,
-    state: Sequence[Tensor | None],
-    length: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    table: Tensor | None = None,
-) -> tuple[bytes, Tensor, Tensor, Any]:
-    """``AttendArgs`` as bytes, the results they will be written to, and what the caller keeps alive meanwhile."""
-    k0, _, _, v0, _, v2 = state
-    assert k0 is not None
-    assert v0 is not None
-    batch, heads, queries, size = query.shape
-    value_size = (v0 if v2 is None else v2).shape[3]
-    pointers = _pointers(tuple(state), query.dtype, size, value_size)
-    capacity = _capacity(k0, v0)
-    if query.stride(3) != 1:
-        query = query.contiguous()
-    mask_pointer = mask_stride = 0
-    if key_mask is not None:
-        key_mask, mask_stride = _mask(key_mask, batch, capacity, length)
-        mask_pointer = key_mask.data_ptr()
-    out = query.new_empty((batch, heads, queries, value_size))
-    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    packed = _ATTEND(
-        *pointers,
-        _length(length),
-        _table(table, batch, capacity),
-        query.data_ptr(),
-        mask_pointer,
-        out.data_ptr(),
-        lse.data_ptr(),
-        batch,
-        k0.shape[1],
-        queries,
-        capacity,
-        *query.stride()[:3],
-        mask_stride,
-        torch.get_num_threads(),
-        scale,
-    )
-    return packed, out, lse, (query, key_mask)
 
 
 def kv_store(
@@ -437,12 +294,12 @@ def kv_store(
     value_size = value.shape[3]
     dtype = key.dtype
     entry = bind(
-        ("kv_store", form, dtype, key_size, value_size, _rotary(table)),
+        ("kv_store", form, dtype, key_size, value_size, rotary(table)),
         "kv_store",
-        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, _rotary(table)),
+        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, rotary(table)),
     )
-    pointers = _pointers((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size)
-    capacity = _capacity(k0, v0)
+    pointers = pointers_of((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size)
+    capacity = capacity_of(k0, v0)
     if value.shape[:3] != key.shape[:3] or value.dtype is not dtype or k0.shape[:2] != key.shape[:2]:
         shapes = f"{tuple(key.shape)} and {tuple(value.shape)}"
         raise KernelUnavailable(f"keys and values of {shapes} do not fit each other or the store")
@@ -451,10 +308,10 @@ def kv_store(
     if value.stride(3) != 1:
         value = value.contiguous()
     beyond = entry(
-        _STORE(
+        STORE(
             *pointers,
-            _length(length),
-            _table(table, batch, capacity),
+            length_pointer(length),
+            table_pointer(table, batch, capacity),
             key.data_ptr(),
             value.data_ptr(),
             batch,
@@ -490,19 +347,19 @@ def kv_load(
     key_size, value_size = key_like.shape[3], value_like.shape[3]
     dtype = key_like.dtype
     entry = bind(
-        ("kv_load", form, dtype, key_size, value_size, _rotary(table)),
+        ("kv_load", form, dtype, key_size, value_size, rotary(table)),
         "kv_load",
-        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, _rotary(table)),
+        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, rotary(table)),
     )
     batch, groups = k0.shape[:2]
-    capacity = _capacity(k0, v0)
+    capacity = capacity_of(k0, v0)
     key_out = key_like.new_empty((batch, groups, capacity, key_size))
     value_out = value_like.new_empty((batch, groups, capacity, value_size))
     beyond = entry(
-        _LOAD(
-            *_pointers((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size),
-            _length(length),
-            _table(table, batch, capacity),
+        LOAD(
+            *pointers_of((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size),
+            length_pointer(length),
+            table_pointer(table, batch, capacity),
             key_out.data_ptr(),
             value_out.data_ptr(),
             batch,

@@ -14,6 +14,7 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import Predicate, Program
 from effcompile.lowering import cpp
+from effcompile.lowering.cpp_arguments import attend_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
 _LISTS = struct.Struct("=4q 2q 3q").pack
@@ -60,7 +61,7 @@ def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if len(strides) > 1 or len(widths) > 1:
         raise KernelUnavailable("partial and full lists of different shapes")
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
-    packed, out, lse, alive = cpp.attend_arguments(query, state, length, key_mask, scale)
+    packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
     code = entry(
         packed
         + _LISTS(
