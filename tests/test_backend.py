@@ -20,10 +20,6 @@ from effcompile.runtime.cache import CacheError
 from models import MODELS, NanoGPT, counted
 
 IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(1))
-# OPT (after transformers 5.17, by 5.23) builds its positions from a size that it reads from the cache's length tensor:
-# a graph break of its own, with transformers' StaticCache too. Its decode runs the eager reference path, which the test
-# compares as well.
-NO_DECODE_GRAPH = {"opt"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -74,11 +70,11 @@ def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
     prefill, decode = decisions(model, "prefill"), decisions(model, "decode")
     assert len(prefill) == present
     assert all(d.form.startswith("attend_prefill_k16v16") for d in prefill)
-    if name in NO_DECODE_GRAPH and not decode:
-        return
     assert len(decode) == present
     assert all(d.form.startswith("attend_decode_k16v16") for d in decode)
-    targets = [str(n.target) for n in no_inductor[-1].graph.nodes]
+    # The last graph, but of OPT the last but one: by transformers 5.23 its code breaks the graph before the head.
+    graphs = [[str(n.target) for n in gm.graph.nodes] for gm in no_inductor[-2:]]
+    targets = max(graphs, key=lambda found: found.count("effcompile.attend.default"))
     assert targets.count("effcompile.attend.default") == present
     assert not any("kv_load" in t or "scaled_dot_product" in t or "softmax" in t for t in targets)
 
