@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.compress_kv import CompressKV
+    from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.options import (
         DecorationError,
         OptionError,
@@ -26,10 +27,17 @@ if TYPE_CHECKING:
         remove,
         sparse_attention,
     )
+    from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.report import InspectError, Report, inspect
+    from effcompile.passes.streaming import Streaming
+    from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
     compress_kv = decorator(CompressKV)
+    flexprefill = decorator(FlexPrefill)
+    proxyattn = decorator(ProxyAttn)
+    streaming = decorator(Streaming)
+    xattention = decorator(XAttention)
     __version__: str
 else:
     # Where each name is. Decorators are not listed: they come from the registry of passes.
@@ -81,8 +89,12 @@ __all__ = [
     "Report",
     "__version__",
     "compress_kv",
+    "flexprefill",
     "inspect",
     "options_of",
+    "proxyattn",
     "remove",
     "sparse_attention",
+    "streaming",
+    "xattention",
 ]
