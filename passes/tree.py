@@ -38,6 +38,7 @@ class Place:
 
         Dynamo enters ``annotate`` again only in the graph that it was entered in.
         """
+        annotations = functools.cache(self._annotations)  # of this call: a cache of the method would keep the model
         for node in gm.graph.nodes:
             if node.op not in ("call_function", "call_method", "call_module"):
                 continue
@@ -49,7 +50,7 @@ class Place:
                     key: (self._whole(path), kind) for key, (path, kind) in stack.items()
                 }
             inner = clean_path(list(stack.values())[-1][0]) if stack else ""
-            if lost := self._annotations(inner):
+            if lost := annotations(inner):
                 node.meta["custom"] = {**lost, **(node.meta.get("custom") or {})}
 
     @property
@@ -59,7 +60,6 @@ class Place:
     def _whole(self, path: str) -> str:
         return path.replace(_SELF, f"{_SELF}.{self.path}", 1)
 
-    @functools.cache  # noqa: B019  (a place lives as long as the compilation of one graph)
     def _annotations(self, path: str) -> dict[str, str]:
         """What decorators have put on the modules around ``path``, the inner ones last."""
         names = path.split(".") if path else []

@@ -140,7 +140,7 @@ class TestInterpreted:
 
 ANY = Predicate()
 BUDGET = [
-    (Program(phase, form, ANY, torch.bfloat16, 4, 128, 128, 128), chip)
+    (Program(phase, form, ANY, torch.bfloat16, 4, 128, 128, rotary=128), chip)
     for phase, form, chip in (
         ("decode", KVForm(2, 2, rope="pre"), "sm_90"),
         ("prefill", KVForm(2, 2, rope="pre"), "sm_90"),
@@ -195,4 +195,4 @@ def test_declined_with_a_reason() -> None:
         lowering.attend(*args)
     with pytest.raises(ops.KernelUnavailable, match="a table of angles of"):
         lowering.attend(*args, table=table_of(1, 64, 64, 8))
-    assert all_lowerings.refusal(Program("decode", form, ANY, torch.float16, 1, 64, 64, 64), "cuda") is None
+    assert all_lowerings.refusal(Program("decode", form, ANY, torch.float16, 1, 64, 64, rotary=64), "cuda") is None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import effcompile as ec
-from effcompile.passes import backend
+from effcompile.passes import backend, report
 from effcompile.passes.options import OptionError
 from models import MODELS
 
@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
 
 @pytest.fixture(autouse=True)
 def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A graph of an equal model, which a test before has left alive, would count as one of this test's model.
+    report._graphs.clear()
     monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches=None: gm.forward)
 
 
