@@ -1,8 +1,11 @@
-"""What every test shares: no network, and the same random numbers each time."""
+"""What tests share: no network, the same random numbers each time, and fixtures that more than one file asks for."""
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,9 +16,14 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """The same seed before each test, and no compiled code left over from the one before."""
+    """The same seed before each test; no compiled code and no report left over from the one before.
+
+    A graph that an earlier test has left alive would count as one of an equal model of this test.
+    """
     torch.manual_seed(0)
     torch._dynamo.reset()
+    if report := sys.modules.get("effcompile.passes.report"):
+        report._graphs.clear()
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +32,58 @@ def smollm2() -> tuple[Any, Any]:
     from effcompile import smollm2 as home
 
     return home.load()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs compiled so far, each of which runs operator by operator: what is tested is not Inductor."""
+    from effcompile.passes import backend
+
+    graphs: list[Any] = []
+
+    def run(gm: Any, inputs: Any, config_patches: Any = None) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "compile_fx", run)
+    return graphs
+
+
+@pytest.fixture
+def no_fallback() -> Iterator[None]:
+    """A kernel that is missing where one is expected fails the test instead of being replaced by the reference."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
+        yield
+
+
+@pytest.fixture(scope="module")
+def build_ahead(request: pytest.FixtureRequest) -> None:
+    """The C++ programs of a file's selected tests build in the background while the first of them run."""
+    from cpp_calls import store_of
+
+    from effcompile.kernels.program import Program
+    from effcompile.lowering import cpp
+
+    mine = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    params = [value for item in mine if hasattr(item, "callspec") for value in item.callspec.params.values()]
+    cpp.prebuild(p for program in params if isinstance(program, Program) for p in (program, store_of(program)))
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """No kernel in memory, neither before the test nor after it."""
+    from effcompile.lowering import cpp
+
+    cpp.clear()
+    yield
+    cpp.clear()
+
+
+@pytest.fixture
+def bare(forgetful: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """An empty cache folder, no kernel in memory, and nothing warned about yet."""
+    from effcompile.kernels import ops
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(ops, "_warned", set())

@@ -32,19 +32,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def no_inductor(monkeypatch):
-    """Run the rewritten graph itself, operator by operator: what is tested is the graph, not Inductor."""
-    graphs = []
-
-    def run(gm, inputs, config_patches=None):
-        graphs.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(backend, "compile_fx", run)
-    return graphs
-
-
 def decisions(model, phase):
     """The decisions about a model's sites in its graphs of ``phase``: "prefill" or "decode"."""
     return [d for graph in ec.inspect(model).graphs for d in graph.decisions if graph.label == phase]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,12 +22,7 @@ DENSE = torch.ops.effcompile.attend.default
 STORE = torch.ops.effcompile.kv_store.default
 
 
-@pytest.fixture(autouse=True)
-def _no_fallback() -> Iterator[None]:
-    """A kernel that is missing where one is expected fails the test instead of being replaced by the reference."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
-        yield
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 @settings(max_examples=100, deadline=None)

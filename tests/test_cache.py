@@ -25,11 +25,7 @@ def llama():
     return MODELS["llama"]("sdpa")
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="compress_kv: generate")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
 
 
 def rows_of_forward(model, ids, chunks, **kwargs):

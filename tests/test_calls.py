@@ -18,23 +18,16 @@ import torch
 from torch import nn
 
 import effcompile as ec
-from effcompile.passes import backend, report
 from models import MODELS
 
 IDS = torch.randint(1, 128, (4, 300), generator=torch.Generator().manual_seed(1))
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 
-pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
-
-
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The graphs compiled so far, each of which runs operator by operator: what is tested is not Inductor."""
-    made: list[Any] = []
-    report._graphs.clear()
-    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches=None: made.append(gm) or gm.forward)
-    return made
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:compress_kv. generate"),
+    pytest.mark.usefixtures("no_inductor"),
+]
 
 
 def llama(bits: int | None = None) -> Any:
@@ -59,7 +52,7 @@ DONE = {"prefill": {"attend_prefill"}, "decode": {"attend_decode"}}
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def test_dynamic_shapes_from_the_first_call(graphs: list[Any]) -> None:
+def test_dynamic_shapes_from_the_first_call(no_inductor: list[Any]) -> None:
     """dynamic=True: one graph for prompts of any length, one for decoding, and one more each for other batches."""
     model, fast = llama(), llama(16)
     fast.compile(backend="effcompile", dynamic=True)
@@ -68,10 +61,10 @@ def test_dynamic_shapes_from_the_first_call(graphs: list[Any]) -> None:
         assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
     assert told(fast) == DONE
     # Twice, since the buffers fix the first batch; from the second on it is a symbol.
-    assert len(graphs) == 4
+    assert len(no_inductor) == 4
 
 
-def test_a_length_marked_dynamic(graphs: list[Any]) -> None:
+def test_a_length_marked_dynamic(no_inductor: list[Any]) -> None:
     """mark_dynamic fails where a graph would fix the dimension."""
     model, fast = llama(), llama(16)
     fast.compile(backend="effcompile")
@@ -81,10 +74,10 @@ def test_a_length_marked_dynamic(graphs: list[Any]) -> None:
             torch._dynamo.mark_dynamic(ids, 1)
             torch.testing.assert_close(fast(ids).logits, model(ids).logits, **CLOSE)
     assert told(fast) == {"prefill": {"attend_prefill"}}
-    assert len(graphs) == 1
+    assert len(no_inductor) == 1
 
 
-def test_a_batch_marked_dynamic(graphs: list[Any]) -> None:
+def test_a_batch_marked_dynamic(no_inductor: list[Any]) -> None:
     """A cache has buffers of one batch, so torch refuses the demand; the wish, maybe_mark_dynamic, is taken."""
     model, fast = llama(), llama(16)
     fast.compile(backend="effcompile")
@@ -93,7 +86,7 @@ def test_a_batch_marked_dynamic(graphs: list[Any]) -> None:
             ids = IDS[:rows, :100].contiguous()
             torch._dynamo.maybe_mark_dynamic(ids, 0)
             torch.testing.assert_close(fast(ids).logits, model(ids).logits, **CLOSE)
-        assert len(graphs) == 2
+        assert len(no_inductor) == 2
         torch._dynamo.reset()
         torch._dynamo.mark_dynamic(ids, 0)
         with pytest.raises(Exception, match=r"marked .* as dynamic but your code specialized it"):

@@ -6,31 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from stores import fp8_edges
-from test_cpp_kernels import (  # noqa: F401  (three are fixtures)
-    LENGTHS,
+from cpp_calls import (
     LOAD,
     STORE,
-    Call,
-    _build_ahead,
-    _no_fallback,
     assert_same,
     bits,
-    forgetful,
+    check_attend,
+    check_other_instructions,
+    check_store_and_load,
     fresh,
-    pairwise,
     poisoned,
-    queries_for,
-    store_of,
 )
-from test_cpp_kernels import test_store_and_load as store_and_load
+from pairs import pairwise
+from stores import fp8_edges
 
 from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DTYPES, Predicate, Program
 from effcompile.lowering import cpp
 
-store_and_load.__test__ = False  # type: ignore[attr-defined]  # here it is called, not collected
+pytestmark = pytest.mark.usefixtures("no_fallback", "build_ahead")
 
 
 def program_of(row: dict[str, Any]) -> Program:
@@ -65,19 +60,17 @@ FEW = [
     ),
     Program("prefill", KVForm("fp8", 2, 32, 32, "channel", "channel"), Predicate(window=40), torch.float32, 1, 64, 64),
 ]
-COVER = [program_of(row) for row in pairwise(FACTORS)]
+COVER = [program_of(row) for row in pairwise(**FACTORS)]
 # 72 channels are no whole vectors, and as values per token they hold no whole groups of 16.
 MORE_SIZES = {"sizes": ((48, 72, 16), (256, 256, 64), (16, 48, 16), (208, 240, 16)), "ratio": (4, 7, 1)}
-COVER += [program for row in pairwise(FACTORS | MORE_SIZES) if cpp.refusal(program := program_of(row)) is None]
+COVER += [program for row in pairwise(**FACTORS | MORE_SIZES) if cpp.refusal(program := program_of(row)) is None]
 ALL = [*FEW, *(pytest.param(program, marks=pytest.mark.slow) for program in dict.fromkeys(COVER))]
 
 
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
 def test_attend_and_store(program: Program) -> None:
-    for length in LENGTHS:
-        for queries in queries_for(program, length):
-            Call(program, length, queries).check()
-    store_and_load(program)
+    check_attend(program)
+    check_store_and_load(program)
 
 
 def test_numbers_on_every_edge_of_fp8() -> None:
@@ -118,15 +111,4 @@ def test_extreme_values_in_fp8(axis: Any) -> None:
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
 def test_other_instruction_sets(width: int) -> None:
-    from torch._inductor import config
-
-    if width == 256 and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("this CPU has no AVX2")
-    with config.patch({"cpp.simdlen": width}):
-        cpp.prebuild(p for program in FEW for p in (program, store_of(program)))
-        for program in FEW:
-            for length in (65, 500):
-                for queries in queries_for(program, length):
-                    Call(program, length, queries).check()
-            store_and_load(program)
-        test_numbers_on_every_edge_of_fp8()
+    check_other_instructions(FEW, width)

@@ -5,44 +5,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from stores import dequantised
-from torch import Tensor
+from cpp_calls import (
+    BASE,
+    LENGTHS,
+    STORE,
+    Call,
+    assert_same,
+    check_attend,
+    check_other_instructions,
+    check_store_and_load,
+    copy,
+    fresh,
+    poisoned,
+)
+from pairs import pairwise
 
 from effcompile.kernels import ops
 from effcompile.kernels.form import BITS, KVForm
-from effcompile.kernels.program import DECODE_ROWS, DTYPES, Predicate, Program, StoreProgram
+from effcompile.kernels.program import DTYPES, Predicate, Program
 from effcompile.lowering import cpp, toolchain
 
-STORE, LOAD, ATTEND = (getattr(torch.ops.effcompile, name).default for name in ("kv_store", "kv_load", "attend"))
-LENGTHS = (1, 63, 65, 500)
-
-State = list[Tensor | None]
-
-
-def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Rows such that every two values of two factors meet in at least one of them; greedy, the same each time."""
-    names = list(factors)
-    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
-    rows = []
-    while missing:
-        row: dict[str, Any] = dict(min(missing, key=repr))
-        for name in names:
-            if name not in row:
-                gain = {
-                    x: sum(
-                        pair in missing for o, y in row.items() for pair in (((o, y), (name, x)), ((name, x), (o, y)))
-                    )
-                    for x in factors[name]
-                }
-                row[name] = max(factors[name], key=lambda x: gain[x])
-        missing -= {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(names, 2)}
-        rows.append(row)
-    return rows
+pytestmark = pytest.mark.usefixtures("no_fallback", "build_ahead")
 
 
 def program_of(row: dict[str, Any]) -> Program:
@@ -66,215 +53,21 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "causal": (True, False),
 }
 MORE_SIZES = {"sizes": ((256, 256, 64), (16, 32, 32), (96, 48, 48), (200, 240, 16)), "ratio": (4, 7, 1)}
-PROGRAMS = list(dict.fromkeys(program_of(row) for row in pairwise(FACTORS)))
-MORE = list(dict.fromkeys(program_of(row) for row in pairwise(FACTORS | MORE_SIZES)))
+PROGRAMS = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS)))
+MORE = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS | MORE_SIZES)))
 ALL = [*PROGRAMS, *(pytest.param(program, marks=pytest.mark.slow) for program in MORE)]
-
-
-def store_of(program: Program) -> StoreProgram:
-    return StoreProgram(program.form, program.dtype, program.key_size, program.value_size)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _build_ahead(request: pytest.FixtureRequest) -> None:
-    """All programs of the selected tests build in the background while the first tests run."""
-    chosen = [item.callspec.params.get("program") for item in request.session.items if hasattr(item, "callspec")]
-    cpp.prebuild(p for program in chosen if isinstance(program, Program) for p in (program, store_of(program)))
-
-
-@pytest.fixture(autouse=True)
-def _no_fallback() -> Iterator[None]:
-    """A kernel that is missing where one is expected fails the test instead of being replaced by the reference."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
-        yield
-
-
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    """No kernel in memory, neither before the test nor after it."""
-    cpp.clear()
-    yield
-    cpp.clear()
-
-
-@pytest.fixture
-def bare(forgetful: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """An empty cache folder, no kernel in memory, and nothing warned about yet."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(ops, "_warned", set())
-
-
-def poisoned(form: KVForm, batch: int, heads: int, capacity: int, sizes: tuple[int, int], dtype: torch.dtype) -> State:
-    """Six buffers full of NaN (255 for codes): whatever is read before it is written shows."""
-    state: State = []
-    for kind, size in zip(("key", "value"), sizes, strict=True):
-        made: State = [
-            torch.full(shape, 255 if kind_dtype == torch.uint8 else float("nan"), dtype=kind_dtype)
-            for shape, kind_dtype in form.buffers(kind, batch, heads, capacity, size, dtype)  # type: ignore[arg-type]
-        ]
-        state += made + [None] * (3 - len(made))
-    return state
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bit pattern, so that NaN equals NaN and 0 differs from -0."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-def assert_same(ours: State, theirs: State) -> None:
-    for name, a, b in zip(("k0", "k1", "k2", "v0", "v1", "v2"), ours, theirs, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert torch.equal(bits(a), bits(b)), f"{name} differs in {int((bits(a) != bits(b)).sum())} places"
-
-
-def copy(state: State) -> State:
-    return [None if t is None else t.clone() for t in state]
-
-
-def fresh(batch: int, groups: int, tokens: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Keys or values ``[B, G, T, D]`` as models give them: a view of ``[B, T, G, D]``, with an offset per channel."""
-    return (torch.randn(batch, tokens, groups, size) + 2 * torch.randn(size)).to(dtype).transpose(1, 2)
-
-
-def exact(
-    query: Tensor, state: State, length: int, mask: Tensor | None, form: KVForm, scale: float, p: Predicate
-) -> Any:
-    """Attention over the store in fp64, one batch entry and head at a time: written apart from the reference body."""
-    keys, values = ops.split_state(tuple(state))
-    k, v = dequantised(keys, length, form, "key"), dequantised(values, length, form, "value")
-    batch, heads, queries, _ = query.shape
-    ratio = heads // k.shape[1]
-    hidden = torch.zeros(batch, queries, length, dtype=torch.bool)
-    for t in range(queries):
-        position = length - queries + t
-        if p.window is not None:
-            hidden[:, t, : max(0, position - p.window + 1)] = True
-        if p.causal:
-            hidden[:, t, position + 1 :] = True
-    if mask is not None:
-        hidden |= ~mask[:, None, :length]
-    out = torch.zeros(batch, heads, queries, v.shape[3], dtype=torch.float64)
-    lse = torch.full((batch, heads, queries), float("-inf"), dtype=torch.float64)
-    for b, h in itertools.product(range(batch), range(heads)):
-        s = (query[b, h].double() @ k[b, h // ratio].T * scale).masked_fill(hidden[b], float("-inf"))
-        lse[b, h] = s.logsumexp(-1)
-        out[b, h] = s.softmax(-1).nan_to_num(0) @ v[b, h // ratio]
-    return out, lse
-
-
-def assert_within_budget(ours: Tensor, reference: Tensor, truth: Tensor, what: str, roundings: int = 1) -> None:
-    """At most twice what the reference loses against fp64, plus a number of roundings in the result's dtype.
-
-    An lse has two, one of the largest score and one of the sum with its logarithm; of one query the reference may by
-    luck lose next to nothing.
-    """
-    seen = truth.isfinite()
-    assert torch.equal(ours.isfinite(), seen), what
-    if bool(seen.any()):
-        truth = truth[seen]
-        error = (ours[seen].double() - truth).abs().max()
-        lost = (reference[seen].double() - truth).abs().max()
-        budget = 2 * lost + roundings * torch.finfo(ours.dtype).eps / 2 * truth.abs().max()
-        assert error <= budget, f"{what}: {error:.3g} > {budget:.3g} (the reference loses {lost:.3g})"
-
-
-@dataclasses.dataclass
-class Call:
-    """One attention call: a store with ``length`` tokens in it and queries for the last of them."""
-
-    program: Program
-    length: int
-    queries: int
-    batch: int = 2
-    groups: int = 2
-
-    def __post_init__(self) -> None:
-        p = self.program
-        capacity = (self.length // p.form.group + 2) * p.form.group
-        self.state = poisoned(p.form, self.batch, self.groups, capacity, (p.key_size, p.value_size), p.dtype)
-        self.key = fresh(self.batch, self.groups, self.length, p.key_size, p.dtype)
-        self.value = fresh(self.batch, self.groups, self.length, p.value_size, p.dtype)
-        STORE(*self.state, torch.tensor(0), self.key, self.value, p.form.name)
-        self.query = fresh(self.batch, self.groups * p.ratio, self.queries, p.key_size, p.dtype)
-        self.mask = None
-        if p.predicate.key_mask:
-            # Left padding in the first entry, a hole in the last; beyond the length the mask says True on purpose.
-            self.mask = torch.ones(self.batch, capacity, dtype=torch.bool)
-            self.mask[0, : self.length // 3] = False
-            self.mask[-1, self.length // 2 : self.length // 2 + 2] = False
-
-    def attend(self) -> tuple[Tensor, Tensor]:
-        p = self.program
-        window = -1 if p.predicate.window is None else p.predicate.window
-        return ATTEND(  # type: ignore[no-any-return]
-            self.query,
-            *self.state,
-            torch.tensor(self.length),
-            self.mask,
-            p.form.name,
-            self.scale,
-            p.predicate.causal,
-            window,
-        )
-
-    @property
-    def scale(self) -> float:
-        return float(self.program.key_size**-0.5)
-
-    def check(self) -> None:
-        p = self.program
-        out, lse = self.attend()
-        with ops.reference_only():
-            reference, reference_lse = self.attend()
-        truth = exact(self.query, self.state, self.length, self.mask, p.form, self.scale, p.predicate)
-        what = f"{p.name}, {self.queries} queries on {self.length} keys"
-        assert_within_budget(out, reference, truth[0], what)
-        assert_within_budget(lse, reference_lse, truth[1], f"lse of {what}", roundings=2)
-        assert not out[truth[1].isinf()].any(), what
-
-
-def queries_for(program: Program, length: int) -> list[int]:
-    """One row and the most rows that fit the phase, for each length."""
-    most = DECODE_ROWS // program.ratio
-    counts = (1, most) if program.phase == "decode" else (most + 1, min(length, 70))
-    return sorted({n for n in counts if Program.phase_for(n, program.ratio) == program.phase and n <= length})
 
 
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
 def test_attend(program: Program) -> None:
-    for length in LENGTHS:
-        for queries in queries_for(program, length):
-            Call(program, length, queries).check()
+    check_attend(program)
 
 
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
 def test_store_and_load(program: Program) -> None:
-    """Bit for bit: whole, in pieces, and one by one; and read back."""
-    form, sizes, dtype = program.form, (program.key_size, program.value_size), program.dtype
-    length = 2 * form.slots + 37
-    capacity = (length // form.group + 1) * form.group
-    key, value = (fresh(2, 2, length, size, dtype) for size in sizes)
-    expected = poisoned(form, 2, 2, capacity, sizes, dtype)
-    with ops.reference_only():
-        STORE(*expected, torch.tensor(0), key, value, form.name)
-    for pieces in ([length], [1, 63, length - 64], [form.group] * (length // form.group), [1] * length):
-        state = poisoned(form, 2, 2, capacity, sizes, dtype)
-        done = 0
-        for n in [*pieces, length - sum(pieces)]:
-            STORE(*state, torch.tensor(done), key[:, :, done : done + n], value[:, :, done : done + n], form.name)
-            done += n
-        assert_same(state, expected)
-    for n in (0, 1, form.residual, form.slots, length):
-        if form.packed(n) == form.packed(length) or form.dense:  # earlier groups are gone from the ring
-            with ops.reference_only():
-                theirs = LOAD(*expected, torch.tensor(n), form.name)
-            for ours, wanted in zip(LOAD(*expected, torch.tensor(n), form.name), theirs, strict=True):
-                assert torch.equal(bits(ours), bits(wanted))
+    check_store_and_load(program)
 
 
-BASE = Program("decode", KVForm(), Predicate(), torch.float32, 3, 64, 64)
 LONG = [dataclasses.replace(BASE, form=form) for form in (KVForm(), KVForm(16, 16), KVForm(8, 4))]
 
 
@@ -297,32 +90,19 @@ def test_split_over_threads(program: Program) -> None:
 @pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, repeat=2)))
 def test_attend_every_mix(phase: Any, dtype: torch.dtype, key_bits: int, value_bits: int) -> None:
     program = Program(phase, KVForm(key_bits, value_bits), Predicate(), dtype, 3, 64, 64)
-    for length in (*LENGTHS, 1111):
-        for queries in queries_for(program, length):
-            Call(program, length, queries).check()
+    check_attend(program, (*LENGTHS, 1111))
 
 
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
 def test_other_instruction_sets(width: int) -> None:
-    """The parts are written for any vector width: AVX2, and at::vec without intrinsics in place of other CPUs."""
-    from torch._inductor import config
-
-    if width == 256 and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("this CPU has no AVX2")
-    with config.patch({"cpp.simdlen": width}):
-        programs = [
-            BASE,
-            Program("prefill", KVForm(8, 4, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80),
-            Program("decode", KVForm(2, 3, 32, 0), Predicate(), torch.float32, 3, 64, 64),
-            Program("prefill", KVForm(3, 2, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80),
-        ]
-        cpp.prebuild(p for program in programs for p in (program, store_of(program)))
-        for program in programs:
-            for length in (65, 500):
-                for queries in queries_for(program, length):
-                    Call(program, length, queries).check()
-            test_store_and_load(program)
+    programs = [
+        BASE,
+        Program("prefill", KVForm(8, 4, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80),
+        Program("decode", KVForm(2, 3, 32, 0), Predicate(), torch.float32, 3, 64, 64),
+        Program("prefill", KVForm(3, 2, 16, 0), Predicate(), torch.bfloat16, 2, 72, 80),
+    ]
+    check_other_instructions(programs, width)
 
 
 def test_extreme_values_are_stored_as_the_reference_stores_them() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import effcompile as ec
-from effcompile.passes import backend
 from effcompile.runtime.cache import CacheError
 from models import MODELS
 
@@ -25,24 +23,7 @@ def llama():
     return MODELS["llama"]("sdpa")
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="compress_kv: generate")
-        yield
-
-
-@pytest.fixture
-def no_inductor(monkeypatch):
-    """Run the rewritten graph itself, operator by operator."""
-    graphs = []
-
-    def run(gm, inputs, config_patches=None):
-        graphs.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(backend, "compile_fx", run)
-    return graphs
+pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
 
 
 def compressed(model, bits, residual=128):

@@ -6,7 +6,6 @@ The oracle is always another way to the same state: a store that was filled afre
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -28,11 +27,7 @@ def llama():
     return MODELS["llama"]("sdpa")
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="compress_kv: generate")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
 
 
 def hybrid(window=48):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -11,29 +10,9 @@ from test_lifecycle import GREEDY, IDS, SHORT, hybrid
 from transformers import CompileConfig, StaticCache
 
 import effcompile as ec
-from effcompile.passes import backend, report
 from models import MODELS
 
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    report._graphs.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="compress_kv: generate")
-        yield
-
-
-@pytest.fixture
-def no_inductor(monkeypatch):
-    """Run the rewritten graph itself, operator by operator."""
-    graphs = []
-
-    def run(gm, inputs, config_patches=None):
-        graphs.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(backend, "compile_fx", run)
-    return graphs
+pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
 
 
 def compiled(model, bits):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cpp_calls import BASE, assert_within_budget, check_attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_graphs import aten
 from mask_spellings import Spelling
-from test_cpp_kernels import BASE, assert_within_budget, queries_for, store_of
 from test_score_matching import DENSE, LOWEST, Step, additive, decide, weighed
 from test_score_parts import Scored, exact
 from torch import Tensor, fx, nn
@@ -25,6 +25,8 @@ from effcompile.kernels.reason import Reason
 from effcompile.lowering import cpp
 from effcompile.passes import backend, report
 from effcompile.patterns.masks import Mask
+
+pytestmark = pytest.mark.usefixtures("no_fallback", "build_ahead")
 
 
 class Ruled(Spelling):
@@ -243,10 +245,7 @@ class Apart(Scored):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
 def test_cpp(program: Program) -> None:
-    cpp.prebuild([program, store_of(program)])
-    for length in (1, 65, 500):
-        for queries in queries_for(program, length):
-            Apart(program, length, queries).check()
+    check_attend(program, (1, 65, 500), Apart)
 
 
 def test_refusals() -> None:

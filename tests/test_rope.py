@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -35,11 +34,7 @@ MORE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="compress_kv: generate")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
 
 
 def model_of(name):

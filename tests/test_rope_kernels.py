@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from test_cpp_kernels import (
-    LENGTHS,
+from cpp_calls import (
     Call,
-    assert_same,
     assert_within_budget,
-    bits,
+    check_attend,
+    check_store_and_load,
     dequantised,
     exact,
-    fresh,
     poisoned,
-    queries_for,
 )
 from torch import Tensor
 
 from effcompile.kernels import ops, rope
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DTYPES, Predicate, Program, StoreProgram
-from effcompile.lowering import cpp
 
 STORE, LOAD, ATTEND = (getattr(torch.ops.effcompile, name).default for name in ("kv_store", "kv_load", "attend"))
 
 
-@pytest.fixture(autouse=True)
-def _no_fallback() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
-        yield
+pytestmark = pytest.mark.usefixtures("no_fallback", "build_ahead")
 
 
 def table_of(batch: int, capacity: int, rotary: int, tokens: int, scale: float = 1.0) -> Tensor:
@@ -134,17 +124,9 @@ def store_program(p: Program) -> StoreProgram:
     return StoreProgram(p.form, p.dtype, p.key_size, p.value_size, p.rotary)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _build_ahead(request: pytest.FixtureRequest) -> None:
-    chosen = [i.callspec.params.get("built") for i in request.session.items if hasattr(i, "callspec")]
-    cpp.prebuild(p for each in chosen if isinstance(each, Program) for p in (each, store_program(each)))
-
-
 @pytest.mark.parametrize("built", PROGRAMS, ids=lambda p: p.name)
 def test_attend(built: Program) -> None:
-    for length in LENGTHS:
-        for queries in queries_for(built, length):
-            PreCall(built, length, queries).check()
+    check_attend(built, call=PreCall)
 
 
 def test_attend_with_a_scale_in_the_angles() -> None:
@@ -154,26 +136,7 @@ def test_attend_with_a_scale_in_the_angles() -> None:
 
 @pytest.mark.parametrize("built", PROGRAMS, ids=lambda p: p.name)
 def test_store_and_load(built: Program) -> None:
-    """Bit for bit: whole, in pieces, and one by one; and read back."""
-    form, sizes, dtype = built.form, (built.key_size, built.value_size), built.dtype
-    length = 2 * form.slots + 37
-    capacity = (length // form.group + 1) * form.group
-    key, value = (fresh(2, 2, length, size, dtype) for size in sizes)
-    table = table_of(2, capacity, built.rotary, length, 1.1)
-    expected = poisoned(form, 2, 2, capacity, sizes, dtype)
-    with ops.reference_only():
-        STORE(*expected, torch.tensor(0), key, value, form.name, table=table)
-        theirs = LOAD(*expected, torch.tensor(length), form.name, table=table)
-    for pieces in ([length], [1, 63, length - 64], [1] * length):
-        state = poisoned(form, 2, 2, capacity, sizes, dtype)
-        done = 0
-        for n in pieces:
-            new = key[:, :, done : done + n], value[:, :, done : done + n]
-            STORE(*state, torch.tensor(done), *new, form.name, table=table)
-            done += n
-        assert_same(state, expected)
-    for ours, wanted in zip(LOAD(*expected, torch.tensor(length), form.name, table=table), theirs, strict=True):
-        assert torch.equal(bits(ours), bits(wanted))
+    check_store_and_load(built, lambda capacity, length: table_of(2, capacity, built.rotary, length, 1.1))
 
 
 @pytest.mark.slow
@@ -183,6 +146,4 @@ def test_store_and_load(built: Program) -> None:
 @pytest.mark.parametrize(("kind", "rotary"), [("pre", 64), ("pre", 16), ("pre_adjacent", 64), ("pre_adjacent", 32)])
 def test_attend_every_mix(phase: Any, dtype: torch.dtype, key_bits: int, kind: str, rotary: int) -> None:
     made = program(kind, rotary, (key_bits, 4), phase, dtype=dtype)
-    for length in LENGTHS:
-        for queries in queries_for(made, length):
-            PreCall(made, length, queries).check()
+    check_attend(made, call=PreCall)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import effcompile as ec
 from effcompile.kernels.form import KVForm
-from effcompile.passes import backend, report
+from effcompile.passes import report
 
 IDS = torch.randint(3, 96, (3, 40), generator=torch.Generator().manual_seed(4))
 LEFT = torch.arange(40)[None, :] >= torch.tensor([0, 7, 25])[:, None]
@@ -27,17 +26,7 @@ def some(names: list[str], *fast: str) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
 
 
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches=None: gm.forward)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        report._graphs.clear()
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def logits(model: nn.Module, mask: Tensor | None, steps: int = 3) -> list[Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from cpp_calls import BASE, Call, assert_within_budget, check_attend, fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpp_kernels import BASE, Call, assert_within_budget, dequantised, fresh, pairwise, queries_for, store_of
+from pairs import pairwise
+from stores import dequantised
 from torch import Tensor
 
 from effcompile.kernels import attention, ops
@@ -22,6 +22,8 @@ from effcompile.lowering import cpp
 
 CAP, BIAS, SINK = ScoreParts(softcap=True), ScoreParts(bias=True), ScoreParts(sinks=True)
 ALL = ScoreParts(True, True, True)
+
+pytestmark = pytest.mark.usefixtures("no_fallback", "build_ahead")
 
 
 def exact(
@@ -149,21 +151,8 @@ def program_of(row: dict[str, Any]) -> Program:
     )
 
 
-PROGRAMS = [program_of(row) for row in pairwise(FACTORS)]
+PROGRAMS = [program_of(row) for row in pairwise(**FACTORS)]
 CASES = [pytest.param(p, marks=[pytest.mark.slow] * (i >= 6)) for i, p in enumerate(PROGRAMS)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _build_ahead(request: pytest.FixtureRequest) -> None:
-    chosen = [item.callspec.params.get("program") for item in request.session.items if hasattr(item, "callspec")]
-    cpp.prebuild(p for program in chosen if program in PROGRAMS for p in (program, store_of(program)))
-
-
-@pytest.fixture(autouse=True)
-def _no_fallback() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs its PyTorch reference body")
-        yield
 
 
 class Scored(Call):
@@ -203,9 +192,7 @@ class Scored(Call):
 
 @pytest.mark.parametrize("program", CASES, ids=lambda p: p.name)
 def test_cpp(program: Program) -> None:
-    for length in (1, 63, 65, 500):
-        for queries in queries_for(program, length):
-            Scored(program, length, queries).check()
+    check_attend(program, call=Scored)
 
 
 def test_cpp_merges_parts_with_a_sink() -> None:

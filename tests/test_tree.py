@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import effcompile as ec
-from effcompile.passes import backend, report
 from effcompile.passes.options import OptionError
 from models import MODELS
 
@@ -18,14 +17,7 @@ IDS = torch.randint(1, 128, (2, 60), generator=torch.Generator().manual_seed(1))
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 OFF: dict[str, Any] = {"compress_kv": False}
 
-pytestmark = pytest.mark.filterwarnings("ignore:compress_kv. generate")
-
-
-@pytest.fixture(autouse=True)
-def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A graph of an equal model, which a test before has left alive, would count as one of this test's model.
-    report._graphs.clear()
-    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches=None: gm.forward)
+pytestmark = [pytest.mark.filterwarnings("ignore:compress_kv. generate"), pytest.mark.usefixtures("no_inductor")]
 
 
 def rules(*patterns: str) -> dict[str, Any]:
