@@ -37,7 +37,7 @@ def register_policy(name: str, policy: Policy) -> None:
     """Let ``policy(query, key, *, scale, key_mask, **options)`` choose blocks for the method ``name``.
 
     It gets ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``key_mask`` bool ``[B, S]`` or None, and gives
-    the blocks to visit, bool ``[B, H, nQ, nK]``.
+    the blocks to visit, bool, broadcastable to ``[B, H, nQ, nK]``.
     """
     _policies[name] = policy
 
@@ -61,6 +61,7 @@ def _select_blocks(
     policy, options = policy_of(method)
     block, (queries, keys) = options["block_size"], (query.shape[2], key.shape[2])
     keep = policy(query, key, scale=scale, key_mask=key_mask, **options)
+    keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape)
     # Padding is data: where there is some, every block is tested.
     full = blocks.whole(queries, keys, block, device=key.device) if key_mask is None else torch.zeros_like(keep)
     made = blocks.lists(keep, full, block)

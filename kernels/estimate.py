@@ -1,7 +1,7 @@
 """What attention would look at, estimated from few products: the scores from which blocks are selected.
 
-Three estimators serve every method. :func:`pooled` folds runs of queries and keys, multiplies the folds and pools to
-blocks. :func:`probe` is the exact attention of the last queries. All are in fp32, allocate nothing that depends on data
+Two estimators serve every method. :func:`pooled` folds runs of queries and keys, multiplies the folds and pools to
+blocks. :func:`probe` is the exact attention of the last queries. Both are in fp32, have no shape that depends on data
 and never ask the host.
 
 Padding is a bool ``key_mask`` ``[B, S]``: hidden keys have no weight, and folds of hidden tokens alone no row.
@@ -137,3 +137,10 @@ def probe(
         seen = seen & key_mask[:, None, None, None, :keys] & key_mask[:, None, None, keys - rows : keys, None]
     weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.where(seen.any(-1, keepdim=True), weights, 0).flatten(1, 2)
+
+
+def block_sums(x: Tensor, block: int) -> Tensor:
+    """Sums of blocks of the last axis, the last of which may be cut short: ``[..., ceil(N / block)]``."""
+    short = -x.shape[-1] % block
+    sums: Tensor = functional.pad(x, (0, short)).unflatten(-1, (-1, block)).sum(-1)
+    return sums

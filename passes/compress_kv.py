@@ -21,12 +21,13 @@ from torch import Tensor, fx, nn
 
 from effcompile import lowering
 from effcompile.kernels.form import Axis, Bits, KVForm
-from effcompile.kernels.program import DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
+from effcompile.kernels.program import Predicate, Program, ScoreParts, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.kernels.rope import rotary_of
 from effcompile.passes.base import Pass, Target
 from effcompile.passes.operands import parts_of, query_of
 from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, mixed_dtypes, unsupported
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.masks import Mask
 from effcompile.patterns.walk import (
@@ -50,9 +51,6 @@ NO_CACHE = (
     "make one. Decorate the model, ec.compress_kv(key_bits=4, value_bits=4)(model), or pass "
     "past_key_values=ec.Cache(model)"
 )
-
-DENSE = KVForm(16, 16)
-State = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +176,7 @@ def _elsewhere(site: AttentionSite) -> tuple[str, str]:
             "read densely and multiplied first"
         )
     if _is_cast(site):
-        return "mixed-dtypes", _mixed(site)
+        return "mixed-dtypes", mixed_dtypes(site)
     if site.cross:
         return "cross-attention", "its keys are those of other tokens (an encoder's), made once and kept as they are"
     if site.anchor.graph.find_nodes(op="call_function", target=torch.ops.effcompile.kv_store.default):
@@ -195,17 +193,6 @@ def _is_cast(site: AttentionSite) -> bool:
     stores = site.anchor.graph.find_nodes(op="call_function", target=ours.kv_store.default)
     loaded = all(is_call(n, operator.getitem) and is_call(n.args[0], ours.kv_load.default) for n in sides)
     return loaded or sides in [[strip_casts(node) for node in store.args[7:9]] for store in stores]
-
-
-def _dtypes(site: AttentionSite) -> list[torch.dtype]:
-    return [value(n).dtype for n in (site.query, site.key, site.value, site.output)]
-
-
-def _mixed(site: AttentionSite) -> str:
-    return (
-        f"query, key, value and result are in {', '.join(map(str, _dtypes(site)))}, and a kernel needs the one dtype "
-        "of the cache; autocast does that: load the model in the narrow dtype and call it without autocast"
-    )
 
 
 def _fresh(site: AttentionSite) -> Rewrite | Reason:
@@ -255,19 +242,6 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
     return Rewrite("sdpa_causal", emit, ())
 
 
-def fresh_store(graph: fx.Graph, site: AttentionSite) -> tuple[State, fx.Node]:
-    """The keys and values of a site as a full store of 16 bits: its six state arguments and its length."""
-    key, val = (
-        graph.call_function(aten.clone.default, (n,), {"memory_format": torch.contiguous_format})
-        for n in (site.key, site.value)
-    )
-    tokens = shape(site.key)[2]
-    count = tokens if isinstance(tokens, int) else graph.call_function(aten.sym_size.int, (site.key, 2))
-    device = value(site.query).device
-    length = graph.call_function(aten.full.default, ([], count), {"dtype": torch.int64, "device": device})
-    return (key, None, None, val, None, None), length
-
-
 def _serves_fresh(site: AttentionSite, mask: Mask) -> bool:
     """Whether the C++ prefill program computes what the site does."""
     if unsupported(site) is not None or site.dropout:
@@ -275,20 +249,6 @@ def _serves_fresh(site: AttentionSite, mask: Mask) -> bool:
     # A query that may see no key gets 0 from us, and a mean from a mask of large finite numbers.
     blind = mask.finite and mask.predicate.key_mask
     return not blind and lowering.refusal(_program(site, DENSE), "cpu") is None
-
-
-def unsupported(site: AttentionSite) -> Reason | None:
-    """Why no attention program can serve a site, whatever it reads."""
-    query, size, value_size = value(site.query), shape(site.query)[3], shape(site.value)[3]
-    if query.dtype not in DTYPES or size not in HEAD_SIZES or value_size not in HEAD_SIZES:
-        text = f"no kernel for {query.dtype} with head sizes {size} and {value_size}"
-        return Reason("not-supported", text, site.source)
-    if len(set(_dtypes(site))) > 1:
-        return Reason("mixed-dtypes", _mixed(site), site.source)
-    if torch.is_grad_enabled() and query.requires_grad:
-        text = "gradients are needed and attention over a store has none; use torch.no_grad()"
-        return Reason("gradients", text, site.source)
-    return None
 
 
 def _rotary(table: Any) -> int:
@@ -363,19 +323,3 @@ def _ends_here(total: Any, offset: Any, queries: Any) -> bool:
 
 def _reads(node: fx.Node) -> bool:
     return not list(mutated_arguments(node)) and not is_call(node, torch.ops.effcompile.kv_store.default)
-
-
-def bool_mask(graph: fx.Graph, padding: fx.Node) -> fx.Node:
-    """The padding mask as bool ``[B, S]``, made once right after the node it comes from."""
-    if value(padding).dtype == torch.bool:
-        return padding
-    for user in padding.users:
-        if is_call(user, aten.ne.Scalar) and user.args[1] == 0:
-            return user
-    after = padding
-    while after.next.op == "placeholder":
-        after = after.next
-    with graph.inserting_after(after):
-        made = graph.call_function(aten.ne.Scalar, (padding, 0))
-    made.meta["val"] = value(padding) != 0
-    return made

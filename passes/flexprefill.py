@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effcompile.kernels import blocks, estimate, select
-from effcompile.passes.sparse import SparsePrefill, bounds, first_block
+from effcompile.passes.sparse_prefill import SparsePrefill, bounds, check_share, first_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,44 +52,33 @@ class FlexPrefill(SparsePrefill):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma={self.gamma!r}; expected a share from 0 to 1.")
+        check_share("gamma", self.gamma)
         if self.tau < 0 or self.min_budget < 0:
             raise ValueError(f"tau={self.tau!r}, min_budget={self.min_budget!r}; expected 0 or more.")
 
-    @staticmethod
-    def policy(  # type: ignore[override]
-        query: Tensor,
-        key: Tensor,
-        *,
-        scale: float,
-        key_mask: Tensor | None,
-        block_size: int,
-        gamma: float,
-        tau: float,
-        min_budget: int,
-    ) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
         """Columns, diagonals and, for query-aware heads, blocks: bool ``[B, H, nQ, nK]``."""
+        block_size, gamma = self.block_size, self.gamma
         allowed, forced = bounds(query, key, key_mask, block_size)
         if gamma >= 1:
-            return allowed.expand(*query.shape[:2], -1, -1)
+            return allowed
         queries, keys = query.shape[2], key.shape[2]
         weights = estimate.probe(query, key, scale=scale, rows=block_size, key_mask=key_mask)
         vertical, slash = weights.mean(2), diagonals(weights) / weights.shape[2]
-        least = blocks.count_blocks(min_budget, block_size)
-        many = [(_cover(x, gamma) // 128 + 1).clamp(min=least) for x in (vertical, slash)]
-        columns = _pool(vertical, block_size)
+        least = blocks.count_blocks(self.min_budget, block_size)
+        many = [(_cover(x, gamma) // block_size + 1).clamp(min=least) for x in (vertical, slash)]
+        columns = estimate.block_sums(vertical, block_size)
         pooled = estimate.pooled(
             query, key, scale=scale, block=block_size, stride=block_size, fold="mean", key_mask=key_mask
         )
         # Of the last block's map: it is the block that was probed, if the last block is not cut short.
         last = _last_row(query, key, scale, key_mask, block_size)
-        aware = (_distance(last, columns) < tau)[:, :, None]
+        aware = (_distance(last, columns) < self.tau)[:, :, None]
         many = [torch.where(aware, least, count[:, :, None]) for count in many]
         everything = torch.ones((), dtype=torch.bool, device=key.device)
         kept = select.top_k(columns[:, :, None], many[0], everything, first_block(query, key, key_mask, block_size))
         # Diagonals are pooled from the last one, so that offset 0 holds the main diagonal and those next to it.
-        offsets = _pool(slash.flip(-1), block_size)
+        offsets = estimate.block_sums(slash.flip(-1), block_size)
         nearest = torch.arange(offsets.shape[-1], device=key.device) == 0
         chosen = select.top_k(offsets[:, :, None], many[1], everything, nearest)
         rows = torch.arange(allowed.shape[0], device=key.device)
@@ -114,13 +103,6 @@ def _cover(x: Tensor, share: float) -> Tensor:
     """How many of the largest entries hold ``share`` of a distribution: int64, without the last axis."""
     count: Tensor = (x.sort(dim=-1, descending=True).values.cumsum(-1) <= share).sum(-1) + 1
     return count
-
-
-def _pool(x: Tensor, block: int) -> Tensor:
-    """Sums of blocks of the last axis."""
-    short = -x.shape[-1] % block
-    sums: Tensor = torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, block)).sum(-1)
-    return sums
 
 
 def _last_row(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, block: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effcompile.kernels import blocks, estimate, select
 from effcompile.kernels.reason import Reason
-from effcompile.passes.sparse import SparsePrefill, bounds
+from effcompile.passes.sparse_prefill import SparsePrefill, bounds, check_share, check_stride
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import shape
 
@@ -56,10 +56,8 @@ class ProxyAttn(SparsePrefill):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma={self.gamma!r}; expected a share from 0 to 1.")
-        if self.stride < 1 or self.block_size % self.stride:
-            raise ValueError(f"stride={self.stride!r} does not divide block_size={self.block_size}.")
+        check_share("gamma", self.gamma)
+        check_stride(self.stride, self.block_size)
         if self.proxy_heads < 1 or self.min_budget < 0:
             raise ValueError(f"proxy_heads={self.proxy_heads!r}, min_budget={self.min_budget!r}; expected 1 and 0 up.")
 
@@ -71,40 +69,27 @@ class ProxyAttn(SparsePrefill):
             return Reason("not-supported", text, site.source)
         return None
 
-    @staticmethod
-    def policy(  # type: ignore[override]
-        query: Tensor,
-        key: Tensor,
-        *,
-        scale: float,
-        key_mask: Tensor | None,
-        block_size: int,
-        gamma: float,
-        proxy_heads: int,
-        stride: int,
-        min_budget: int,
-    ) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
         """The best blocks by proxy, as many as each head needs: bool ``[B, H, nQ, nK]``."""
-        allowed, forced = bounds(query, key, key_mask, block_size)
-        heads = query.shape[1]
-        if gamma >= 1:
-            return allowed.expand(query.shape[0], heads, -1, -1)
+        block, proxy_heads = self.block_size, self.proxy_heads
+        allowed, forced = bounds(query, key, key_mask, block)
+        if self.gamma >= 1:
+            return allowed
         proxies = [x.float().unflatten(1, (proxy_heads, -1)).mean(2) for x in (query, key)]
         scores = estimate.pooled(
-            *proxies, scale=scale, block=block_size, stride=stride, fold="first", pool="max", key_mask=key_mask
+            *proxies, scale=scale, block=block, stride=self.stride, fold="first", pool="max", key_mask=key_mask
         )
-        share = needed(query, key, scale, key_mask, block_size, gamma)
+        share = needed(query, key, scale, key_mask, block, self.gamma)
         before = allowed.sum(-1)
-        least = blocks.count_blocks(min_budget, block_size)
+        least = blocks.count_blocks(self.min_budget, block)
         count = (share[..., None] * before).ceil().long().clamp(min=least)
-        return select.top_k(scores.repeat_interleave(heads // proxy_heads, 1), count, allowed, forced)
+        return select.top_k(scores.repeat_interleave(query.shape[1] // proxy_heads, 1), count, allowed, forced)
 
 
 def needed(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, block: int, gamma: float) -> Tensor:
     """The share of blocks that holds ``gamma`` of what the last block of queries attends to: fp32 ``[B, H]``."""
     weights = estimate.probe(query, key, scale=scale, rows=block, key_mask=key_mask).mean(2)
-    short = -weights.shape[-1] % block
-    mass = torch.nn.functional.pad(weights, (0, short)).unflatten(-1, (-1, block)).sum(-1)
+    mass = estimate.block_sums(weights, block)
     mass = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     held = mass.sort(dim=-1, descending=True).values.cumsum(-1)
     share: Tensor = ((held < gamma).sum(-1) + 1).clamp(max=mass.shape[-1]) / mass.shape[-1]

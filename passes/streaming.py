@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from effcompile.passes.sparse import SparsePrefill, bounds
+from effcompile.passes.sparse_prefill import SparsePrefill, bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +45,15 @@ class Streaming(SparsePrefill):
         if self.window < 1 or self.sink < 0:
             raise ValueError(f"window={self.window!r}, sink={self.sink!r}; expected at least 1 and at least 0 tokens.")
 
-    @staticmethod
-    def policy(  # type: ignore[override]
-        query: Tensor,
-        key: Tensor,
-        *,
-        scale: float,
-        key_mask: Tensor | None,
-        block_size: int,
-        window: int,
-        sink: int,
-    ) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
         """Sink and window: bool ``[B, 1, nQ, nK]``, the same for all heads."""
-        queries, keys = query.shape[2], key.shape[2]
+        queries, keys, block_size, sink = query.shape[2], key.shape[2], self.block_size, self.sink
         allowed, _ = bounds(query, key, None, block_size)
         rows, columns = allowed.shape
         begin = torch.arange(columns, device=key.device) * block_size
         # The first query of a block looks back furthest: its window decides.
         first = keys - queries + torch.arange(rows, device=key.device)[:, None] * block_size
-        near = (begin + block_size > first - window + 1) & allowed
+        near = (begin + block_size > first - self.window + 1) & allowed
         if sink == 0:
             return near[None, None]
         start = torch.zeros(1, dtype=torch.int64, device=key.device)

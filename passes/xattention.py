@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from effcompile.kernels import estimate, select
-from effcompile.passes.sparse import SparsePrefill, bounds
+from effcompile.passes.sparse_prefill import SparsePrefill, bounds, check_share, check_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +46,11 @@ class XAttention(SparsePrefill):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold!r}; expected a share from 0 to 1.")
-        if self.stride < 1 or self.block_size % self.stride:
-            raise ValueError(f"stride={self.stride!r} does not divide block_size={self.block_size}.")
+        check_share("threshold", self.threshold)
+        check_stride(self.stride, self.block_size)
 
-    @staticmethod
-    def policy(  # type: ignore[override]
-        query: Tensor,
-        key: Tensor,
-        *,
-        scale: float,
-        key_mask: Tensor | None,
-        block_size: int,
-        threshold: float,
-        stride: int,
-    ) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
         """The smallest set of blocks with ``threshold`` of the predicted mass: bool ``[B, H, nQ, nK]``."""
-        scores = estimate.pooled(query, key, scale=scale, block=block_size, stride=stride, key_mask=key_mask)
-        return select.cumulative(scores, threshold, *bounds(query, key, key_mask, block_size))
+        block = self.block_size
+        scores = estimate.pooled(query, key, scale=scale, block=block, stride=self.stride, key_mask=key_mask)
+        return select.cumulative(scores, self.threshold, *bounds(query, key, key_mask, block))

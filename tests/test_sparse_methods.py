@@ -5,7 +5,6 @@ A method joins the first part by being registered: ``FAMILY`` is read from the r
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -23,7 +22,7 @@ from effcompile.kernels import blocks, estimate, select
 from effcompile.passes import base
 from effcompile.passes.flexprefill import FlexPrefill, diagonals
 from effcompile.passes.proxyattn import ProxyAttn, needed
-from effcompile.passes.sparse import SparsePrefill, bounds
+from effcompile.passes.sparse_prefill import SparsePrefill, bounds
 from effcompile.passes.streaming import Streaming
 from effcompile.passes.xattention import XAttention
 
@@ -44,9 +43,7 @@ def heads(*shape: int, seed: int = 0) -> Tensor:
 
 def keep_of(method: SparsePrefill, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
     """The blocks that a method visits, without its least length."""
-    options = dataclasses.asdict(method)
-    del options["min_length"]
-    made = method.policy(query, key, scale=query.shape[-1] ** -0.5, key_mask=mask, **options)
+    made = method.choose(query, key, query.shape[-1] ** -0.5, mask)
     rows, columns = (blocks.count_blocks(x.shape[2], method.block_size) for x in (query, key))
     return made.expand(query.shape[0], query.shape[1], rows, columns)
 

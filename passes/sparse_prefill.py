@@ -1,12 +1,13 @@
 """What sparse prefill methods share: which sites they take, and the operators they put there.
 
-``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``. A method is a policy, a
-function of queries and keys that gives the blocks to visit (:mod:`effcompile.kernels.blocks`), and its options. Where
-a paper and its official code disagree, the method's docstring says which was followed.
+``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``. A method is its options and
+:meth:`SparsePrefill.choose`, which gives the blocks to visit (:mod:`effcompile.kernels.blocks`). Where a paper and its
+official code disagree, the method's docstring says which was followed.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import operator
 from typing import Any, ClassVar
@@ -19,14 +20,14 @@ from effcompile.kernels import block_ops, blocks
 from effcompile.kernels.program import DECODE_ROWS, Program
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
-from effcompile.passes.compress_kv import DENSE, bool_mask, fresh_store, unsupported
 from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.sites import DENSE, bool_mask, fresh_store, unsupported
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import same_size, shape, value
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsePrefill(Pass):
+class SparsePrefill(Pass, abc.ABC):
     """A method that chooses blocks of keys for each block of queries of a prompt.
 
     Parameters
@@ -51,13 +52,26 @@ class SparsePrefill(Pass):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "policy" in cls.__dict__:
-            block_ops.register_policy(cls.name, _with_minimum(cls.policy))
 
-    @staticmethod
-    def policy(query: Tensor, key: Tensor, *, scale: float, key_mask: Tensor | None, **options: Any) -> Tensor:
-        """The blocks to visit: bool ``[B, H, nQ, nK]``. Only queries and keys are looked at, on their device."""
-        raise NotImplementedError
+        def policy(query: Tensor, key: Tensor, *, scale: float, key_mask: Tensor | None, **options: Any) -> Tensor:
+            return cls(**options).visited(query, key, scale, key_mask)
+
+        block_ops.register_policy(cls.name, policy)
+
+    @abc.abstractmethod
+    def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+        """The blocks to visit: bool, broadcastable to ``[B, H, nQ, nK]``.
+
+        Looks at ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``key_mask`` bool ``[B, S]`` only, on their
+        device, without asking the host.
+        """
+
+    def visited(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+        """:meth:`choose`, or all blocks below ``min_length`` tokens, which may be known only at the call."""
+        queries, keys = query.shape[2], key.shape[2]
+        if queries < self.min_length:
+            return blocks.possible(queries, keys, self.block_size, device=key.device)
+        return self.choose(query, key, scale, key_mask)
 
     def serves(self, site: AttentionSite) -> Reason | None:
         """Why this method cannot serve a site that others of its family can."""
@@ -124,17 +138,16 @@ class SparsePrefill(Pass):
         return Rewrite(f"{self.name}_{program.name}", emit, (program,))
 
 
-def _with_minimum(policy: Any) -> Any:
-    """The policy with the common option: all blocks below ``min_length``, which may be known only at the call."""
+def check_share(name: str, share: float) -> None:
+    """Raise ``ValueError`` unless ``share``, the option ``name``, is from 0 to 1."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name}={share!r}; expected a share from 0 to 1.")
 
-    def chosen(query: Tensor, key: Tensor, *, min_length: int, **options: Any) -> Tensor:
-        (batch, heads, queries, _), keys, block = query.shape, key.shape[2], options["block_size"]
-        if queries < min_length:
-            return blocks.possible(queries, keys, block, device=key.device).expand(batch, heads, -1, -1)
-        keep: Tensor = policy(query, key, **options)
-        return keep
 
-    return chosen
+def check_stride(stride: int, block_size: int) -> None:
+    """Raise ``ValueError`` unless runs of ``stride`` tokens fill a block."""
+    if stride < 1 or block_size % stride:
+        raise ValueError(f"stride={stride!r} does not divide block_size={block_size}.")
 
 
 def first_block(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> Tensor:

@@ -1,0 +1,73 @@
+"""What passes that rewrite attention share: which sites a program can serve, and the operands they put there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import DTYPES, HEAD_SIZES
+from effcompile.kernels.reason import Reason
+from effcompile.patterns.attention import AttentionSite
+from effcompile.patterns.walk import aten, is_call, shape, value
+
+DENSE = KVForm(16, 16)
+"""The form of keys and values as they are: a store that this call fills whole."""
+State = tuple[Any, ...]
+
+
+def unsupported(site: AttentionSite) -> Reason | None:
+    """Why no attention program can serve a site, whatever it reads."""
+    query, size, value_size = value(site.query), shape(site.query)[3], shape(site.value)[3]
+    if query.dtype not in DTYPES or size not in HEAD_SIZES or value_size not in HEAD_SIZES:
+        text = f"no kernel for {query.dtype} with head sizes {size} and {value_size}"
+        return Reason("not-supported", text, site.source)
+    if len(set(_dtypes(site))) > 1:
+        return Reason("mixed-dtypes", mixed_dtypes(site), site.source)
+    if torch.is_grad_enabled() and query.requires_grad:
+        text = "gradients are needed and attention over a store has none; use torch.no_grad()"
+        return Reason("gradients", text, site.source)
+    return None
+
+
+def mixed_dtypes(site: AttentionSite) -> str:
+    """The text of the reason ``mixed-dtypes``."""
+    return (
+        f"query, key, value and result are in {', '.join(map(str, _dtypes(site)))}, and a kernel needs the one dtype "
+        "of the cache; autocast does that: load the model in the narrow dtype and call it without autocast"
+    )
+
+
+def _dtypes(site: AttentionSite) -> list[torch.dtype]:
+    return [value(n).dtype for n in (site.query, site.key, site.value, site.output)]
+
+
+def fresh_store(graph: fx.Graph, site: AttentionSite) -> tuple[State, fx.Node]:
+    """The keys and values of a site as a full store of 16 bits: its six state arguments and its length."""
+    key, val = (
+        graph.call_function(aten.clone.default, (n,), {"memory_format": torch.contiguous_format})
+        for n in (site.key, site.value)
+    )
+    tokens = shape(site.key)[2]
+    count = tokens if isinstance(tokens, int) else graph.call_function(aten.sym_size.int, (site.key, 2))
+    device = value(site.query).device
+    length = graph.call_function(aten.full.default, ([], count), {"dtype": torch.int64, "device": device})
+    return (key, None, None, val, None, None), length
+
+
+def bool_mask(graph: fx.Graph, padding: fx.Node) -> fx.Node:
+    """The padding mask as bool ``[B, S]``, made once right after the node it comes from."""
+    if value(padding).dtype == torch.bool:
+        return padding
+    for user in padding.users:
+        if is_call(user, aten.ne.Scalar) and user.args[1] == 0:
+            return user
+    after = padding
+    while after.next.op == "placeholder":
+        after = after.next
+    with graph.inserting_after(after):
+        made = graph.call_function(aten.ne.Scalar, (padding, 0))
+    made.meta["val"] = value(padding) != 0
+    return made
