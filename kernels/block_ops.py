@@ -1,8 +1,9 @@
 """``effcompile::select_blocks`` and ``effcompile::attend_blocks``: choosing blocks of keys, and attending to them.
 
 As in :mod:`effcompile.kernels.ops`, an operator means its reference body. ``select_blocks`` runs the *policy* that its
-``method`` names, a function of tensors which a pass has registered; ``attend_blocks`` is ``attend`` over the listed
-blocks only (:mod:`effcompile.kernels.blocks`).
+``method`` names, a function of tensors which a pass has registered; ``select_stored_blocks`` the same for the keys that
+a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed blocks only
+(:mod:`effcompile.kernels.blocks`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from effcompile.kernels.program import Predicate
 ops.library.define(
     "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
+)
+ops.library.define(
+    f"select_stored_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, str form, str method, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
@@ -87,6 +92,24 @@ def _fake_select_blocks(
     )
 
 
+def _select_stored_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *state, length, key_mask, name, method, scale = args
+    keys, form = ops.split_state(tuple(state))[0], KVForm.parse(name)
+    # The shapes of the result are those of a full store; which blocks hold a token is known on the host, or asked for.
+    made = _select_blocks(query, quantize.load_side(keys, int(length), form, "key"), key_mask, method, scale)
+    columns = blocks.count_blocks(ops.capacity_of(keys, form), policy_of(method)[1]["block_size"])
+    num, idx, full_num, full_idx = made
+    idx, full_idx = (torch.nn.functional.pad(x, (0, columns - x.shape[-1])) for x in (idx, full_idx))
+    return num, idx, full_num, full_idx
+
+
+def _fake_select_stored_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *state, _length, key_mask, name, method, scale = args
+    keys, form = ops.split_state(tuple(state))[0], KVForm.parse(name)
+    full = query.new_empty(query.shape[0], 1, ops.capacity_of(keys, form), 1)
+    return _fake_select_blocks(query, full, key_mask, method, scale)
+
+
 def _attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     try:
@@ -150,6 +173,7 @@ def of(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None,
 
 for _name, _body, _fake in (
     ("select_blocks", _select_blocks, _fake_select_blocks),
+    ("select_stored_blocks", _select_stored_blocks, _fake_select_stored_blocks),
     ("attend_blocks", _attend_blocks, _fake_attend_blocks),
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")

@@ -1,7 +1,8 @@
 """What sparse prefill methods share: which sites they take, and the operators they put there.
 
-``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``. A method is its options and
-:meth:`SparsePrefill.choose`, which gives the blocks to visit (:mod:`effcompile.kernels.blocks`). Where a paper and its
+``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``, of fresh keys or, for a
+later chunk of a prompt, of what a store holds. A method is its options and :meth:`SparsePrefill.choose`, which gives
+the blocks to visit (:mod:`effcompile.kernels.blocks`). Where a paper and its
 official code disagree, the method's docstring says which was followed.
 """
 
@@ -17,11 +18,12 @@ from torch import Tensor, fx
 
 from effcompile import lowering
 from effcompile.kernels import block_ops, blocks
+from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DECODE_ROWS, Program
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.sites import DENSE, bool_mask, fresh_store, unsupported
+from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, not_this_store, unsupported
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import same_size, shape, value
 
@@ -35,7 +37,7 @@ class SparsePrefill(Pass, abc.ABC):
     block_size
         Tokens in a block of queries and of keys; a multiple of 16.
     min_length
-        Queries below which every block is visited: there the choice costs more than it saves.
+        Keys below which every block is visited: there the choice costs more than it saves.
     """
 
     block_size: int = blocks.BLOCK
@@ -67,9 +69,9 @@ class SparsePrefill(Pass, abc.ABC):
         """
 
     def visited(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
-        """:meth:`choose`, or all blocks below ``min_length`` tokens, which may be known only at the call."""
+        """:meth:`choose`, or all blocks of few keys, or for a short chunk: lengths may be known only at the call."""
         queries, keys = query.shape[2], key.shape[2]
-        if queries < self.min_length:
+        if keys < self.min_length or queries < min(self.block_size, keys):
             return blocks.possible(queries, keys, self.block_size, device=key.device)
         return self.choose(query, key, scale, key_mask)
 
@@ -90,15 +92,19 @@ class SparsePrefill(Pass, abc.ABC):
             return no(mask.code, mask.text)
         if site.dropout:
             return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
-        if site.load is not None:
-            return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
         rule = mask.predicate
         if rule.window is not None or not rule.causal or rule.segments or rule.prefix:
             return no("mask-not-honoured", f"{self.name} is for causal attention; the mask is {mask.predicate.name}")
-        if not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
+        if site.load is not None:
+            if problem := not_this_store(site):
+                return problem
+        elif not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
             return no("mask-offset", f"{self.name} needs the queries to be the last tokens of the keys")
-        if isinstance(queries, int) and queries < self.min_length:
-            text = f"{queries} tokens, and {self.name} gains from {self.min_length} on (min_length)"
+        # Of a store this is its room: a cache in which no prompt can be long enough.
+        if isinstance(keys, int) and keys < self.min_length:
+            return no("short-prompt", f"{keys} tokens, and {self.name} gains from {self.min_length} on (min_length)")
+        if isinstance(queries, int) and queries < self.block_size and site.load is not None:
+            text = f"a chunk of {queries} tokens; {self.name} chooses for whole blocks of {self.block_size}"
             return no("short-prompt", text)
         if mask.finite and mask.predicate.key_mask:
             return no("mask-not-honoured", "rows that see no key get a mean of all values here, and 0 from block lists")
@@ -106,31 +112,36 @@ class SparsePrefill(Pass, abc.ABC):
             return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
         if problem := unsupported(site) or self.serves(site):
             return problem
-        program = Program(
-            "prefill",
-            DENSE,
-            mask.predicate,
-            value(site.query).dtype,
-            site.ratio,
-            shape(site.query)[3],
-            shape(site.value)[3],
-            blocks=True,
-        )
+        form = DENSE if site.load is None else KVForm.parse(str(site.load.args[7]))
+        if form.pre:
+            return no("not-supported", "no program visits blocks of keys that are stored before RoPE")
+        if not form.dense and self.block_size % form.group:
+            text = f"blocks of {self.block_size} tokens do not hold whole groups of {form.group}"
+            return no("not-supported", f"{text}; choose a block_size that is a multiple")
+        dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
+        program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, blocks=True)
         device = value(site.query).device.type
         if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:
+            ours = torch.ops.effcompile
             hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
-            state, length = fresh_store(graph, site)
             method = block_ops.method_text(self.name, dataclasses.asdict(self))
-            made = graph.call_function(
-                torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, method, site.scale)
-            )
+            state: State
+            if site.load is None:
+                state, length = fresh_store(graph, site)
+                made = graph.call_function(
+                    ours.select_blocks.default, (site.query, state[0], hidden, method, site.scale)
+                )
+            else:
+                state, length = site.load.args[:6], site.load.args[6]
+                chosen = (site.query, *state, length, hidden, form.name, method, site.scale)
+                made = graph.call_function(ours.select_stored_blocks.default, chosen)
             lists = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
             call = graph.call_function(
-                torch.ops.effcompile.attend_blocks.default,
-                (site.query, *state, length, hidden, *lists, self.block_size, DENSE.name, site.scale, True, -1),
+                ours.attend_blocks.default,
+                (site.query, *state, length, hidden, *lists, self.block_size, form.name, site.scale, True, -1),
             )
             call.meta.update(site.output.meta)
             return graph.call_function(operator.getitem, (call, 0))
