@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcompile.kernels import attention, blocks, ops, quantize
+from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
@@ -178,3 +178,14 @@ for _name, _body, _fake in (
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=ops.library)
+
+
+def _everything(query: Tensor, *args: Any, **more: Any) -> observe.Arguments:
+    """The arguments of ``attend_blocks`` with every block listed, as partial: tested against what may be seen."""
+    *state, length, key_mask, kv_num, _kv_idx, _full_num, _full_idx, block, name, scale, causal, window = args
+    rows, columns = kv_num.shape[2], blocks.count_blocks(int(length), block)
+    made = blocks.lists(torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device), None, block)
+    return (query, *state, length, key_mask, *of(made), name, scale, causal, window), more
+
+
+observe.register(torch.ops.effcompile.attend_blocks.default, _everything)

@@ -188,11 +188,11 @@ class GraphReport:
         rows = next((dict(d.sizes).get("T") for d in self.decisions if d.sizes), None)
         return "graph" if rows is None else "decode" if rows == 1 else "prefill"
 
-    def set_errors(self, errors: Sequence[float]) -> None:
-        """Put what ``verify`` found on the rewritten sites, in their order."""
-        left_over = iter(errors)
+    def set_seen(self, seen: Sequence[Mapping[str, float]]) -> None:
+        """Put what ``verify`` saw, fields of :class:`Decision`, on the rewritten sites in their order."""
+        left_over = iter(seen)
         self.decisions = tuple(
-            dataclasses.replace(d, error=next(left_over)) if d.action == "rewritten" else d for d in self.decisions
+            dataclasses.replace(d, **next(left_over)) if d.action == "rewritten" else d for d in self.decisions
         )
 
     def belongs_to(self, model: nn.Module, *, compiled: bool = True) -> bool:

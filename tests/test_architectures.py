@@ -6,8 +6,6 @@ no longer found or rewritten is a slow-down that nobody would see otherwise.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from architectures import ARCHITECTURES, golden, measure

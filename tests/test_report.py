@@ -295,7 +295,7 @@ def test_table_puts_equal_layers_in_one_line() -> None:
         new = report.left(i, one, "rule '**'", why) if i == 7 else report.rewritten(i, one, "rule '**'", rewrite)
         decisions.append(new)
     graph = graph_report(decisions)
-    graph.set_errors([1e-3 * i for i in range(29)])
+    graph.set_seen([{"error": 1e-3 * i} for i in range(29)])
     text = str(Report([graph], "Llama"))
     assert "0-6,8-29" in text
     assert "mask-unknown" in text
