@@ -26,6 +26,7 @@ from effcompile.kernels import observe
 from effcompile.kernels.reason import Reason
 from effcompile.passes import base, report
 from effcompile.passes import options as choices
+from effcompile.passes.decision import Seen
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
@@ -245,7 +246,7 @@ class _Clock:
         self._last = now
 
 
-def _verifier(gm: fx.GraphModule, replaced: Replaced) -> Callable[[Sequence[Any]], list[dict[str, float]]]:
+def _verifier(gm: fx.GraphModule, replaced: Replaced) -> Callable[[Sequence[Any]], list[Seen]]:
     """A function that runs every replaced subgraph beside its replacement, on copies of the state.
 
     It gives fields of a decision for each: the error, and what a sparse replacement leaves of attention.
@@ -260,7 +261,7 @@ def _verifier(gm: fx.GraphModule, replaced: Replaced) -> Callable[[Sequence[Any]
     written = {root(a) for n in both.graph.nodes for a in mutated_arguments(n)}
     slots = [i for i, p in enumerate(both.graph.find_nodes(op="placeholder")) if p in written]
 
-    def check(args: Sequence[Any]) -> list[dict[str, float]]:
+    def check(args: Sequence[Any]) -> list[Seen]:
         own = list(args)
         for i in slots:
             own[i] = own[i].clone()
@@ -277,15 +278,13 @@ def _observed(new: fx.Node) -> fx.Node | None:
         return None
     with new.graph.inserting_after(new):
         lse = new.graph.call_function(operator.getitem, (call, 1))
+    arguments: Any = (call.target, call.args, dict(call.kwargs), lse)
     with new.graph.inserting_after(lse):
-        return new.graph.call_function(observe.observe, (call.target, call.args, dict(call.kwargs), lse))
+        return new.graph.call_function(observe.observe, arguments)
 
 
-def _seen(old: Tensor, new: Tensor, observed: Tensor | None) -> dict[str, float]:
-    seen = {"error": _difference(new, old)}
-    if observed is not None:
-        seen["density"], seen["kept"] = observed.tolist()
-    return seen
+def _seen(old: Tensor, new: Tensor, observed: Tensor | None) -> Seen:
+    return Seen(_difference(new, old), *([] if observed is None else observed.tolist()))
 
 
 def _difference(new: Tensor, old: Tensor) -> float:
@@ -297,9 +296,7 @@ def _difference(new: Tensor, old: Tensor) -> float:
 class _Verified:
     """The compiled graph, which checks its replacements on the first call."""
 
-    def __init__(
-        self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[dict[str, float]]], record: Any
-    ) -> None:
+    def __init__(self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[Seen]], record: Any) -> None:
         self.compiled, self.check, self.record = compiled, check, record
 
     def __call__(self, *args: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -20,6 +20,14 @@ Which = Literal["before", "after"]
 
 _OTHERWISE = ("before", "after", "cache", "fixed")
 """Fields that JSON shows in another form."""
+
+
+class Seen(NamedTuple):
+    """What ``verify`` saw of one rewritten site: the fields of :class:`Decision` of these names."""
+
+    error: float
+    density: float | None = None
+    kept: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

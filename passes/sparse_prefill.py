@@ -129,6 +129,7 @@ class SparsePrefill(Pass, abc.ABC):
             hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
             method = block_ops.method_text(self.name, dataclasses.asdict(self))
             state: State
+            length: Any
             if site.load is None:
                 state, length = fresh_store(graph, site)
                 made = graph.call_function(
