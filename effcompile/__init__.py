@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.compress_kv import CompressKV
+    from effcompile.passes.delta import Delta
     from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.options import (
         DecorationError,
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
         sparse_attention,
     )
     from effcompile.passes.proxyattn import ProxyAttn
+    from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.streaming import Streaming
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
     compress_kv = decorator(CompressKV)
+    delta = decorator(Delta)
     flexprefill = decorator(FlexPrefill)
     proxyattn = decorator(ProxyAttn)
+    quest = decorator(Quest)
     streaming = decorator(Streaming)
     xattention = decorator(XAttention)
     __version__: str
@@ -89,10 +93,12 @@ __all__ = [
     "Report",
     "__version__",
     "compress_kv",
+    "delta",
     "flexprefill",
     "inspect",
     "options_of",
     "proxyattn",
+    "quest",
     "remove",
     "sparse_attention",
     "streaming",

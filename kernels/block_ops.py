@@ -52,9 +52,15 @@ def method_text(name: str, options: dict[str, Any]) -> str:
     return json.dumps({name: options}, sort_keys=True, separators=(",", ":"))
 
 
+def method_options(method: str) -> tuple[str, dict[str, Any]]:
+    """The inverse of :func:`method_text`."""
+    ((name, options),) = json.loads(method).items()
+    return name, options
+
+
 def policy_of(method: str) -> tuple[Policy, dict[str, Any]]:
     """The policy that a ``method`` argument names, and its options."""
-    ((name, options),) = json.loads(method).items()
+    name, options = method_options(method)
     if name not in _policies:
         raise BlockError(f"no method {name!r} selects blocks; import effcompile.passes first.")
     return _policies[name], options

@@ -93,7 +93,7 @@ class Program:
     ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not
     part of a program: one compiled program serves every step. ``rotary`` is ``r``, the channels in which keys before
     RoPE are rotated, and 0 for other forms. With ``blocks`` it visits listed blocks only
-    (:mod:`effcompile.kernels.blocks`), whose size comes with the lists.
+    (:mod:`effcompile.kernels.blocks`; in decode :mod:`effcompile.kernels.pages`), whose size comes with the lists.
     """
 
     phase: Phase
@@ -111,7 +111,8 @@ class Program:
     def name(self) -> str:
         """A readable identifier, the name of the generated kernel."""
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
-        phase, turned = "blocks" if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
+        listed = "blocks" if self.phase == "prefill" else "pages"
+        phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
         rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
         return f"attend_{phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 

@@ -90,8 +90,10 @@ def source(program: AnyProgram) -> str:
             "bool key_mask": str(predicate.key_mask).lower(),
         }
         header, entries = f"{program.phase}.h", {"attend": ("AttendArgs", program.phase)}
-        if program.blocks:
+        if program.blocks and program.phase == "prefill":
             header, entries = "blocks.h", {"attend_blocks": ("BlockArgs", "attend_blocks")}
+        elif program.blocks:
+            header, entries = "pages.h", {"attend_pages": ("PageArgs", "attend_pages")}
     else:
         header, entries = "store.h", {"kv_store": ("StoreArgs", "append"), "kv_load": ("LoadArgs", "read")}
     unusual = {
@@ -143,8 +145,11 @@ def build(program: AnyProgram) -> Kernel:
     library = toolchain.build(program.name, source(program))
     loaded = toolchain.load(library)
     entries = {}
-    names = ("kv_store", "kv_load") if isinstance(program, StoreProgram) else ("attend",)
-    for name in ("attend_blocks",) if isinstance(program, Program) and program.blocks else names:
+    names: tuple[str, ...] = ("kv_store", "kv_load")
+    if isinstance(program, Program):
+        listed = "attend_blocks" if program.phase == "prefill" else "attend_pages"
+        names = (listed if program.blocks else "attend",)
+    for name in names:
         entry = getattr(loaded, name)
         entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64
         entries[name] = entry

@@ -19,8 +19,10 @@ from torch import nn
 from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
+    "delta": "effcompile.passes.delta:Delta",
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
+    "quest": "effcompile.passes.quest:Quest",
     "streaming": "effcompile.passes.streaming:Streaming",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",

@@ -128,15 +128,23 @@ class CompressKV(Pass):
 
 def match(site: AttentionSite) -> Rewrite | Reason:
     """Fuse a ``kv_load`` into ``site``. The form is the cache's own, so no options are needed to decide."""
+    load, store = site.load, site.store
+    if load is None and store is None:
+        return Reason(*_elsewhere(site), site.source)
+    if load is None:
+        return _fresh(site)
+    if problem := unreadable(site, load):
+        return problem
+    form, table = KVForm.parse(str(load.args[7])), load.kwargs.get("table")
+    return _fuse(site, form, form, lambda graph: (load.args[:6], load.args[6]), table)
+
+
+def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
+    """Why attention cannot read the store that ``load`` makes dense where it is, or None."""
 
     def no(code: str, text: str) -> Reason:
         return Reason(code, text, site.source)
 
-    load, store = site.load, site.store
-    if load is None and store is None:
-        return no(*_elsewhere(site))
-    if load is None:
-        return _fresh(site)
     form = KVForm.parse(str(load.args[7]))
     if site.dropout:
         return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
@@ -150,7 +158,7 @@ def match(site: AttentionSite) -> Rewrite | Reason:
     device = value(site.query).device.type
     if predicate.segments and (why := lowering.refusal(_program(site, form, table), device)):
         return no("not-supported", why)
-    return _fuse(site, form, form, lambda graph: (load.args[:6], total), table)
+    return None
 
 
 def _elsewhere(site: AttentionSite) -> tuple[str, str]:
