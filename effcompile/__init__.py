@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.report import InspectError, Report, inspect
+    from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     compress_kv = decorator(CompressKV)
     flexprefill = decorator(FlexPrefill)
     proxyattn = decorator(ProxyAttn)
+    sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
     xattention = decorator(XAttention)
     __version__: str
@@ -94,6 +96,7 @@ __all__ = [
     "options_of",
     "proxyattn",
     "remove",
+    "sliding_window",
     "sparse_attention",
     "streaming",
     "xattention",

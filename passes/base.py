@@ -21,6 +21,7 @@ from effcompile.kernels.reason import Reason
 REGISTRY: dict[str, str] = {
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
+    "sliding_window": "effcompile.passes.sliding_window:SlidingWindow",
     "streaming": "effcompile.passes.streaming:Streaming",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
