@@ -121,6 +121,8 @@ def test_kernel_and_reference_and_fp64(name: str) -> None:
     assert not out[~visible].any()
     for ours, theirs, exact in ((out, reference, truth), (lse[visible], reference_lse[visible], truth_lse[visible])):
         lost = (theirs.double() - exact).abs().max()
+        # Sums of a few hundred products in fp32, rounded once: a reference that loses more means something else.
+        assert lost <= 16 * torch.finfo(ours.dtype).eps * exact.abs().max()
         # Twice what the reference loses, and two roundings of the largest value.
         budget = 2 * lost + 2 * torch.finfo(ours.dtype).eps * exact.abs().max()
         assert (ours.double() - exact).abs().max() <= budget
