@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
+    from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     flexprefill = decorator(FlexPrefill)
     proxyattn = decorator(ProxyAttn)
     quest = decorator(Quest)
+    sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
     xattention = decorator(XAttention)
     __version__: str
@@ -100,6 +102,7 @@ __all__ = [
     "proxyattn",
     "quest",
     "remove",
+    "sliding_window",
     "sparse_attention",
     "streaming",
     "xattention",

@@ -3,13 +3,14 @@
 As in :mod:`effcompile.kernels.ops`, an operator means its reference body. ``select_blocks`` runs the *policy* that its
 ``method`` names, a function of tensors which a pass has registered; ``select_stored_blocks`` the same for the keys that
 a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed blocks only
-(:mod:`effcompile.kernels.blocks`).
+(:mod:`effcompile.kernels.blocks`). ``mask_blocks`` lists the blocks of a mask that somebody gave; with the mask as
+``allowed``, bool ``[B or 1, H or 1, T, >= S]``, ``attend_blocks`` then tests the pairs of partial blocks by it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ ops.library.define(
 ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
-    "bool causal, int window) -> (Tensor, Tensor)"
+    "bool causal, int window, *, Tensor? allowed=None) -> (Tensor, Tensor)"
 )
+ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
 Policy = Callable[..., Tensor]
 _policies: dict[str, Policy] = {}
@@ -88,14 +90,7 @@ def _fake_select_blocks(
     query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     block = policy_of(method)[1]["block_size"]
-    batch, heads, queries, _ = query.shape
-    rows, columns = blocks.count_blocks(queries, block), blocks.count_blocks(key.shape[2], block)
-    return (
-        query.new_empty(batch, heads, rows, dtype=torch.int32),
-        query.new_empty(batch, heads, rows, columns, dtype=torch.int32),
-        query.new_empty(batch, heads, rows, dtype=torch.int32),
-        query.new_empty(batch, heads, rows, columns, dtype=torch.int32),
-    )
+    return _fake_lists(query, query.shape[:2], query.shape[2], key.shape[2], block)
 
 
 def _select_stored_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,16 +111,32 @@ def _fake_select_stored_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tenso
     return _fake_select_blocks(query, full, key_mask, method, scale)
 
 
-def _attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _fake_lists(
+    like: Tensor, given: Sequence[int], queries: int, keys: int, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = blocks.count_blocks(queries, block), blocks.count_blocks(keys, block)
+    counts, indices = (like.new_empty(*given, *size, dtype=torch.int32) for size in ((rows,), (rows, columns)))
+    return counts, indices, torch.empty_like(counts), torch.empty_like(indices)
+
+
+def _mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    some, every = blocks.of_mask(mask, block)
+    return *blocks.compact(some & ~every), *blocks.compact(every)
+
+
+def _attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     try:
-        result: tuple[Tensor, Tensor] = ops.launch("attend_blocks", query.device.type, query, *args)
+        result: tuple[Tensor, Tensor] = ops.launch("attend_blocks", query.device.type, query, *args, allowed=allowed)
         return result
     except ops.KernelUnavailable:
         form, n, queries = KVForm.parse(name), int(length), query.shape[2]
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
         tested = attention.allowed(predicate, queries, n, key_mask, query.device)
         check_lists(kv_num, kv_idx, full_num, full_idx, queries, n, block)
+        if allowed is not None:
+            check_allowed(allowed, query, n)
+            tested = tested & allowed[..., :n]
         keep = blocks.tokens(blocks.visited(kv_num, kv_idx), queries, n, block) & tested
         if full_num is not None:
             keep = keep | blocks.tokens(blocks.visited(full_num, full_idx), queries, n, block)
@@ -156,7 +167,18 @@ def check_lists(
             )
 
 
-def _fake_attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def check_allowed(allowed: Tensor, query: Tensor, keys: int) -> None:
+    """Raise :class:`BlockError` unless ``allowed`` says of every pair of a call whether it may be. Looks at shapes."""
+    sizes, dims = tuple(allowed.shape), ((1, query.shape[0]), (1, query.shape[1]), (query.shape[2],))
+    fits = len(sizes) == 4 and all(n in some for n, some in zip(sizes, dims)) and sizes[3] >= keys
+    if not fits or allowed.dtype is not torch.bool:
+        raise BlockError(
+            f"allowed is {allowed.dtype} of {sizes}; expected bool of [B or 1, H or 1, T, S] with {keys} keys and "
+            f"queries of {tuple(query.shape[:3])}."
+        )
+
+
+def _fake_attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, _kn, _ki, _fn, _fi, _block, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]
@@ -181,6 +203,7 @@ for _name, _body, _fake in (
     ("select_blocks", _select_blocks, _fake_select_blocks),
     ("select_stored_blocks", _select_stored_blocks, _fake_select_stored_blocks),
     ("attend_blocks", _attend_blocks, _fake_attend_blocks),
+    ("mask_blocks", _mask_blocks, lambda mask, block: _fake_lists(mask, mask.shape[:2], *mask.shape[2:], block)),
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=ops.library)

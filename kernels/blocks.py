@@ -120,6 +120,19 @@ def own(queries: int, keys: int, block: int, *, device: Any = None) -> Tensor:
     return (begin <= last) & (begin + block > first)
 
 
+def of_mask(mask: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Blocks in which a mask, bool ``[B or 1, H or 1, T, S]``, lets any pair through, and those where it lets all.
+
+    Both bool ``[B or 1, H or 1, nQ, nK]``; a block of keys that the end cuts short does not count as one with all.
+    """
+    rows, columns = (count_blocks(n, block) for n in mask.shape[2:])
+    short = rows * block - mask.shape[2], columns * block - mask.shape[3]
+    tiles = torch.nn.functional.pad(mask, (0, short[1])).unflatten(3, (columns, block))
+    some, every = (torch.nn.functional.pad(x, (0, 0, 0, short[0]), value=fill).unflatten(2, (rows, block))
+                   for x, fill in ((tiles.any(4), False), (tiles.all(4), True)))  # fmt: skip
+    return some.any(3), every.all(3)
+
+
 def tokens(keep: Tensor, queries: int, keys: int, block: int) -> Tensor:
     """A map of blocks as a map of tokens: bool ``[..., T, S]``."""
     return keep.repeat_interleave(block, -2)[..., :queries, :].repeat_interleave(block, -1)[..., :keys]

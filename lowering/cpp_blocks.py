@@ -17,7 +17,7 @@ from effcompile.lowering import cpp
 from effcompile.lowering.cpp_arguments import attend_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
-_LISTS = struct.Struct("=4q 2q 3q").pack
+_LISTS = struct.Struct("=4q 2q 3q q 3q").pack
 
 
 def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
@@ -28,13 +28,13 @@ def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
     return (per_entry if counts.shape[0] > 1 else 0, per_head if counts.shape[1] > 1 else 0)
 
 
-def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
     Raises
     ------
     BlockError
-        If the lists are of other lengths, or name a block that is not there.
+        If the lists or ``allowed`` are of other lengths, or a list names a block that is not there.
     """
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     batch, heads, queries, size = query.shape
@@ -60,6 +60,11 @@ def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
     if len(strides) > 1 or len(widths) > 1:
         raise KernelUnavailable("partial and full lists of different shapes")
+    pairs = (0, 0, 0, 0)
+    if allowed is not None:
+        block_ops.check_allowed(allowed, query, keys)
+        allowed = allowed if allowed.stride(3) == 1 else allowed.contiguous()
+        pairs = (allowed.data_ptr(), *(0 if n == 1 else by for n, by in zip(allowed.shape[:3], allowed.stride())))
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
     code = entry(
@@ -70,6 +75,7 @@ def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
             block,
             kv_num.shape[2],
             widths.pop(),
+            *pairs,
         )
     )
     del alive

@@ -23,6 +23,7 @@ REGISTRY: dict[str, str] = {
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
     "quest": "effcompile.passes.quest:Quest",
+    "sliding_window": "effcompile.passes.sliding_window:SlidingWindow",
     "streaming": "effcompile.passes.streaming:Streaming",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",

@@ -136,7 +136,7 @@ def match(site: AttentionSite) -> Rewrite | Reason:
     if problem := unreadable(site, load):
         return problem
     form, table = KVForm.parse(str(load.args[7])), load.kwargs.get("table")
-    return _fuse(site, form, form, lambda graph: (load.args[:6], load.args[6]), table)
+    return fuse(site, form, form, lambda graph: (load.args[:6], load.args[6]), table)
 
 
 def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
@@ -211,7 +211,7 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
         store = site.store
         assert store is not None
         stored, table = KVForm.parse(str(store.args[9])), store.kwargs.get("table")
-        return _fuse(site, DENSE, stored, lambda graph: fresh_store(graph, site), stored_table=table)
+        return fuse(site, DENSE, stored, lambda graph: fresh_store(graph, site), stored_table=table)
     if parts := _score_parts(site).name or ("factors" if site.factors else ""):
         return no("fresh-keys", f"the first call attends to its own keys, and SDPA has no such scores ({parts})")
     if site.spelling == "sdpa" and not site.mask_terms:
@@ -266,22 +266,25 @@ def _score_parts(site: AttentionSite) -> ScoreParts:
     return ScoreParts(site.softcap is not None, bool(site.mask.bias), site.sinks is not None)
 
 
-def _fuse(
+def fuse(
     site: AttentionSite,
     form: KVForm,
-    stored: KVForm,
+    stored: KVForm | None,
     read: Callable[[fx.Graph], tuple[State, Any]],
     table: Any = None,
     stored_table: Any = None,
 ) -> Rewrite:
     """``attend`` over a store of ``form``; ``read`` gives its six state arguments and its length.
 
-    ``stored`` is the form that the call appends to, whose kernel it will need too; ``table`` and ``stored_table`` are
-    the angles that the two need.
+    ``stored`` is the form that the call appends to, if it does, whose kernel it will need too; ``table`` and
+    ``stored_table`` are the angles that the two need.
     """
     assert isinstance(site.mask, Mask)
     padding, program = site.mask.padding, _program(site, form, table)
-    appended = StoreProgram(stored, program.dtype, program.key_size, program.value_size, _rotary(table or stored_table))
+    programs: tuple[Program | StoreProgram, ...] = (program,)
+    if stored is not None:
+        sizes, turned = (program.key_size, program.value_size), _rotary(table or stored_table)
+        programs += (StoreProgram(stored, program.dtype, *sizes, turned),)
 
     def emit(graph: fx.Graph) -> fx.Node:
         mask = None if padding is None else bool_mask(graph, padding)
@@ -295,4 +298,4 @@ def _fuse(
         call.meta.update(site.output.meta)
         return graph.call_function(operator.getitem, (call, 0))
 
-    return Rewrite(program.name, emit, (program, appended))
+    return Rewrite(program.name, emit, programs)

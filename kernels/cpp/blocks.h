@@ -11,7 +11,15 @@ struct BlockArgs {
   const int32_t* indices[2];  // [B or 1, H or 1, nQ, nK]
   int64_t stride[2];          // of counts over batch and head, in elements; 0 where one serves all
   int64_t block, rows, columns;  // tokens in a block, nQ, nK
+  const bool* allowed;           // [B or 1, H or 1, T, >= length] or null: which pairs of partial blocks may be
+  int64_t allowed_stride[3];     // batch, head, query; 0 where one serves all
 };
+
+// Hides what `allowed` forbids in s, the scores of keys [t, t + n) for one query.
+inline void hide_forbidden(const BlockArgs& b, int64_t batch, int64_t head, int64_t query, int64_t t, int64_t n, float* s) {
+  const bool* allowed = b.allowed + batch * b.allowed_stride[0] + head * b.allowed_stride[1] + query * b.allowed_stride[2] + t;
+  for (int64_t i = 0; i < n; ++i) s[i] = allowed[i] ? s[i] : -INF;
+}
 
 // Marks the blocks that `head` of `batch` lists for query block `row`: 1 partial, 2 full. False if a number is out of range.
 inline bool read_lists(const BlockArgs& a, int64_t batch, int64_t head, int64_t row, uint8_t* marks) {
@@ -77,6 +85,8 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
         for (int64_t i = 0; i < tokens; ++i) {
           const Visible<P> seen(a, head, first + i, length);
           if (mark == 1 && (P::key_mask || t < seen.first || t + n > seen.last)) hide<P>(s + i * BK, t, n, seen, mask, nullptr);
+          if (mark == 1 && b.allowed)
+            hide_forbidden(b, head / a.groups, head % a.groups * P::ratio + r + h, first + i, t, n, s + i * BK);
           alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
         }
         if (!v) v = value_tile<P>(values, t, n, tail, value);
