@@ -18,6 +18,7 @@ from torch import Tensor
 
 from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
+from effcompile.kernels.columns import check_columns, check_positions, listed
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 
@@ -32,7 +33,8 @@ ops.library.define(
 ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
-    "bool causal, int window, *, Tensor? allowed=None) -> (Tensor, Tensor)"
+    "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
+    "int span=1, Tensor? allowed=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -124,26 +126,57 @@ def _mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return *blocks.compact(some & ~every), *blocks.compact(every)
 
 
-def _attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _attend_blocks(
+    query: Tensor,
+    *args: Any,
+    key_positions: Tensor | None = None,
+    columns: Tensor | None = None,
+    column_counts: Tensor | None = None,
+    span: int = 1,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
+    if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
+        raise BlockError("columns come with their counts, and not together with key positions.")
+    more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
     try:
-        result: tuple[Tensor, Tensor] = ops.launch("attend_blocks", query.device.type, query, *args, allowed=allowed)
+        result: tuple[Tensor, Tensor] = ops.launch(
+            "attend_blocks", query.device.type, query, *args, **more, span=None if columns is None else span
+        )
         return result
     except ops.KernelUnavailable:
         form, n, queries = KVForm.parse(name), int(length), query.shape[2]
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
         tested = attention.allowed(predicate, queries, n, key_mask, query.device)
+        keys, values = ops.split_state(tuple(state))
         check_lists(kv_num, kv_idx, full_num, full_idx, queries, n, block)
+        if key_positions is not None:
+            tested = _by_position(tested, key_positions, query, keys[0].shape[1], n)
         if allowed is not None:
             check_allowed(allowed, query, n)
             tested = tested & allowed[..., :n]
+        lists = BlockLists(kv_num, kv_idx, full_num, full_idx, block)
         keep = blocks.tokens(blocks.visited(kv_num, kv_idx), queries, n, block) & tested
         if full_num is not None:
             keep = keep | blocks.tokens(blocks.visited(full_num, full_idx), queries, n, block)
-        keys, values = ops.split_state(tuple(state))
+        if columns is not None and column_counts is not None:
+            check_columns(columns, column_counts, span, queries, block)
+            single = listed(columns, column_counts, n).repeat_interleave(span * block, 2)[:, :, :queries]
+            if bool((single & blocks.tokens(lists.keep(), queries, n, block)).any()):
+                raise BlockError("a column lies in a block that is visited; its key would count twice.") from None
+            keep = keep | single & tested
         key, value = quantize.load_side(keys, n, form, "key"), quantize.load_side(values, n, form, "value")
         out, lse = attention.attend(query, key, value, keep, scale)
         return out.contiguous(), lse.contiguous()
+
+
+def _by_position(tested: Tensor, positions: Tensor, query: Tensor, groups: int, keys: int) -> Tensor:
+    """What the predicate says of tokens, ``[B or 1, 1, T, S]``, by the slots that hold them: ``[B, H, T, S]``."""
+    batch, heads, queries, _ = query.shape
+    check_positions(positions, batch, groups, keys)
+    at = positions.long().expand(batch, groups, -1).repeat_interleave(heads // groups, 1)
+    shape = (batch, heads, queries, keys)
+    return tested.expand(shape).gather(-1, at.unsqueeze(2).expand(shape))
 
 
 def check_lists(
@@ -178,7 +211,7 @@ def check_allowed(allowed: Tensor, query: Tensor, keys: int) -> None:
         )
 
 
-def _fake_attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _fake_attend_blocks(query: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, _kn, _ki, _fn, _fi, _block, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]
@@ -210,9 +243,10 @@ for _name, _body, _fake in (
 
 
 def _everything(query: Tensor, *args: Any, **more: Any) -> observe.Arguments:
-    """The arguments of ``attend_blocks`` with every block listed, as partial: tested against what may be seen."""
+    """The arguments of ``attend_blocks`` with every block listed, as partial, and so no columns: what may be seen is tested."""
     *state, length, key_mask, kv_num, _kv_idx, _full_num, _full_idx, block, name, scale, causal, window = args
     rows, columns = kv_num.shape[2], blocks.count_blocks(int(length), block)
+    more = {name: given for name, given in more.items() if name not in ("columns", "column_counts", "span")}
     made = blocks.lists(torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device), None, block)
     return (query, *state, length, key_mask, *of(made), name, scale, causal, window), more
 

@@ -150,7 +150,7 @@ def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
         return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
     if isinstance(site.mask, Reason):
         return no(site.mask.code, site.mask.text)
-    predicate, total, table = site.mask.predicate, load.args[6], load.kwargs.get("table")
+    predicate, table = site.mask.predicate, load.kwargs.get("table")
     if problem := not_this_store(site):
         return problem
     if problem := unsupported(site):
