@@ -20,14 +20,6 @@ from effcompile.lowering.cpp_arguments import attend_arguments
 _LISTS = struct.Struct("=4q 2q 3q").pack
 
 
-def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
-    """Elements from one batch entry, and from one head, to the next; 0 where one serves all."""
-    if counts.shape[0] not in (1, batch) or counts.shape[1] not in (1, heads):
-        raise BlockError(f"lists for {tuple(counts.shape[:2])} batch entries and heads; the call has {batch}, {heads}.")
-    per_head, per_entry = counts.shape[2], counts.shape[1] * counts.shape[2]
-    return (per_entry if counts.shape[0] > 1 else 0, per_head if counts.shape[1] > 1 else 0)
-
-
 def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
@@ -53,23 +45,17 @@ def attend_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
-    given = [t for t in (kv_num, full_num, kv_idx, full_idx) if t is not None]
-    if any(t.dtype is not torch.int32 for t in given):
-        raise BlockError(f"block lists are int32; these are {', '.join(str(t.dtype) for t in given)}.")
-    strides = {_stride(t, batch, heads) for t in (kv_num, full_num) if t is not None}
-    widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
-    if len(strides) > 1 or len(widths) > 1:
-        raise KernelUnavailable("partial and full lists of different shapes")
+    *strides, columns = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
     code = entry(
         packed
         + _LISTS(
             *(0 if t is None else t.data_ptr() for t in held),
-            *strides.pop(),
+            *strides,
             block,
             kv_num.shape[2],
-            widths.pop(),
+            columns,
         )
     )
     del alive
