@@ -356,5 +356,5 @@ def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-for _op, _launcher in (("attend", attend), ("attend_blocks", attend_blocks), ("kv_store", kv_store), ("kv_load", kv_load)):
-    ops.register_launcher(_op, "cuda", _launcher)
+for _launcher in (attend, attend_blocks, kv_store, kv_load):
+    ops.register_launcher(_launcher.__name__, "cuda", _launcher)

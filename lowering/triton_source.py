@@ -74,9 +74,7 @@ def _loop(
     return [f"for start in range({first}, {stop}, {tile}):", *indent(fold)]
 
 
-def _fold(
-    name: str, tile: int | str, limit: str, check: bool, program: Program, keys: Side, values: Side
-) -> list[str]:
+def _fold(name: str, tile: int | str, limit: str, check: bool, program: Program, keys: Side, values: Side) -> list[str]:
     """The call of a tile function for the keys from ``start`` on."""
     q, acc, buffers = keys.names("q"), values.names("acc"), ", ".join(keys.buffers + values.buffers)
     scale = "body_scale" if name == "body_tile" and keys.fused else "scale"
@@ -179,7 +177,8 @@ def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
     arguments = ["query, " + ", ".join(keys.buffers + values.buffers) + ",", *ATTEND_TAIL]
     arguments[-1] += "".join(f", {name}" for name in part_arguments(program.score))
     functions += write(program, blocks, keys, values, packed, end, arguments, ringed)
-    imports = {"blocks": BLOCK_PARTS, "load": LOAD_PARTS, "number": NUMBER_PARTS, "rope": ROPE_PARTS, "softmax": SOFTMAX_PARTS}
+    imports: dict[str, tuple[str, ...]] = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "rope": ROPE_PARTS}
+    imports |= {"softmax": SOFTMAX_PARTS, "blocks": BLOCK_PARTS}
     return module_text(program.name, imports, functions)
 
 

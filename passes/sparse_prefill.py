@@ -116,8 +116,7 @@ class SparsePrefill(Pass, abc.ABC):
             shape(site.value)[3],
             blocks=True,
         )
-        device = value(site.query).device.type
-        if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
+        if why := lowering.refusal(program, value(site.query).device.type):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:

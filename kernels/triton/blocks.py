@@ -18,7 +18,7 @@ def count_within(count, columns, bad):
 
 @triton.jit
 def tile_at(index, step, limit, bad, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The first key of tile ``step`` of a list, whose block is ``index``, and ``bad`` or whether it is not below ``limit``.
+    """The first key of tile ``step`` of a list, and ``bad`` or whether its block ``index`` is not one below ``limit``.
 
     ``step`` counts the tiles of all blocks of the list; tiles fill a block.
     """
