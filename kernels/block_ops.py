@@ -211,6 +211,28 @@ def check_allowed(allowed: Tensor, query: Tensor, keys: int) -> None:
         )
 
 
+def layout_of(
+    kv_num: Tensor, kv_idx: Tensor, full_num: Tensor | None, full_idx: Tensor | None, batch: int, heads: int
+) -> tuple[int, int, int]:
+    """How kernels step through lists: rows from one batch entry and head to the next, and columns of a row.
+
+    A step is 0 where one entry or head serves all. Raises :class:`BlockError` for other dtypes, batches or heads, and
+    ``KernelUnavailable`` if partial and full lists have not one layout.
+    """
+    given = [t for t in (kv_num, full_num, kv_idx, full_idx) if t is not None]
+    if any(t.dtype is not torch.int32 for t in given):
+        raise BlockError(f"block lists are int32; these are {', '.join(str(t.dtype) for t in given)}.")
+    counts = [t for t in (kv_num, full_num) if t is not None]
+    for t in counts:
+        if t.shape[0] not in (1, batch) or t.shape[1] not in (1, heads):
+            raise BlockError(f"lists for {tuple(t.shape[:2])} batch entries and heads; the call has {batch}, {heads}.")
+    widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
+    if len({t.shape for t in counts}) > 1 or len(widths) > 1:
+        raise ops.KernelUnavailable("partial and full lists of different shapes")
+    entries, lists, rows = kv_num.shape
+    return lists * rows if entries > 1 else 0, rows if lists > 1 else 0, widths.pop()
+
+
 def _fake_attend_blocks(query: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, _kn, _ki, _fn, _fi, _block, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
@@ -243,7 +265,7 @@ for _name, _body, _fake in (
 
 
 def _everything(query: Tensor, *args: Any, **more: Any) -> observe.Arguments:
-    """The arguments of ``attend_blocks`` with every block listed, as partial, and so no columns: what may be seen is tested."""
+    """The arguments of ``attend_blocks`` with every block listed, as partial, and so without columns."""
     *state, length, key_mask, kv_num, _kv_idx, _full_num, _full_idx, block, name, scale, causal, window = args
     rows, columns = kv_num.shape[2], blocks.count_blocks(int(length), block)
     more = {name: given for name, given in more.items() if name not in ("columns", "column_counts", "span")}

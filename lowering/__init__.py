@@ -24,6 +24,8 @@ def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
     """Why a device of this type has no generated kernel for ``program``; None where that is not known to be so."""
     if device_type == "cpu":
         return cpp.refusal(program)
+    if device_type != "cuda":
+        return f"no kernels are generated for {device_type!r}"
     rules = isinstance(program, Program) and (program.predicate.segments or program.predicate.prefix)
     return triton.UNSERVED if rules else triton.refusal(program)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from effcompile.kernels import block_ops, ops
@@ -46,7 +45,7 @@ def attend_blocks(
     Raises
     ------
     BlockError
-        If the lists or ``allowed`` are of other lengths, or lists name a block or a key that is not there, or one twice.
+        If lists or ``allowed`` are of other lengths, or a list names a block or a key that is not there, or one twice.
     """
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     batch, heads, queries, size = query.shape
@@ -66,13 +65,7 @@ def attend_blocks(
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
-    given = [t for t in (kv_num, full_num, kv_idx, full_idx) if t is not None]
-    if any(t.dtype is not torch.int32 for t in given):
-        raise BlockError(f"block lists are int32; these are {', '.join(str(t.dtype) for t in given)}.")
-    strides = {_stride(t, batch, heads) for t in (kv_num, full_num) if t is not None}
-    widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
-    if len(strides) > 1 or len(widths) > 1:
-        raise KernelUnavailable("partial and full lists of different shapes")
+    *strides, width = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
     pairs = (0, 0, 0, 0)
     if allowed is not None:
         block_ops.check_allowed(allowed, query, keys)
@@ -94,10 +87,10 @@ def attend_blocks(
         packed
         + _LISTS(
             *(0 if t is None else t.data_ptr() for t in held),
-            *strides.pop(),
+            *strides,
             block,
             kv_num.shape[2],
-            widths.pop(),
+            width,
             *pairs,
         )
         + more

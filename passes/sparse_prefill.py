@@ -120,8 +120,7 @@ class SparsePrefill(Pass, abc.ABC):
             return no("not-supported", f"{text}; choose a block_size that is a multiple")
         dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
         program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, blocks=True)
-        device = value(site.query).device.type
-        if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
+        if why := lowering.refusal(program, value(site.query).device.type):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:
