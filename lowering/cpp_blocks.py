@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effcompile.kernels import block_ops, ops

@@ -120,7 +120,12 @@ class SparsePrefill(Pass, abc.ABC):
             return no("not-supported", f"{text}; choose a block_size that is a multiple")
         dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
         program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, blocks=True)
-        if why := lowering.refusal(program, value(site.query).device.type):
+        device = value(site.query).device.type
+        if site.load is not None and device != "cpu":
+            return no(
+                "not-supported", f"on {device} a store's length is not known to the host, which choosing asks for"
+            )
+        if why := lowering.refusal(program, device):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:
