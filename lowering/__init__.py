@@ -24,6 +24,8 @@ def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
     """Why a device of this type has no generated kernel for ``program``; None where that is not known to be so."""
     if device_type == "cpu":
         return cpp.refusal(program)
+    if isinstance(program, Program) and (program.columns or program.positions):
+        return "no Triton program reads single keys, or keys in another order, yet"
     rules = isinstance(program, Program) and (program.predicate.segments or program.predicate.prefix)
     return triton.UNSERVED if rules else triton.refusal(program)
 

@@ -19,9 +19,12 @@ from torch import nn
 from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
+    "anchor_attention": "effcompile.passes.anchor_attention:AnchorAttention",
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
+    "pbs_attn": "effcompile.passes.pbs_attn:PBSAttn",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
     "streaming": "effcompile.passes.streaming:Streaming",
+    "vertical_slash": "effcompile.passes.vertical_slash:VerticalSlash",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
 }

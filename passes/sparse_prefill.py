@@ -21,7 +21,7 @@ from effcompile.kernels.program import DECODE_ROWS, Program
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.sites import DENSE, bool_mask, fresh_store, unsupported
+from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, unsupported
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import same_size, shape, value
 
@@ -43,6 +43,10 @@ class SparsePrefill(Pass, abc.ABC):
 
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     family: ClassVar[str] = "sparse_attention"
+    gathers: ClassVar[bool] = False
+    """Whether it chooses single keys besides blocks."""
+    reorders: ClassVar[bool] = False
+    """Whether it lays keys in another order than that of their tokens."""
 
     def __post_init__(self) -> None:
         if self.block_size < 16 or self.block_size % 16:
@@ -56,7 +60,8 @@ class SparsePrefill(Pass, abc.ABC):
         def policy(query: Tensor, key: Tensor, *, scale: float, key_mask: Tensor | None, **options: Any) -> Tensor:
             return cls(**options).visited(query, key, scale, key_mask)
 
-        block_ops.register_policy(cls.name, policy)
+        if "name" in vars(cls):
+            block_ops.register_policy(cls.name, policy)
 
     @abc.abstractmethod
     def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
@@ -76,6 +81,23 @@ class SparsePrefill(Pass, abc.ABC):
     def serves(self, site: AttentionSite) -> Reason | None:
         """Why this method cannot serve a site that others of its family can."""
         return None
+
+    @property
+    def method(self) -> str:
+        """The ``method`` argument of the operators that choose."""
+        return block_ops.method_text(self.name, dataclasses.asdict(self))
+
+    def operands(
+        self, graph: fx.Graph, site: AttentionSite, state: State, hidden: fx.Node | None
+    ) -> tuple[State, list[fx.Node], dict[str, Any]]:
+        """What ``attend_blocks`` gets: its state, the four lists, and keyword arguments. Emits what makes them.
+
+        ``state`` holds the keys and values of ``site`` in their order, ``hidden`` is the padding mask, if there is one.
+        """
+        made = graph.call_function(
+            torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, self.method, site.scale)
+        )
+        return state, results(graph, made, 4), {}
 
     def match(self, site: AttentionSite) -> Rewrite | Reason:
         """Attention over the blocks that the policy chooses, or why the site stays dense."""
@@ -115,6 +137,8 @@ class SparsePrefill(Pass, abc.ABC):
             shape(site.query)[3],
             shape(site.value)[3],
             blocks=True,
+            columns=self.gathers,
+            positions=self.reorders,
         )
         device = value(site.query).device.type
         if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
@@ -123,19 +147,21 @@ class SparsePrefill(Pass, abc.ABC):
         def emit(graph: fx.Graph) -> fx.Node:
             hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
             state, length = fresh_store(graph, site)
-            method = block_ops.method_text(self.name, dataclasses.asdict(self))
-            made = graph.call_function(
-                torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, method, site.scale)
-            )
-            lists = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
+            state, lists, more = self.operands(graph, site, state, hidden)
             call = graph.call_function(
                 torch.ops.effcompile.attend_blocks.default,
                 (site.query, *state, length, hidden, *lists, self.block_size, DENSE.name, site.scale, True, -1),
+                more,
             )
             call.meta.update(site.output.meta)
             return graph.call_function(operator.getitem, (call, 0))
 
         return Rewrite(f"{self.name}_{program.name}", emit, (program,))
+
+
+def results(graph: fx.Graph, call: fx.Node, count: int) -> list[fx.Node]:
+    """The ``count`` results of an operator, each as a node."""
+    return [graph.call_function(operator.getitem, (call, i)) for i in range(count)]
 
 
 def check_share(name: str, share: float) -> None:
