@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
+    from effcompile.passes.anchor_attention import AnchorAttention
     from effcompile.passes.compress_kv import CompressKV
     from effcompile.passes.delta import Delta
     from effcompile.passes.flexprefill import FlexPrefill
@@ -28,21 +29,26 @@ if TYPE_CHECKING:
         remove,
         sparse_attention,
     )
+    from effcompile.passes.pbs_attn import PBSAttn
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
+    from effcompile.passes.vertical_slash import VerticalSlash
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
+    anchor_attention = decorator(AnchorAttention)
     compress_kv = decorator(CompressKV)
     delta = decorator(Delta)
     flexprefill = decorator(FlexPrefill)
+    pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
     quest = decorator(Quest)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
+    vertical_slash = decorator(VerticalSlash)
     xattention = decorator(XAttention)
     __version__: str
 else:
@@ -94,16 +100,19 @@ __all__ = [
     "OptionError",
     "Report",
     "__version__",
+    "anchor_attention",
     "compress_kv",
     "delta",
     "flexprefill",
     "inspect",
     "options_of",
+    "pbs_attn",
     "proxyattn",
     "quest",
     "remove",
     "sliding_window",
     "sparse_attention",
     "streaming",
+    "vertical_slash",
     "xattention",
 ]

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
-from effcompile.kernels.columns import check_columns, check_positions, listed
+from effcompile.kernels.columns import blocks_at, check_columns, check_positions, listed
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 
 ops.library.define(
-    "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
+    "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale, *, "
+    "Tensor? key_positions=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 ops.library.define(
     f"select_stored_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, str form, str method, "
@@ -38,17 +38,18 @@ ops.library.define(
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
-Policy = Callable[..., Tensor]
-_policies: dict[str, Policy] = {}
+Policy = Callable[..., Any]
+_policies: dict[tuple[str, str], Policy] = {}
 
 
-def register_policy(name: str, policy: Policy) -> None:
-    """Let ``policy(query, key, *, scale, key_mask, **options)`` choose blocks for the method ``name``.
+def register_policy(name: str, policy: Policy, kind: str = "blocks") -> None:
+    """Let ``policy(query, key, *, scale, key_mask, **options)`` choose for the method ``name``.
 
     It gets ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``key_mask`` bool ``[B, S]`` or None, and gives
-    the blocks to visit, bool, broadcastable to ``[B, H, nQ, nK]``.
+    the blocks to visit, bool, broadcastable to ``[B, H, nQ, nK]``. If the keys are not in the order of their tokens, it
+    gets ``key_positions`` too. What policies of other kinds give, :mod:`effcompile.kernels.column_ops` says.
     """
-    _policies[name] = policy
+    _policies[kind, name] = policy
 
 
 def method_text(name: str, options: dict[str, Any]) -> str:
@@ -62,23 +63,36 @@ def method_options(method: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def policy_of(method: str) -> tuple[Policy, dict[str, Any]]:
+def policy_of(method: str, kind: str = "blocks") -> tuple[Policy, dict[str, Any]]:
     """The policy that a ``method`` argument names, and its options."""
     name, options = method_options(method)
-    if name not in _policies:
-        raise BlockError(f"no method {name!r} selects blocks; import effcompile.passes first.")
-    return _policies[name], options
+    if (kind, name) not in _policies:
+        raise BlockError(f"no method {name!r} selects {kind}; import effcompile.passes first.")
+    return _policies[kind, name], options
 
 
 def _select_blocks(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float
+    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float, key_positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     policy, options = policy_of(method)
-    block, (queries, keys) = options["block_size"], (query.shape[2], key.shape[2])
-    keep = policy(query, key, scale=scale, key_mask=key_mask, **options)
+    more = {} if key_positions is None else {"key_positions": key_positions}
+    keep = policy(query, key, scale=scale, key_mask=key_mask, **more, **options)
+    return as_results(keep, query, key, key_mask, options["block_size"], key_positions)
+
+
+def as_results(
+    keep: Tensor, query: Tensor, key: Tensor, key_mask: Tensor | None, block: int, key_positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lists of the blocks in ``keep`` as an operator gives them: for each row of the batch and each head."""
     keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape)
-    # Padding is data: where there is some, every block is tested.
-    full = blocks.whole(queries, keys, block, device=key.device) if key_mask is None else torch.zeros_like(keep)
+    queries, keys = query.shape[2], key.shape[2]
+    if key_mask is not None:
+        # Padding is data: where there is some, every block is tested.
+        full = torch.zeros_like(keep)
+    elif key_positions is not None:
+        full = blocks_at(key_positions, queries, block, query.shape[1])[1]
+    else:
+        full = blocks.whole(queries, keys, block, device=key.device)
     made = blocks.lists(keep, full, block)
     assert made.full_kv_num_blocks is not None
     assert made.full_kv_indices is not None
@@ -89,9 +103,13 @@ def _select_blocks(
 
 
 def _fake_select_blocks(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float
+    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float, key_positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    block = policy_of(method)[1]["block_size"]
+    return fake_results(query, key, policy_of(method)[1]["block_size"])
+
+
+def fake_results(query: Tensor, key: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors of the shapes of :func:`as_results`."""
     return _fake_lists(query, query.shape[:2], query.shape[2], key.shape[2], block)
 
 

@@ -70,3 +70,18 @@ def check_positions(positions: Tensor, batch: int, groups: int, keys: int) -> No
     low, high = positions.aminmax()
     if bool((low < 0) | (high >= keys)):
         raise BlockError(f"key positions from {int(low)} to {int(high)}; there are {keys} tokens.")
+
+
+def blocks_at(positions: Tensor, queries: int, block: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Blocks of slots in which causality lets any pair, and every pair, through: bool ``[B or 1, heads, nQ, nK]`` both.
+
+    As :func:`effcompile.kernels.blocks.possible` and ``whole``, for keys at ``positions``, ``[B or 1, G or 1, S]``.
+    """
+    keys = positions.shape[2]
+    # Slots that are not there stand behind everything: a block which the end cuts short is never whole.
+    behind = count_blocks(keys, block) * block - keys
+    tiles = torch.nn.functional.pad(positions, (0, behind), value=keys).unflatten(2, (-1, block))
+    low, high = (x.repeat_interleave(heads // x.shape[1], 1).unsqueeze(2) for x in (tiles.amin(3), tiles.amax(3)))
+    rows = torch.arange(count_blocks(queries, block), device=positions.device)[:, None]
+    first = keys - queries + rows * block
+    return low <= (first + block - 1).clamp(max=keys - 1), high <= first

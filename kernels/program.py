@@ -117,9 +117,9 @@ class Program:
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
         listed = "blocks" if self.phase == "prefill" else "pages"
         phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
-        phase += "_col" * self.columns + "_pos" * self.positions
+        parts = "_col" * self.columns + "_pos" * self.positions
         rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
-        return f"attend_{phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
+        return f"attend_{phase}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 
     @staticmethod
     def phase_for(queries: int, ratio: int) -> Phase:

@@ -26,6 +26,8 @@ def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
         return cpp.refusal(program)
     if device_type != "cuda":
         return f"no kernels are generated for {device_type!r}"
+    if isinstance(program, Program) and (program.columns or program.positions):
+        return "no Triton program reads single keys, or keys in another order, yet"
     rules = isinstance(program, Program) and (program.predicate.segments or program.predicate.prefix)
     return triton.UNSERVED if rules else triton.refusal(program)
 

@@ -57,11 +57,13 @@ def attend_blocks(
     if not form.dense and block % form.group:
         raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
     predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
-    parts = {"columns": columns is not None, "positions": key_positions is not None}
+    gathers, moved = columns is not None, key_positions is not None
     entry = cpp.bind(
-        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None, *parts.values()),
+        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None, gathers, moved),
         "attend_blocks",
-        lambda: Program("prefill", form, predicate, dtype, ratio, size, value_size, blocks=True, **parts),
+        lambda: Program(
+            "prefill", form, predicate, dtype, ratio, size, value_size, blocks=True, columns=gathers, positions=moved
+        ),
     )
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:

@@ -20,11 +20,14 @@ from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
     "delta": "effcompile.passes.delta:Delta",
+    "anchor_attention": "effcompile.passes.anchor_attention:AnchorAttention",
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
+    "pbs_attn": "effcompile.passes.pbs_attn:PBSAttn",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
     "quest": "effcompile.passes.quest:Quest",
     "sliding_window": "effcompile.passes.sliding_window:SlidingWindow",
     "streaming": "effcompile.passes.streaming:Streaming",
+    "vertical_slash": "effcompile.passes.vertical_slash:VerticalSlash",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
 }

@@ -45,6 +45,10 @@ class SparsePrefill(Pass, abc.ABC):
 
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     family: ClassVar[str] = "sparse_attention"
+    gathers: ClassVar[bool] = False
+    """Whether it chooses single keys besides blocks."""
+    reorders: ClassVar[bool] = False
+    """Whether it lays keys in another order than that of their tokens."""
 
     def __post_init__(self) -> None:
         if self.block_size < 16 or self.block_size % 16:
@@ -58,7 +62,8 @@ class SparsePrefill(Pass, abc.ABC):
         def policy(query: Tensor, key: Tensor, *, scale: float, key_mask: Tensor | None, **options: Any) -> Tensor:
             return cls(**options).visited(query, key, scale, key_mask)
 
-        block_ops.register_policy(cls.name, policy)
+        if "name" in vars(cls):
+            block_ops.register_policy(cls.name, policy)
 
     @abc.abstractmethod
     def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
@@ -68,16 +73,37 @@ class SparsePrefill(Pass, abc.ABC):
         device, without asking the host.
         """
 
+    def is_short(self, queries: int, keys: int) -> bool:
+        """Whether a choice costs more than it saves: of few keys, or for a chunk of less than a block."""
+        return keys < self.min_length or queries < min(self.block_size, keys)
+
     def visited(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
-        """:meth:`choose`, or all blocks of few keys, or for a short chunk: lengths may be known only at the call."""
+        """:meth:`choose`, or all blocks where :meth:`is_short`, which may be known only at the call."""
         queries, keys = query.shape[2], key.shape[2]
-        if keys < self.min_length or queries < min(self.block_size, keys):
+        if self.is_short(queries, keys):
             return blocks.possible(queries, keys, self.block_size, device=key.device)
         return self.choose(query, key, scale, key_mask)
 
     def serves(self, site: AttentionSite) -> Reason | None:
         """Why this method cannot serve a site that others of its family can."""
         return None
+
+    @property
+    def method(self) -> str:
+        """The ``method`` argument of the operators that choose."""
+        return block_ops.method_text(self.name, dataclasses.asdict(self))
+
+    def operands(
+        self, graph: fx.Graph, site: AttentionSite, state: State, hidden: fx.Node | None
+    ) -> tuple[State, list[fx.Node], dict[str, Any]]:
+        """What ``attend_blocks`` gets: its state, the four lists, and keyword arguments. Emits what makes them.
+
+        ``state`` holds the keys and values of ``site`` in their order, ``hidden`` is the padding mask, if there is one.
+        """
+        made = graph.call_function(
+            torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, self.method, site.scale)
+        )
+        return state, results(graph, made, 4), {}
 
     def match(self, site: AttentionSite) -> Rewrite | Reason:
         """Attention over the blocks that the policy chooses, or why the site stays dense."""
@@ -98,6 +124,8 @@ class SparsePrefill(Pass, abc.ABC):
         if site.load is not None:
             if problem := not_this_store(site):
                 return problem
+            if self.gathers or self.reorders:
+                return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
         elif not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
             return no("mask-offset", f"{self.name} needs the queries to be the last tokens of the keys")
         # Of a store this is its room: a cache in which no prompt can be long enough.
@@ -119,7 +147,8 @@ class SparsePrefill(Pass, abc.ABC):
             text = f"blocks of {self.block_size} tokens do not hold whole groups of {form.group}"
             return no("not-supported", f"{text}; choose a block_size that is a multiple")
         dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
-        program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, blocks=True)
+        parts = {"blocks": True, "columns": self.gathers, "positions": self.reorders}
+        program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, **parts)
         device = value(site.query).device.type
         if site.load is not None and device != "cpu":
             return no(
@@ -131,27 +160,29 @@ class SparsePrefill(Pass, abc.ABC):
         def emit(graph: fx.Graph) -> fx.Node:
             ours = torch.ops.effcompile
             hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
-            method = block_ops.method_text(self.name, dataclasses.asdict(self))
             state: State
             length: Any
             if site.load is None:
                 state, length = fresh_store(graph, site)
-                made = graph.call_function(
-                    ours.select_blocks.default, (site.query, state[0], hidden, method, site.scale)
-                )
+                state, lists, more = self.operands(graph, site, state, hidden)
             else:
-                state, length = site.load.args[:6], site.load.args[6]
-                chosen = (site.query, *state, length, hidden, form.name, method, site.scale)
-                made = graph.call_function(ours.select_stored_blocks.default, chosen)
-            lists = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
+                state, length, more = site.load.args[:6], site.load.args[6], {}
+                chosen = (site.query, *state, length, hidden, form.name, self.method, site.scale)
+                lists = results(graph, graph.call_function(ours.select_stored_blocks.default, chosen), 4)
             call = graph.call_function(
                 ours.attend_blocks.default,
                 (site.query, *state, length, hidden, *lists, self.block_size, form.name, site.scale, True, -1),
+                more,
             )
             call.meta.update(site.output.meta)
             return graph.call_function(operator.getitem, (call, 0))
 
         return Rewrite(f"{self.name}_{program.name}", emit, (program,))
+
+
+def results(graph: fx.Graph, call: fx.Node, count: int) -> list[fx.Node]:
+    """The ``count`` results of an operator, each as a node."""
+    return [graph.call_function(operator.getitem, (call, i)) for i in range(count)]
 
 
 def check_share(name: str, share: float) -> None:

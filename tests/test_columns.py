@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from effcompile import lowering
 from effcompile.kernels import block_ops, blocks, columns, ops
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
@@ -212,10 +213,14 @@ def test_every_key_in_single_columns_is_dense_attention() -> None:
     torch.testing.assert_close(call.attend()[0], wanted, rtol=0, atol=2e-6)
 
 
-def test_packed_keys_are_not_gathered() -> None:
+def test_what_no_kernel_serves() -> None:
     program = Program("prefill", KVForm(4, 4), Predicate(), torch.float32, 2, 64, 64, blocks=True, columns=True)
     assert "can be gathered" in str(cpp.refusal(program))
-    assert cpp.refusal(dataclasses.replace(program, columns=False, positions=True)) is None
+    moved = dataclasses.replace(program, columns=False, positions=True)
+    assert cpp.refusal(moved) is None
+    for served in (moved, dataclasses.replace(program, form=KVForm(16, 16))):
+        assert lowering.refusal(served, "cpu") is None
+        assert "yet" in str(lowering.refusal(served, "cuda"))
 
 
 def test_programs_without_these_parts_are_as_they_were() -> None:
