@@ -144,6 +144,10 @@ def _mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return *blocks.compact(some & ~every), *blocks.compact(every)
 
 
+def _fake_mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_lists(mask, mask.shape[:2], mask.shape[2], mask.shape[3], block)
+
+
 def _attend_blocks(
     query: Tensor,
     *args: Any,
@@ -276,7 +280,7 @@ for _name, _body, _fake in (
     ("select_blocks", _select_blocks, _fake_select_blocks),
     ("select_stored_blocks", _select_stored_blocks, _fake_select_stored_blocks),
     ("attend_blocks", _attend_blocks, _fake_attend_blocks),
-    ("mask_blocks", _mask_blocks, lambda mask, block: _fake_lists(mask, mask.shape[:2], *mask.shape[2:], block)),
+    ("mask_blocks", _mask_blocks, _fake_mask_blocks),
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=ops.library)

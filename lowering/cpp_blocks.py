@@ -69,7 +69,7 @@ def attend_blocks(
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
     *strides, width = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
-    pairs = (0, 0, 0, 0)
+    pairs: tuple[int, ...] = (0, 0, 0, 0)
     if allowed is not None:
         block_ops.check_allowed(allowed, query, keys)
         allowed = allowed if allowed.stride(3) == 1 else allowed.contiguous()

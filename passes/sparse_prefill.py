@@ -147,7 +147,7 @@ class SparsePrefill(Pass, abc.ABC):
             text = f"blocks of {self.block_size} tokens do not hold whole groups of {form.group}"
             return no("not-supported", f"{text}; choose a block_size that is a multiple")
         dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
-        parts = {"blocks": True, "columns": self.gathers, "positions": self.reorders}
+        parts: dict[str, Any] = {"blocks": True, "columns": self.gathers, "positions": self.reorders}
         program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, **parts)
         device = value(site.query).device.type
         if site.load is not None and device != "cpu":
