@@ -23,8 +23,8 @@ from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import operand, root, same_size, shape, strip_copies
 
-SPREAD = 3
-"""Layers that select, where the user names none; fewer are stale, more gain little (paper)."""
+PAPERS = (0, 1, 2, 14, 22), 28
+"""The paper's layers of full attention, and of how many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Delta(PagedDecode):
     recency
         The newest tokens, in whole pages, that are always in the list: the paper's 8 pages of 16.
     full_cache_layers
-        Layers that attend to everything, by number among those with a compressed cache. None: the first two, and three
-        that select, spread evenly over the others, the first of these included. The paper places them by how much
-        attention changes from a layer to the next (0, 1, 2, 14 and 22 of 28).
+        Layers that attend to everything, by number among those with a compressed cache. None: 0, 1, 2, and those in
+        the middle and at 22/28 of the model, as in the paper's model of 28 layers. The paper places the last three by
+        how much attention changes from a layer to the next; which they are matters more than how many.
 
     Notes
     -----
@@ -78,13 +78,13 @@ class Delta(PagedDecode):
     def full(self, layers: int) -> tuple[int, ...]:
         """The layers of full attention among so many.
 
-        >>> Delta().full(28)
-        (0, 1, 2, 10, 19)
+        >>> Delta().full(28), Delta().full(64)
+        ((0, 1, 2, 14, 22), (0, 1, 2, 32, 50))
         """
         if self.full_cache_layers is not None:
             return self.full_cache_layers
-        spread = {2 + i * (layers - 2) // SPREAD for i in range(SPREAD)}
-        return tuple(sorted(i for i in {0, 1} | spread if i < layers))
+        scaled = {i if i <= 2 else i * layers // PAPERS[1] for i in PAPERS[0]}
+        return tuple(sorted(i for i in scaled if i < layers))
 
     def scores(self, step: pages.Step) -> Tensor:
         """Mass, ``[B, 1, nP]``: +inf for the newest pages, -inf where no token can be seen."""

@@ -177,7 +177,8 @@ def _annotated(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def annotated(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with annotate(self._effcompile):
+        # A copy, here and below: for that Dynamo guards which keys there are, and not only those that it has seen.
+        with annotate({**self._effcompile}):
             return type(self).forward(self, *args, **kwargs)
 
     annotated.effcompile = True  # type: ignore[attr-defined]
@@ -188,7 +189,7 @@ def _annotated_own(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same for an instance that came with a ``forward`` of its own, as accelerate's hooks leave it."""
 
     def annotated(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with annotate(self._effcompile):
+        with annotate({**self._effcompile}):
             return self._effcompile_forward(*args, **kwargs)
 
     own = inspect.signature(forward)
