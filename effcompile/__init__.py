@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
+    from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
     from effcompile.passes.compress_kv import CompressKV
     from effcompile.passes.flexprefill import FlexPrefill
+    from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
+    from effcompile.passes.layout import Chunk, Layout
     from effcompile.passes.options import (
         DecorationError,
         OptionError,
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
+    blockrank = decorator(BlockRank)
     compress_kv = decorator(CompressKV)
     flexprefill = decorator(FlexPrefill)
+    graph_kv = decorator(GraphKV)
     proxyattn = decorator(ProxyAttn)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
@@ -47,12 +52,17 @@ else:
         "Cache": "runtime.cache",
         "CacheError": "runtime.cache",
         "CapacityError": "kernels.ops",
+        "Chunk": "passes.layout",
         "DecorationError": "passes.options",
         "FormError": "kernels.form",
         "GradientError": "runtime.cache",
         "InspectError": "passes.report",
+        "Layout": "passes.layout",
         "OptionError": "passes.options",
         "Report": "passes.report",
+        "blockrank_layout": "passes.blockrank",
+        "blockrank_scores": "passes.blockrank",
+        "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
         "options_of": "passes.options",
         "remove": "passes.options",
@@ -83,15 +93,22 @@ __all__ = [
     "Cache",
     "CacheError",
     "CapacityError",
+    "Chunk",
     "DecorationError",
     "FormError",
     "GradientError",
     "InspectError",
+    "Layout",
     "OptionError",
     "Report",
     "__version__",
+    "blockrank",
+    "blockrank_layout",
+    "blockrank_scores",
     "compress_kv",
     "flexprefill",
+    "graph_kv",
+    "graph_kv_layout",
     "inspect",
     "options_of",
     "proxyattn",

@@ -98,9 +98,7 @@ def _mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tens
 def _attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     try:
-        result: tuple[Tensor, Tensor] = ops.launch(
-            "attend_blocks", query.device.type, query, *args, allowed=allowed
-        )
+        result: tuple[Tensor, Tensor] = ops.launch("attend_blocks", query.device.type, query, *args, allowed=allowed)
         return result
     except ops.KernelUnavailable:
         form, n, queries = KVForm.parse(name), int(length), query.shape[2]

@@ -60,7 +60,7 @@ def attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> t
     widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
     if len(strides) > 1 or len(widths) > 1:
         raise KernelUnavailable("partial and full lists of different shapes")
-    pairs = (0, 0, 0, 0)
+    pairs: tuple[int, ...] = (0, 0, 0, 0)
     if allowed is not None:
         block_ops.check_allowed(allowed, query, keys)
         allowed = allowed if allowed.stride(3) == 1 else allowed.contiguous()

@@ -19,7 +19,9 @@ from torch import nn
 from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
+    "blockrank": "effcompile.passes.blockrank:BlockRank",
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
+    "graph_kv": "effcompile.passes.graph_kv:GraphKV",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
     "sliding_window": "effcompile.passes.sliding_window:SlidingWindow",
     "streaming": "effcompile.passes.streaming:Streaming",
