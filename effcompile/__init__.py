@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.anchor_attention import AnchorAttention
+    from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
     from effcompile.passes.compress_kv import CompressKV
     from effcompile.passes.delta import Delta
     from effcompile.passes.flexprefill import FlexPrefill
+    from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
+    from effcompile.passes.layout import Chunk, Layout
     from effcompile.passes.options import (
         DecorationError,
         OptionError,
@@ -40,9 +43,11 @@ if TYPE_CHECKING:
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
     anchor_attention = decorator(AnchorAttention)
+    blockrank = decorator(BlockRank)
     compress_kv = decorator(CompressKV)
     delta = decorator(Delta)
     flexprefill = decorator(FlexPrefill)
+    graph_kv = decorator(GraphKV)
     pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
     quest = decorator(Quest)
@@ -57,12 +62,17 @@ else:
         "Cache": "runtime.cache",
         "CacheError": "runtime.cache",
         "CapacityError": "kernels.ops",
+        "Chunk": "passes.layout",
         "DecorationError": "passes.options",
         "FormError": "kernels.form",
         "GradientError": "runtime.cache",
         "InspectError": "passes.report",
+        "Layout": "passes.layout",
         "OptionError": "passes.options",
         "Report": "passes.report",
+        "blockrank_layout": "passes.blockrank",
+        "blockrank_scores": "passes.blockrank",
+        "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
         "options_of": "passes.options",
         "remove": "passes.options",
@@ -93,17 +103,24 @@ __all__ = [
     "Cache",
     "CacheError",
     "CapacityError",
+    "Chunk",
     "DecorationError",
     "FormError",
     "GradientError",
     "InspectError",
+    "Layout",
     "OptionError",
     "Report",
     "__version__",
     "anchor_attention",
+    "blockrank",
+    "blockrank_layout",
+    "blockrank_scores",
     "compress_kv",
     "delta",
     "flexprefill",
+    "graph_kv",
+    "graph_kv_layout",
     "inspect",
     "options_of",
     "pbs_attn",

@@ -19,9 +19,11 @@ from torch import nn
 from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
-    "delta": "effcompile.passes.delta:Delta",
     "anchor_attention": "effcompile.passes.anchor_attention:AnchorAttention",
+    "blockrank": "effcompile.passes.blockrank:BlockRank",
+    "delta": "effcompile.passes.delta:Delta",
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
+    "graph_kv": "effcompile.passes.graph_kv:GraphKV",
     "pbs_attn": "effcompile.passes.pbs_attn:PBSAttn",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
     "quest": "effcompile.passes.quest:Quest",

@@ -57,7 +57,7 @@ def _integers(graph: fx.Graph, node: fx.Node, number: int, flat: bool = False) -
             made = call(aten.reshape.default, made, [-1])
         return call(aten.add.Tensor, made, number) if number else made
 
-    return _once(graph, node, ("integers", number, flat), make)
+    return once(graph, node, ("integers", number, flat), make)
 
 
 def _bias(graph: fx.Graph, term: Added, heads: int) -> fx.Node:
@@ -75,7 +75,7 @@ def _bias(graph: fx.Graph, term: Added, heads: int) -> fx.Node:
             made = call(aten.mul.Tensor, made, term.factor)
         return made
 
-    return _once(graph, term.node, ("bias", term.factor, term.folded), make)
+    return once(graph, term.node, ("bias", term.factor, term.folded), make)
 
 
 def _sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node:
@@ -89,10 +89,10 @@ def _sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node:
         made = sinks if shape(sinks) == (heads,) else call(aten.reshape.default, sinks, [heads])
         return made if value(sinks).dtype == torch.float32 else call(aten.to.dtype, made, torch.float32)
 
-    return _once(graph, sinks, ("sinks",), make)
+    return once(graph, sinks, ("sinks",), make)
 
 
-def _once(
+def once(
     graph: fx.Graph, source: fx.Node, what: tuple[Any, ...], make: Callable[[Callable[..., fx.Node]], fx.Node]
 ) -> fx.Node:
     """What ``make`` makes of ``source``, right behind it; the same node for the same question."""

@@ -38,7 +38,7 @@ def unsupported(site: AttentionSite) -> Reason | None:
         return Reason("not-supported", text, site.source)
     if len(set(_dtypes(site))) > 1:
         return Reason("mixed-dtypes", mixed_dtypes(site), site.source)
-    if torch.is_grad_enabled() and query.requires_grad:
+    if torch.is_grad_enabled() and any(map(_wants_gradient, site.anchor.graph.find_nodes(op="placeholder"))):
         text = "gradients are needed and attention over a store has none; use torch.no_grad()"
         return Reason("gradients", text, site.source)
     return None
@@ -85,6 +85,11 @@ def _ends_here(total: Any, offset: Any, queries: Any) -> bool:
 
 def _reads(node: fx.Node) -> bool:
     return not list(mutated_arguments(node)) and not is_call(node, torch.ops.effcompile.kv_store.default)
+
+
+def _wants_gradient(placeholder: fx.Node) -> bool:
+    """Whether an input of the graph has gradients. Fake values have none: tracing detaches them."""
+    return bool(getattr(placeholder.meta.get("example_value"), "requires_grad", False))
 
 
 def mixed_dtypes(site: AttentionSite) -> str:

@@ -249,7 +249,10 @@ def _padding(mask: Tensor, cache: Cache) -> Tensor | None:
     if cache.compressed[0].fresh:
         return None if bool(mask.all()) else mask
     short = cache.capacity - mask.shape[1]
-    return nn.functional.pad(mask, (0, short)) if short > 0 else mask
+    padded = nn.functional.pad(mask, (0, short)) if short > 0 else mask.clone()
+    # After a prompt with a 4-D mask Dynamo would take each size of this one for a symbol, and nothing could be proved.
+    torch._dynamo.mark_static(padded)
+    return padded
 
 
 def _all_tokens(cache: Cache, batch: int, count: int) -> Tensor | None:
