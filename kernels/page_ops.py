@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcompile.kernels import attention, blocks, ops, pages, quantize
+from effcompile.kernels import attention, blocks, observe, ops, pages, quantize
 from effcompile.kernels.block_ops import method_options
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
@@ -155,3 +155,14 @@ for _name, _body, _fake in (
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=ops.library)
+
+
+def _everything(query: Tensor, *args: Any, table: Tensor | None = None) -> observe.Arguments:
+    """The arguments of ``attend_pages`` with every page listed."""
+    *state, length, key_mask, _listed, _counts, page, name, scale = args
+    every = torch.arange(blocks.count_blocks(int(length), page), dtype=torch.int32, device=query.device)
+    counts = torch.full((1, 1), len(every), dtype=torch.int32, device=query.device)
+    return (query, *state, length, key_mask, every[None, None], counts, page, name, scale), {"table": table}
+
+
+observe.register(torch.ops.effcompile.attend_pages.default, _everything)

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from test_block_lists import ATTEND, CALLS, Call
+from test_pages import PAGES, Paged, program
 from test_sparse_chunks import in_chunks, llama  # noqa: F401  (a fixture)
+from test_sparse_methods import FAMILY, LEAST
 
 import effcompile as ec
 from effcompile.kernels import block_ops, blocks, observe, ops
+from effcompile.kernels.form import KVForm
+from effcompile.passes import base
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 
@@ -40,6 +44,44 @@ def test_against_a_map_of_pairs(name: str, reference: bool) -> None:
     assert 0.02 < seen.sum() / may.sum() < 0.98
     torch.testing.assert_close(found[0], (seen.sum() / may.sum()).double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1], kept, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", [KVForm(16, 16), KVForm(4, 4, 32, 64)], ids=lambda form: form.name)
+def test_pages(form: KVForm) -> None:
+    call = Paged(program(form, pad=True), 333, 1)
+    lists = call.lists(32)
+    seen, may = (
+        x.repeat_interleave(3, 1) & call.mask[:, None, :333]  # type: ignore[index]
+        for x in (call.listed(32, lists), torch.ones(2, 2, 333, dtype=torch.bool))
+    )
+    kept = (call.exact(call.listed(32, lists))[1] - call.exact(torch.ones(2, 2, 333, dtype=torch.bool))[1]).exp()
+    args = (call.query, *call.state, torch.tensor(333), call.mask, *lists, 32, form.name, call.scale)
+    found = observe.observe(PAGES, args, {}, call.attend_pages(32, lists)[1])
+    assert 0.1 < seen.sum() / may.sum() < 0.9
+    torch.testing.assert_close(found[0], (seen.sum() / may.sum()).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], kept.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_method_is_told_to_visit_everything(name: str, llama: Any, no_inductor: list[Any]) -> None:  # noqa: F811
+    """At its limit a method keeps all, and at its least something else: columns and moved keys are in the count."""
+    for options, whole in ((base.get(name).limit, True), (LEAST[name], False)):
+        torch._dynamo.reset()
+        llama._compiled_call_impl = None
+        ec.sparse_attention(name, min_length=0, block_size=64, **options)(llama)
+        llama.compile(backend="effcompile", options={"verify": True})
+        in_chunks(llama, sizes=(400,), key_bits=16, value_bits=16)
+        found = [d for d in ec.inspect(llama).decisions if d.form.startswith(name)]
+        assert len(found) == 2
+        for d in found:
+            assert d.density is not None
+            assert d.kept is not None
+            if whole:
+                assert d.density == pytest.approx(1, abs=1e-6)
+                assert d.kept == pytest.approx(1, abs=1e-6)
+            else:
+                assert 0.1 < d.density < 0.9
+                assert 0.1 < d.kept < 0.99
 
 
 def test_the_report_shows_them(llama: Any, no_inductor: list[Any]) -> None:  # noqa: F811

@@ -122,11 +122,11 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
   if constexpr (gathers)
     for (int64_t h = 0; h < heads; ++h) {
       int64_t count;
+      const int32_t* at;
       const int64_t query_head = head % a.groups * P::ratio + r + h;
       const uint8_t* mine = marks + h * b.columns;
       const auto& lists = behind<ColumnArgs>(b);
-      const int32_t* at = read_columns(lists, head / a.groups, query_head, row, mine, b.block, length, count);
-      if (!at) return false;
+      if (!read_columns(lists, head / a.groups, query_head, row, mine, b.block, length, at, count)) return false;
       for (int64_t t = 0; t < count; t += BK, at += BK) {
         const int64_t n = least(BK, count - t);
         gather_tiles<P>(keys, values, at, n, key, BK, value);

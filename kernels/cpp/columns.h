@@ -31,17 +31,17 @@ inline void hide_at(float* s, const int32_t* at, int64_t n, Visible<P> seen, con
   }
 }
 
-// The columns of a head for a query block; null if one is not there, does not follow the one before, or lies in a block
+// The columns of a head for a query block; false if one is not there, does not follow the one before, or lies in a block
 // that `marks` says is visited, so that its key would count twice.
-inline const int32_t* read_columns(const ColumnArgs& c, int64_t batch, int64_t head, int64_t row, const uint8_t* marks,
-                                   int64_t block, int64_t length, int64_t& count) {
+inline bool read_columns(const ColumnArgs& c, int64_t batch, int64_t head, int64_t row, const uint8_t* marks, int64_t block,
+                         int64_t length, const int32_t*& at, int64_t& count) {
   const int64_t list = batch * c.stride[0] + head * c.stride[1] + row / c.span;
-  const int32_t* at = c.columns + list * c.room;
+  at = c.columns + list * c.room;
   count = c.counts[list];
-  if (count < 0 || count > c.room) return nullptr;
+  if (count < 0 || count > c.room) return false;
   for (int64_t i = 0, before = -1; i < count; before = at[i++])
-    if (at[i] <= before || at[i] >= length || marks[at[i] / block]) return nullptr;
-  return at;
+    if (at[i] <= before || at[i] >= length || marks[at[i] / block]) return false;
+  return true;
 }
 
 // The keys at[0, n), transposed as key_tile gives them, and their values as rows of EP.
