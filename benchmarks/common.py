@@ -36,6 +36,8 @@ class Side:
     static: bool = False
     dynamic: bool | None = None
     bits: tuple[int, int] | None = None
+    sparse: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+    """A method for prompts, and its options."""
 
     def model(self) -> Any:
         """A model of this side. All share one set of weights, so that many can be held at a time."""
@@ -46,6 +48,10 @@ class Side:
             import effcompile as ec
 
             ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1])(model)
+        if self.sparse:
+            import effcompile as ec
+
+            ec.sparse_attention(self.sparse[0], **dict(self.sparse[1]))(model)
         if self.backend:
             model.compile(backend=self.backend, dynamic=self.dynamic)
         return model
@@ -69,7 +75,13 @@ INDUCTOR_STATIC = Side("Inductor static", "inductor", static=True)
 OURS_16 = Side("effcompile 16 bits", "effcompile", bits=(16, 16))
 K8V8 = Side("effcompile K8V8", "effcompile", bits=(8, 8))
 K4V4 = Side("effcompile K4V4", "effcompile", bits=(4, 4))
-SIDES = {side.name: side for side in (EAGER, INDUCTOR_DYNAMIC, INDUCTOR_STATIC, OURS_16, K8V8, K4V4)}
+SPARSE = Side(
+    "effcompile xattention .95/8",
+    "effcompile",
+    bits=(16, 16),
+    sparse=("xattention", (("threshold", 0.95), ("stride", 8))),
+)
+SIDES = {side.name: side for side in (EAGER, INDUCTOR_DYNAMIC, INDUCTOR_STATIC, OURS_16, K8V8, K4V4, SPARSE)}
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import formats
 import peers
 import prefill
 import quality
+import sparse
 import steady
 from common import HERE, Measured, console, machine, markdown, say, table
 
@@ -33,6 +34,11 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "formats": ("Few bits, nothing left unquantised", formats.run),
     "passkey": ("Pass keys", quality.passkey),
     "prefill": ("Prefill", prefill.run),
+    "lists": ("Attention over block lists", sparse.lists),
+    "choices": ("What methods choose", sparse.choices),
+    "loss": ("What methods lose", sparse.loss),
+    "pages": ("Decoding over pages", sparse.pages),
+    "prompt": ("A long prompt, sparse", sparse.prompt),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),

@@ -9,8 +9,9 @@ from typing import Any, Union
 
 import pytest
 import torch
-from test_sparse_methods import heads, keep_of, official, pairs_of
+from test_sparse_methods import heads, keep_of, llama, official, pairs_of  # noqa: F401  (a fixture)
 from torch import Tensor, fx
+from transformers import LlamaForCausalLM
 
 import effcompile as ec
 from effcompile.kernels import block_ops, blocks, columns, estimate, ops
@@ -20,7 +21,7 @@ from effcompile.passes.pbs_attn import PBSAttn, in_order
 from effcompile.passes.sites import DENSE
 from effcompile.passes.sparse_columns import SparseColumns
 from effcompile.passes.sparse_prefill import SparsePrefill
-from effcompile.passes.vertical_slash import PROBED, VerticalSlash
+from effcompile.passes.vertical_slash import PROBED, VerticalSlash, crossed, strongest
 
 ATTEND = torch.ops.effcompile.attend_blocks.default
 SELECT = torch.ops.effcompile.select_columns.default
@@ -44,6 +45,12 @@ def attention(method: SparsePrefill, query: Tensor, key: Tensor, *rest: Any) -> 
     graph.output(graph.call_function(ATTEND, args, more))
     out: Tensor = fx.GraphModule({}, graph)(query, key, *rest, torch.tensor(key.shape[2]))[0]
     return out
+
+
+def picked(method: SparseColumns, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The columns of each list: bool ``[B, H, nR, S]``."""
+    _, made, counts = method.pick(query, key, query.shape[3] ** -0.5, mask)
+    return columns.listed(made, counts, key.shape[2])
 
 
 def causal(queries: int, keys: int) -> Tensor:
@@ -77,6 +84,35 @@ def test_each_pair_counts_once(name: str, case: str, queries: int, padding: int)
         pairs = pairs & mask[:, None, None]
     count = share * pairs.sum(-1, keepdim=True)
     torch.testing.assert_close(count, pairs.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_padding_moves_a_choice(name: str) -> None:
+    """Padding of whole super-blocks, and logits so far apart that some weights are 0, as those of hidden keys are."""
+    query, key = heads(1, 4, 500, 16) * 20, heads(1, 2, 500, 16, seed=1)
+    method: Any = base.get(name)(block_size=32, **METHODS[name])
+    padded = [torch.cat([heads(1, x.shape[1], 96, 16, seed=5), x], 2) for x in (query, key)]
+    mask = torch.arange(596)[None] >= 96
+    alone, moved = pairs_of(method, query, key), pairs_of(method, *padded, mask)
+    assert torch.equal(moved[:, :, 96:, 96:], alone)
+    if isinstance(method, SparseColumns):
+        assert not picked(method, *padded, mask)[..., :96].any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_hidden_tokens_hold_does_not_matter(name: str) -> None:
+    """Padding in front, and holes: other queries and keys there leave every other token's choice as it was."""
+    method: Any = base.get(name)(block_size=32, **METHODS[name])
+    mask = torch.rand(2, 500) < 0.8
+    mask[0, :40], mask[1, 200:300] = False, False
+    seen = []
+    for seed in (2, 3):
+        query, key = heads(2, 4, 500, 16) * 3, heads(2, 2, 500, 16, seed=1)
+        query, key = (torch.where(mask[:, None, :, None], x, heads(*x.shape, seed=seed) * 9) for x in (query, key))
+        pairs = pairs_of(method, query, key, mask)
+        seen.append(pairs & mask[:, None, None] & mask[:, None, :, None])
+    assert torch.equal(*seen)
+    assert 0.05 < seen[0].float().mean() < 0.3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -135,6 +171,29 @@ def test_operators_keep_torchs_contract() -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["vertical_slash", pytest.param("anchor_attention", marks=pytest.mark.slow), "pbs_attn"]
+)
+def test_prompts_of_several_lengths(name: str, llama: LlamaForCausalLM, no_inductor: list[Any]) -> None:  # noqa: F811
+    """At the limit the model is the model, in graphs whose sizes become symbols, with padding and without."""
+    try:
+        ec.sparse_attention(name, min_length=64, block_size=32, **base.get(name).limit)(llama)
+        compiled = torch.compile(llama, backend="effcompile")
+        for length, padding in ((300, 0), (333, 50), (401, 50)):
+            ids = torch.randint(0, 60, (2, length))
+            mask = torch.ones_like(ids)
+            mask[0, :padding] = 0
+            with torch.no_grad():
+                out, expected = (m(ids, attention_mask=mask, use_cache=False).logits for m in (compiled, llama))
+            torch.testing.assert_close(out[1], expected[1], rtol=0, atol=2e-5)
+            torch.testing.assert_close(out[0, padding:], expected[0, padding:], rtol=0, atol=2e-5)
+        forms = [d.form for d in ec.inspect(llama).decisions if d.action == "rewritten"]
+    finally:
+        ec.remove(llama)
+    assert forms
+    assert all(form.startswith(name) for form in forms)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "said"),
     [
         ("vertical_slash", {"vertical": -1}, "0 or more"),
@@ -175,6 +234,22 @@ def test_vertical_slash_is_its_definition() -> None:
                     pairs[h, mine.start : mine.stop, begin : begin + block] = True
             pairs[h, mine.start : mine.stop, columns_] = True
     assert torch.equal(pairs_of(method, query, key)[0], pairs & causal(queries, keys))
+    # No list names keys behind its last query: they would be gathered and hidden.
+    last = (keys - queries + (torch.arange(5) + 1) * block - 1).clamp(max=keys - 1)
+    assert not (picked(method, query, key)[0] & (torch.arange(keys) > last[:, None])).any()
+
+
+def test_blocks_that_a_distance_crosses() -> None:
+    """Against loops, with few distances, so that one at either end of a block's range is often the only one."""
+    for queries, keys in ((50, 83), (83, 83), (64, 64)):
+        slash = torch.rand(40, keys) < 0.02
+        found = crossed(slash, queries, keys, 16)
+        for i in range(found.shape[1]):
+            for j in range(found.shape[2]):
+                mine = range(keys - queries + i * 16, keys - queries + min(queries, i * 16 + 16))
+                theirs = range(j * 16, min(keys, j * 16 + 16))
+                distances = sorted({q - k for q in mine for k in theirs if q >= k})
+                assert torch.equal(found[:, i, j], slash[:, distances].any(-1))
 
 
 def test_every_column_is_every_pair() -> None:
@@ -202,8 +277,6 @@ def test_vertical_slash_is_the_official_choice() -> None:
     self = SimpleNamespace(head_dim=64, best_pattern=pattern, config=SimpleNamespace(to_dict=dict))
     query, key = heads(1, 1, 1000, 64) * 2, heads(1, 1, 1000, 64, seed=1)
     names["gather_last_q_vertical_slash_topk_v4"](self, query, key, key, 0)
-    from effcompile.passes.vertical_slash import strongest
-
     vertical, slash = strongest(query, key, 0.125, None, 100, 300)
     assert vertical.flatten().tolist() == sorted(given[0].flatten().tolist())
     assert slash[0, 0].nonzero().flatten().tolist() == sorted(given[1].flatten().tolist())
@@ -212,28 +285,28 @@ def test_vertical_slash_is_the_official_choice() -> None:
 # AnchorAttention's card.
 
 
-def picked(method: SparseColumns, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The columns of each list: bool ``[B, H, nR, S]``."""
-    _, made, counts = method.pick(query, key, query.shape[3] ** -0.5, mask)
-    return columns.listed(made, counts, key.shape[2])
-
-
-def test_anchor_attention_is_its_definition() -> None:
-    """Against loops over super-blocks, for lengths that are whole numbers of nothing."""
+@pytest.mark.parametrize("hidden", [(), (*range(40), *range(150, 230))])
+def test_anchor_attention_is_its_definition(hidden: tuple[int, ...]) -> None:
+    """Against loops over super-blocks, for lengths that are whole numbers of nothing, and with hidden tokens."""
     length, block, step, theta = 301, 32, 2, 1.5
     query, key = heads(1, 2, length, 16) * 3, heads(1, 1, length, 16, seed=1)
-    found = picked(AnchorAttention(block_size=block, theta=theta, step=step), query, key)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    mask[0, list(hidden)] = False
+    method = AnchorAttention(block_size=block, theta=theta, step=step)
+    found = picked(method, query, key, mask if hidden else None)
+    first = block if hidden else 0  # where the first block with a token begins
     for h in range(2):
         logits = query[0, h] @ key[0, 0].T * 0.25
         for g in range(-(-length // (step * block))):
             begin, wanted = g * step * block, torch.zeros(length, dtype=torch.bool)
             for start in range(begin, min(length, begin + step * block), block):
-                rows = range(start, min(length, start + block))
-                top = [max(logits[i, j].item() for j in range(i + 1) if j < block or j >= begin) for i in rows]
-                mean = logits[rows.start : rows.stop].mean(0)
-                wanted[:begin] |= mean[:begin] + theta >= sum(top) / len(top)
-            wanted[:block] = False
-            assert torch.equal(found[0, h, g], wanted)
+                rows = [i for i in range(start, min(length, start + block)) if mask[0, i]]
+                near = [j for j in range(length) if (first <= j < first + block or j >= begin) and mask[0, j]]
+                top = [max(logits[i, j].item() for j in near if j <= i) for i in rows]
+                if rows:
+                    wanted[:begin] |= logits[rows].mean(0)[:begin] + theta >= sum(top) / len(top)
+            wanted[first : first + block] = False
+            assert torch.equal(found[0, h, g], wanted & mask[0])
 
 
 @pytest.mark.parametrize("theta", [0.5, 3.0])
@@ -309,18 +382,6 @@ def test_slabs_and_shared_masks_do_not_change_columns(monkeypatch: pytest.Monkey
     assert torch.equal(picked(method, query, key, mask), whole)
 
 
-def test_padding_by_super_blocks_moves_columns() -> None:
-    query, key = heads(1, 4, 500, 16) * 3, heads(1, 2, 500, 16, seed=1)
-    method = AnchorAttention(block_size=32, theta=1.5, step=2)
-    alone = picked(method, query, key)
-    padded = [torch.cat([heads(1, x.shape[1], 128, 16, seed=5), x], 2) for x in (query, key)]
-    mask = torch.arange(628)[None] >= 128
-    moved = picked(method, *padded, mask)
-    assert torch.equal(moved[:, :, 2:, 128:], alone)
-    assert not moved[:, :, :2].any()
-    assert not moved[..., :128].any()
-
-
 # PBS-Attn's card.
 
 
@@ -338,7 +399,7 @@ def test_keys_move_within_whole_segments() -> None:
 
 def test_hidden_keys_are_not_seen_in_another_order() -> None:
     """Holes in the mask: their slots are the same for all heads, and what was hidden is what is hidden."""
-    query, key = heads(2, 4, 500, 32) * 2, heads(2, 2, 500, 32, seed=1)
+    query, key = heads(2, 4, 500, 32) * 40, heads(2, 2, 500, 32, seed=1)  # some weigh nothing, as hidden ones do
     mask = torch.rand(2, 500) < 0.7
     order = PBSAttn(block_size=32, segment=128).order(query, key, 0.2, mask)
     slots = mask[:, None].expand(2, 2, -1).gather(2, order)
