@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import effcompile as ec
+from effcompile import lowering
 from effcompile.kernels import block_ops
 from effcompile.passes import base
 
@@ -94,3 +97,28 @@ def test_choosing_blocks_does_not_wait(name: str, padded: bool) -> None:
         choose = functools.partial(block_ops._select_blocks, query, key, mask, method, 0.125)
         assert waits(choose) == []
         assert [tuple(x.shape) for x in choose()] == [(2, 8, 24), (2, 8, 24, 24)] * 2
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_site_is_taken_where_a_kernel_is(
+    kernels: bool, no_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model on the meta device, which has the GPU's kernels here, or none; the compiled model does not wait."""
+    if kernels:
+        refusal = lowering.refusal
+        monkeypatch.setattr(lowering, "refusal", lambda program, _: refusal(program, "cuda"))
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=64, vocab_size=60, head_dim=64)  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
+        ids, mask = torch.zeros(2, 300, dtype=torch.int64), torch.ones(2, 300, dtype=torch.int64)
+    ec.xattention(min_length=64)(model)
+    with torch.no_grad():
+        torch.compile(model, backend="effcompile")(ids, attention_mask=mask, use_cache=False)
+    found = [(d.action, d.reason and d.reason.text) for d in ec.inspect(model).decisions]
+    assert found == [("rewritten", None) if kernels else ("left", "no kernels are generated for 'meta'")]
+    if not kernels:
+        return
+    (graph,) = no_inductor
+    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    assert waits(lambda: graph(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs))) == []

@@ -154,6 +154,17 @@ class TestInterpreted:
         wanted, _ = attend(call.query, call.key, call.value, seen, call.rest[1], torch.float32)
         torch.testing.assert_close(out, wanted, rtol=0, atol=2e-6)
 
+    def test_a_cut_block_that_is_not_last_is_nan(self) -> None:
+        """Full lists ascend; one that does not would have keys counted that are not there."""
+        call = made(PLAIN)
+        keep = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+        call.lists = blocks.lists(keep, keep, 64)
+        assert call.lists.full_kv_indices is not None
+        call.lists.full_kv_indices[0, 0, 1] = torch.tensor([0, 2, 1])
+        out, _ = launch(call)
+        assert out[:, :, 64:128].isnan().all()
+        assert not out[:, :, :64].isnan().any()
+
     def test_no_block_is_no_key(self) -> None:
         call = made(PLAIN)
         call.lists = blocks.lists(torch.zeros(1, 1, 3, 3, dtype=torch.bool), None, 64)
