@@ -1,4 +1,4 @@
-"""The examples that need something beside this package."""
+"""The examples that do more than a few lines, or need something beside this package."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def test_lm_eval_finds_the_pass_keys(capsys: pytest.CaptureFixture[str]) -> None
     assert ["dense", "1.0"] in lines
     assert ["4-bit", "cache", "1.0"] in lines
     assert any(line[:6] == ["60", "of", "60", "sites", "rewritten", "in"] for line in lines)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_beside_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    load("long_prompt").main(1000)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    (_, dense), (_, sparse) = ((r[1].strip(), [cell.strip() for cell in r[2:-1]]) for r in rows[:2])
+    assert dense[1:3] == ["1", "1"]
+    assert 0.2 < float(sparse[1]) < 0.95
+    assert 0.8 < float(sparse[2]) < 1
+    assert dense[3].startswith("71432")
+    assert sparse[3].startswith("71432")
+    assert float(dense[4]) < float(sparse[4]) * 1.001 < float(dense[4]) * 1.2
