@@ -30,12 +30,12 @@ def row(name: str, model, tokenizer, tokens: int) -> list[str]:
     with torch.no_grad():
         logits = model(text, use_cache=False).logits[0, :-1].float()
     perplexity = math.exp(torch.nn.functional.cross_entropy(logits, text[0, 1:]).item())
+    # The first graph is the prompt's; the text makes another.
     sites = [d for d in ec.inspect(model).decisions if d.density is not None]
-    of_prompt = [d for d in sites if d.graph == min(site.graph for site in sites)]
-    shares = [
-        f"{sum(getattr(d, what) for d in of_prompt) / len(of_prompt):.3f}" if sites else "1"
-        for what in ("density", "kept")
-    ]
+    sites = [d for d in sites if d.graph == sites[0].graph]
+    shares = ["1", "1"]
+    if sites:
+        shares = [f"{statistics.mean(getattr(d, what) for d in sites):.3f}" for what in ("density", "kept")]
     answer = tokenizer.decode(run.new_tokens[0]).strip()
     return [name, f"{1e3 * run.first:,.0f}", *shares, answer, f"{perplexity:.2f}"]
 
