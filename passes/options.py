@@ -29,7 +29,7 @@ from torch import nn
 from torch.fx.traceback import annotate
 
 from effcompile.passes.base import REGISTRY, Pass, accepts, fields_of, get, type_name
-from effcompile.runtime.rules import depth
+from effcompile.runtime.rules import depth, nearest
 
 PREFIX = "effcompile."
 """Of every annotation key: ``effcompile.compress_kv``."""
@@ -49,12 +49,7 @@ class DecorationError(TypeError):
 
 def unknown(what: str, name: object, offered: Iterable[str], where: str) -> OptionError:
     """The error for a name that is not offered: the nearest ones, or all."""
-    offered = list(offered)
-    near = difflib.get_close_matches(str(name), offered, n=3, cutoff=0.5)
-    if near:
-        return OptionError(f"{where}: unknown {what} {name!r}; nearest: {', '.join(near)}.")
-    listed = ", ".join(offered) if len(offered) <= 20 else f"{', '.join(offered[:20])}, and {len(offered) - 20} more"
-    return OptionError(f"{where}: unknown {what} {name!r}; offered: {listed}.")
+    return OptionError(f"{where}: unknown {what} {name!r}; {nearest(str(name), offered)}.")
 
 
 def build(cls: type[Pass], given: Mapping[str, Any], where: str) -> Pass:

@@ -76,7 +76,7 @@ def parse(rules: Rules, base: KVForm) -> tuple[FormRule, ...]:
             raise FormError(f"{where}: a rule is named by a pattern of module paths, such as 'model.layers.*'.")
         for name in options:
             if name not in offered:
-                raise FormError(f"{where}: unknown option {name!r}; {_nearest(str(name), offered)}.")
+                raise FormError(f"{where}: unknown option {name!r}; {nearest(str(name), offered)}.")
         try:
             found.append(FormRule(pattern, KVForm.of_options({**offered, **options})))
         except FormError as wrong:
@@ -84,9 +84,13 @@ def parse(rules: Rules, base: KVForm) -> tuple[FormRule, ...]:
     return tuple(found)
 
 
-def _nearest(name: str, offered: Iterable[str]) -> str:
+def nearest(name: str, offered: Iterable[str]) -> str:
+    """The end of a message about a name that is not offered: the nearest ones, or all."""
+    offered = list(offered)
     near = difflib.get_close_matches(name, sorted(offered), n=3, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else f"offered: {', '.join(list(offered)[:20]) or 'none'}"
+    if near:
+        return f"nearest: {', '.join(near)}"
+    return f"offered: {', '.join(offered[:20]) or 'none'}" + f", and {len(offered) - 20} more" * (len(offered) > 20)
 
 
 def choose(rules: Iterable[FormRule], path: str) -> tuple[int, FormRule | None]:
@@ -118,7 +122,7 @@ def check(rules: Iterable[FormRule], module: nn.Module, compressed: Iterable[int
         if not named:
             raise FormError(
                 f"rule {rule.pattern!r} names no layer of {type(module).__name__} that has a cache; "
-                f"{_nearest(rule.pattern, around)}."
+                f"{nearest(rule.pattern, around)}."
             )
         if compressed is not None and not named & set(compressed):
             raise FormError(
