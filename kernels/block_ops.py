@@ -173,7 +173,7 @@ def of(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None,
 for _name, _body, _fake in (
     ("select_blocks", _select_blocks, _fake_select_blocks),
     ("attend_blocks", _attend_blocks, _fake_attend_blocks),
-    ("mask_blocks", _mask_blocks, lambda mask, block: _fake_lists(mask, mask.shape[:2], *mask.shape[2:], block)),
+    ("mask_blocks", _mask_blocks, lambda x, block: _fake_lists(x, x.shape[:2], x.shape[2], x.shape[3], block)),
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=ops.library)
