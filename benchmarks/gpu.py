@@ -22,15 +22,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from effcompile.kernels import attention, cost, ops, quantize
+from effcompile.kernels import attention, block_ops, blocks, cost, ops, quantize
+from effcompile.kernels.blocks import BLOCK
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program
 from effcompile.lowering import triton as lowering
+from effcompile.passes import base
+from effcompile.passes.sparse_prefill import SparsePrefill
 
 HEADS, GROUPS, SIZE = 32, 8, 128
 FORMS = [KVForm(16, 16), KVForm(8, 8), KVForm(4, 4)]
 DECODE = [(batch, length) for batch in (1, 16) for length in (4096, 32768, 131072)]
 PREFILL = [(4096, 4096), (2048, 32768)]
+SPARSE, DENSITIES = (8192, 32768, 131072), (0.1, 0.25, 0.5, 1.0)
 PEAKS = {"A100 80GB": (2.039, 312), "H100 SXM": (3.35, 989), "H200": (4.8, 989), "B200": (8.0, 2250)}
 """Published memory bandwidth in TB/s and dense bf16 TFLOP/s: for ``--paper`` only."""
 RESULTS = Path(__file__).parent / "results"
@@ -115,6 +119,10 @@ def check(console: Console) -> list[dict[str, Any]]:
                 if form.value_bits != 16 and size % form.group:
                     continue
                 found.append(check_one(form, dtype, size, queries, length))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size, block, queries, keys in ((128, 128, 700, 700), (64, 64, 300, 1000), (96, 48, 500, 500)):
+            found.append(check_blocks(dtype, size, block, queries, keys))
+    found += [check_choice(name) for name in base.REGISTRY if issubclass(base.get(name), SparsePrefill)]
     failed = [row for row in found if not row["ok"]]
     console.print(f"checked {len(found)} programs against the reference: {len(found) - len(failed)} agree")
     for row in failed:
@@ -151,23 +159,151 @@ def check_one(form: KVForm, dtype: torch.dtype, size: int, queries: int, length:
     low = rounded_attention(query, k, v, size**-0.5, dtype)
     error = (out.cpu().double() - best).abs().max().item()
     lost = (low.double() - best).abs().max().item()
-    # At most twice what PyTorch in the model's dtype loses, one rounding of the output, and of each fp32 score.
-    score = query.double().norm(dim=-1).amax().item() * k.double().norm(dim=-1).amax().item() * size**-0.5
-    budget = 2 * lost + torch.finfo(dtype).eps * best.abs().max().item()
-    budget += 3 * 2.0**-24 * score * v.abs().max().item()
+    budget = budget_of(query, k, v, best, lost)
     return {"form": form.name, "dtype": str(dtype), "size": size, "queries": queries, "length": length,
             "same_bits": same, "max_error": error, "budget": budget, "ok": same and error <= budget}  # fmt: skip
 
 
+def budget_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, best: torch.Tensor, lost: float) -> float:
+    """At most twice what PyTorch in the model's dtype loses, one rounding of the output, and of each fp32 score."""
+    score = query.double().norm(dim=-1).amax().item() * key.double().norm(dim=-1).amax().item()
+    score *= query.shape[-1] ** -0.5
+    rounding = torch.finfo(query.dtype).eps * best.abs().max().item()
+    return 2 * lost + rounding + 3 * 2.0**-24 * score * value.abs().max().item()
+
+
+def random_lists(heads: int, queries: int, keys: int, block: int, density: float, device: str) -> blocks.BlockLists:
+    """Lists of about ``density`` of the causal blocks, different in each head; the diagonal is always there."""
+    rows, columns = blocks.count_blocks(queries, block), blocks.count_blocks(keys, block)
+    keep = torch.rand(1, heads, rows, columns, device=device) < density
+    keep = (keep | blocks.own(queries, keys, block, device=device)) & blocks.possible(
+        queries, keys, block, device=device
+    )
+    return blocks.lists(keep, blocks.whole(queries, keys, block, device=device), block)
+
+
+def check_blocks(
+    dtype: torch.dtype, size: int, block: int, queries: int, keys: int, device: str = "cuda"
+) -> dict[str, Any]:
+    """The kernel over block lists against attention in fp64, and a wrong list, whose rows are NaN."""
+    torch.manual_seed(0)
+    key, value = (torch.randn(1, 2, keys, size).to(dtype) for _ in range(2))
+    query = torch.randn(1, queries, 8, size).to(dtype).transpose(1, 2)
+    lists = random_lists(8, queries, keys, block, 0.3, device)
+    state = (key.to(device), None, None, value.to(device), None, None)
+    rest = ("k16v16g32r128", size**-0.5, True, -1)
+    length = torch.tensor(keys, device=device)
+    out, _ = lowering.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
+    listed = blocks.tokens(lists.keep().cpu(), queries, keys, block)
+    best = rounded_attention(query, key, value, size**-0.5, torch.float64, listed)
+    low = rounded_attention(query, key, value, size**-0.5, dtype, listed)
+    error = (out.cpu().double() - best).abs().max().item()
+    budget = budget_of(query, key, value, best, (low.double() - best).abs().max().item())
+    lists.kv_indices[0, 3, 1, 0] = 10**9
+    wrong, _ = lowering.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
+    loud = bool(wrong[0, 3, block : 2 * block].isnan().all()) and int(wrong.isnan().any(-1).sum()) <= block
+    return {"form": f"blocks of {block}", "dtype": str(dtype), "size": size, "queries": queries, "length": keys,
+            "loud": loud, "max_error": error, "budget": budget, "ok": loud and error <= budget}  # fmt: skip
+
+
+def check_choice(name: str, device: str = "cuda") -> dict[str, Any]:
+    """A method chooses the same blocks as on the CPU, but for rounding, and nothing waits for the device."""
+    query, key, _ = local_tokens(1, 4096, device)
+    method = block_ops.method_text(name, dataclasses.asdict(base.get(name)()))
+    choose = torch.ops.effcompile.select_blocks.default
+    choose(query, key, None, method, SIZE**-0.5)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = choose(query, key, None, method, SIZE**-0.5)
+        waited = ""
+    except RuntimeError as error:
+        waited = str(error)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    if waited:
+        return {"form": f"choice of {name}", "waited": waited, "ok": False}
+    here = choose(query.cpu(), key.cpu(), None, method, SIZE**-0.5)
+    maps = [blocks.BlockLists(*lists, BLOCK).keep().cpu() for lists in (made, here)]
+    differ = (maps[0] != maps[1]).float().mean().item()
+    return {"form": f"choice of {name}", "blocks_that_differ": differ, "ok": differ < 0.01}
+
+
+def local_tokens(batch: int, count: int, device: str) -> list[torch.Tensor]:
+    """Queries, keys and values in bf16; queries attend to blocks of their own topic, near and far, most."""
+    parts = blocks.count_blocks(count, BLOCK)
+    topics = torch.randn(16, SIZE, device=device)
+    topic = topics[torch.randint(0, 16, (batch, 1, parts), device=device)].repeat_interleave(BLOCK, 2)[:, :, :count]
+    made = [torch.randn(batch, h, count, SIZE, device=device) for h in (HEADS, GROUPS, GROUPS)]
+    return [(x + 1.2 * topic * (i < 2)).bfloat16() for i, x in enumerate(made)]
+
+
+def sparse_rows(gemm: float, lengths: tuple[int, ...] = SPARSE, device: str = "cuda") -> list[Row]:
+    """The kernel over random blocks of some densities, XAttention's choice and the kernel over it, and dense SDPA.
+
+    The limit is the FLOPs of the visited blocks, and of the products of folds that choose them, at the rate of a GEMM.
+    """
+    rows = []
+    for count in lengths:
+        query, key, value = local_tokens(1, count, device)
+        length, scale = torch.tensor(count, device=device), SIZE**-0.5
+        rest = (FORMS[0].name, scale, True, -1)
+        whole = 1e6 * call_cost(FORMS[0], 1, count, count).flops / gemm
+
+        def attend(*lists: Any, q: Any = query, k: Any = key, v: Any = value, n: Any = length, r: Any = rest) -> Any:
+            return lowering.attend_blocks(q, k, None, None, v, None, None, n, None, *lists, *r)
+
+        def row(side: str, us: float, share: float, n: int = count, limit: float = whole) -> Row:
+            return Row("sparse prefill", side, 1, n, n, us, share * limit)
+
+        def sdpa(q: Any = query, k: Any = key, v: Any = value) -> Any:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        rows.append(row("SDPA bf16", microseconds(sdpa), 1))
+        for density in DENSITIES:
+            random = random_lists(HEADS, count, count, BLOCK, density, device)
+            share = blocks.density(random.keep(), count, count, BLOCK).mean().item()
+            us = microseconds(lambda x=random, f=attend: f(*block_ops.of(x)))  # type: ignore[misc]
+            rows.append(row(f"{share:.0%} of the blocks", us, share))
+            del random
+        for threshold, stride in ((0.9, 16), (0.95, 8)):
+            made = base.get("xattention")(threshold=threshold, stride=stride)  # type: ignore[call-arg]
+            method = block_ops.method_text("xattention", dataclasses.asdict(made))
+
+            def choose(q: Any = query, k: Any = key, m: str = method) -> Any:
+                return torch.ops.effcompile.select_blocks.default(q, k, None, m, SIZE**-0.5)
+
+            chosen = choose()
+            share = blocks.density(blocks.BlockLists(*chosen, BLOCK).keep(), count, count, BLOCK).mean().item()
+            name = f"xattention {threshold}, stride {stride}"
+            # The products of folds cost 1 / stride of the dense ones.
+            rows.append(row(f"{name}: choice", microseconds(choose), 0.5 / stride))
+            us = microseconds(lambda x=chosen, f=attend: f(*x, BLOCK))  # type: ignore[misc]
+            rows.append(row(f"{name}: {share:.0%} of the blocks", us, share))
+            both = microseconds(lambda f=attend, c=choose: f(*c(), BLOCK))  # type: ignore[misc]
+            rows.append(row(f"{name}: both", both, share + 0.5 / stride))
+        del query, key, value, chosen
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
 def rounded_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dtype: torch.dtype
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    listed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention with every operand rounded to ``dtype``, and sums in fp32 (fp64 for fp64)."""
+    """Causal attention, with ``listed`` to these tokens only. Operands in ``dtype``, sums in fp32 (fp64 for fp64)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ratio = query.shape[1] // key.shape[1]
     q, k, v = (x.to(dtype).to(wide) for x in (query, key, value))
     k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
     keep = attention.allowed(Predicate(), query.shape[2], key.shape[2], None, query.device)
+    keep = keep if listed is None else keep & listed
     weight = (q @ k.mT * scale).masked_fill(~keep, float("-inf")).softmax(-1)
     return (weight.to(dtype).to(wide) @ v).to(dtype)
 
@@ -281,6 +417,14 @@ def paper(console: Console) -> None:
                 constants = {"SPLITS": 66} if phase == "decode" else {}
                 r = resources(compile_ahead(build(program, chip), program, chip, constants))
                 used.add_row(f"{phase} {form.name}", chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
+    for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        program = Program("prefill", FORMS[0], Predicate(), torch.bfloat16, HEADS // GROUPS, SIZE, SIZE, blocks=True)
+        built = build(program, chip)
+        assert built.blocks is not None
+        cut = built.blocks.within(BLOCK)
+        constants = {"FULL": True, "BLOCK": BLOCK, "ROWS": cut.rows, "TILE": cut.tile}
+        r = resources(compile_ahead(built, program, chip, constants))
+        used.add_row(f"blocks of {BLOCK}", chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
     console.print(used)
 
 
@@ -311,6 +455,7 @@ def main() -> int:
         for queries, keys in PREFILL:
             rows += measure("prefill", 1, queries, keys, lambda c: 1e6 * c.flops / rates["gemm_flops_per_s"])
         rows += store_rows(rates["copy_bytes_per_s"])
+        rows += sparse_rows(rates["gemm_flops_per_s"])
         show(console, rows)
     now = datetime.datetime.now(datetime.UTC)
     record = {

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
+    from effcompile.passes.anchor_attention import AnchorAttention
     from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
     from effcompile.passes.compress_kv import CompressKV
+    from effcompile.passes.delta import Delta
     from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
     from effcompile.passes.layout import Chunk, Layout
@@ -30,20 +32,28 @@ if TYPE_CHECKING:
         remove,
         sparse_attention,
     )
+    from effcompile.passes.pbs_attn import PBSAttn
     from effcompile.passes.proxyattn import ProxyAttn
+    from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
+    from effcompile.passes.vertical_slash import VerticalSlash
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
 
+    anchor_attention = decorator(AnchorAttention)
     blockrank = decorator(BlockRank)
     compress_kv = decorator(CompressKV)
+    delta = decorator(Delta)
     flexprefill = decorator(FlexPrefill)
     graph_kv = decorator(GraphKV)
+    pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
+    quest = decorator(Quest)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
+    vertical_slash = decorator(VerticalSlash)
     xattention = decorator(XAttention)
     __version__: str
 else:
@@ -102,19 +112,24 @@ __all__ = [
     "OptionError",
     "Report",
     "__version__",
+    "anchor_attention",
     "blockrank",
     "blockrank_layout",
     "blockrank_scores",
     "compress_kv",
+    "delta",
     "flexprefill",
     "graph_kv",
     "graph_kv_layout",
     "inspect",
     "options_of",
+    "pbs_attn",
     "proxyattn",
+    "quest",
     "remove",
     "sliding_window",
     "sparse_attention",
     "streaming",
+    "vertical_slash",
     "xattention",
 ]

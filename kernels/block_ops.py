@@ -1,9 +1,10 @@
 """``effcompile::select_blocks`` and ``effcompile::attend_blocks``: choosing blocks of keys, and attending to them.
 
 As in :mod:`effcompile.kernels.ops`, an operator means its reference body. ``select_blocks`` runs the *policy* that its
-``method`` names, a function of tensors which a pass has registered; ``attend_blocks`` is ``attend`` over the listed
-blocks only (:mod:`effcompile.kernels.blocks`). ``mask_blocks`` lists the blocks of a mask that somebody gave; with the
-mask as ``allowed``, bool ``[B or 1, H or 1, T, >= S]``, ``attend_blocks`` then tests the pairs of partial blocks by it.
+``method`` names, a function of tensors which a pass has registered; ``select_stored_blocks`` the same for the keys that
+a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed blocks only
+(:mod:`effcompile.kernels.blocks`). ``mask_blocks`` lists the blocks of a mask that somebody gave; with the mask as
+``allowed``, bool ``[B or 1, H or 1, T, >= S]``, ``attend_blocks`` then tests the pairs of partial blocks by it.
 """
 
 from __future__ import annotations
@@ -15,33 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcompile.kernels import attention, blocks, ops, quantize
+from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
+from effcompile.kernels.columns import blocks_at, check_columns, check_positions, listed
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 
 ops.library.define(
-    "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
+    "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale, *, "
+    "Tensor? key_positions=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+ops.library.define(
+    f"select_stored_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, str form, str method, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
-    "bool causal, int window, *, Tensor? allowed=None) -> (Tensor, Tensor)"
+    "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
+    "int span=1, Tensor? allowed=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
-Policy = Callable[..., Tensor]
-_policies: dict[str, Policy] = {}
+Policy = Callable[..., Any]
+_policies: dict[tuple[str, str], Policy] = {}
 
 
-def register_policy(name: str, policy: Policy) -> None:
-    """Let ``policy(query, key, *, scale, key_mask, **options)`` choose blocks for the method ``name``.
+def register_policy(name: str, policy: Policy, kind: str = "blocks") -> None:
+    """Let ``policy(query, key, *, scale, key_mask, **options)`` choose for the method ``name``.
 
     It gets ``query`` ``[B, H, T, D]``, ``key`` ``[B, G, S, D]`` and ``key_mask`` bool ``[B, S]`` or None, and gives
-    the blocks to visit, bool, broadcastable to ``[B, H, nQ, nK]``.
+    the blocks to visit, bool, broadcastable to ``[B, H, nQ, nK]``. If the keys are not in the order of their tokens, it
+    gets ``key_positions`` too. What policies of other kinds give, :mod:`effcompile.kernels.column_ops` says.
     """
-    _policies[name] = policy
+    _policies[kind, name] = policy
 
 
 def method_text(name: str, options: dict[str, Any]) -> str:
@@ -49,23 +57,42 @@ def method_text(name: str, options: dict[str, Any]) -> str:
     return json.dumps({name: options}, sort_keys=True, separators=(",", ":"))
 
 
-def policy_of(method: str) -> tuple[Policy, dict[str, Any]]:
-    """The policy that a ``method`` argument names, and its options."""
+def method_options(method: str) -> tuple[str, dict[str, Any]]:
+    """The inverse of :func:`method_text`."""
     ((name, options),) = json.loads(method).items()
-    if name not in _policies:
-        raise BlockError(f"no method {name!r} selects blocks; import effcompile.passes first.")
-    return _policies[name], options
+    return name, options
+
+
+def policy_of(method: str, kind: str = "blocks") -> tuple[Policy, dict[str, Any]]:
+    """The policy that a ``method`` argument names, and its options."""
+    name, options = method_options(method)
+    if (kind, name) not in _policies:
+        raise BlockError(f"no method {name!r} selects {kind}; import effcompile.passes first.")
+    return _policies[kind, name], options
 
 
 def _select_blocks(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float
+    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float, key_positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     policy, options = policy_of(method)
-    block, (queries, keys) = options["block_size"], (query.shape[2], key.shape[2])
-    keep = policy(query, key, scale=scale, key_mask=key_mask, **options)
+    more = {} if key_positions is None else {"key_positions": key_positions}
+    keep = policy(query, key, scale=scale, key_mask=key_mask, **more, **options)
+    return as_results(keep, query, key, key_mask, options["block_size"], key_positions)
+
+
+def as_results(
+    keep: Tensor, query: Tensor, key: Tensor, key_mask: Tensor | None, block: int, key_positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lists of the blocks in ``keep`` as an operator gives them: for each row of the batch and each head."""
     keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape)
-    # Padding is data: where there is some, every block is tested.
-    full = blocks.whole(queries, keys, block, device=key.device) if key_mask is None else torch.zeros_like(keep)
+    queries, keys = query.shape[2], key.shape[2]
+    if key_mask is not None:
+        # Padding is data: where there is some, every block is tested.
+        full = torch.zeros_like(keep)
+    elif key_positions is not None:
+        full = blocks_at(key_positions, queries, block, query.shape[1])[1]
+    else:
+        full = blocks.whole(queries, keys, block, device=key.device)
     made = blocks.lists(keep, full, block)
     assert made.full_kv_num_blocks is not None
     assert made.full_kv_indices is not None
@@ -76,10 +103,32 @@ def _select_blocks(
 
 
 def _fake_select_blocks(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float
+    query: Tensor, key: Tensor, key_mask: Tensor | None, method: str, scale: float, key_positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    block = policy_of(method)[1]["block_size"]
+    return fake_results(query, key, policy_of(method)[1]["block_size"])
+
+
+def fake_results(query: Tensor, key: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors of the shapes of :func:`as_results`."""
     return _fake_lists(query, query.shape[:2], query.shape[2], key.shape[2], block)
+
+
+def _select_stored_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *state, length, key_mask, name, method, scale = args
+    keys, form = ops.split_state(tuple(state))[0], KVForm.parse(name)
+    # The shapes of the result are those of a full store; which blocks hold a token is known on the host, or asked for.
+    made = _select_blocks(query, quantize.load_side(keys, int(length), form, "key"), key_mask, method, scale)
+    columns = blocks.count_blocks(ops.capacity_of(keys, form), policy_of(method)[1]["block_size"])
+    num, idx, full_num, full_idx = made
+    idx, full_idx = (torch.nn.functional.pad(x, (0, columns - x.shape[-1])) for x in (idx, full_idx))
+    return num, idx, full_num, full_idx
+
+
+def _fake_select_stored_blocks(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *state, _length, key_mask, name, method, scale = args
+    keys, form = ops.split_state(tuple(state))[0], KVForm.parse(name)
+    full = query.new_empty(query.shape[0], 1, ops.capacity_of(keys, form), 1)
+    return _fake_select_blocks(query, full, key_mask, method, scale)
 
 
 def _fake_lists(
@@ -95,26 +144,61 @@ def _mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return *blocks.compact(some & ~every), *blocks.compact(every)
 
 
-def _attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _fake_mask_blocks(mask: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_lists(mask, mask.shape[:2], mask.shape[2], mask.shape[3], block)
+
+
+def _attend_blocks(
+    query: Tensor,
+    *args: Any,
+    key_positions: Tensor | None = None,
+    columns: Tensor | None = None,
+    column_counts: Tensor | None = None,
+    span: int = 1,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
+    if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
+        raise BlockError("columns come with their counts, and not together with key positions.")
+    more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
     try:
-        result: tuple[Tensor, Tensor] = ops.launch("attend_blocks", query.device.type, query, *args, allowed=allowed)
+        result: tuple[Tensor, Tensor] = ops.launch(
+            "attend_blocks", query.device.type, query, *args, **more, span=None if columns is None else span
+        )
         return result
     except ops.KernelUnavailable:
         form, n, queries = KVForm.parse(name), int(length), query.shape[2]
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
         tested = attention.allowed(predicate, queries, n, key_mask, query.device)
+        keys, values = ops.split_state(tuple(state))
         check_lists(kv_num, kv_idx, full_num, full_idx, queries, n, block)
+        if key_positions is not None:
+            tested = _by_position(tested, key_positions, query, keys[0].shape[1], n)
         if allowed is not None:
             check_allowed(allowed, query, n)
             tested = tested & allowed[..., :n]
+        lists = BlockLists(kv_num, kv_idx, full_num, full_idx, block)
         keep = blocks.tokens(blocks.visited(kv_num, kv_idx), queries, n, block) & tested
         if full_num is not None:
             keep = keep | blocks.tokens(blocks.visited(full_num, full_idx), queries, n, block)
-        keys, values = ops.split_state(tuple(state))
+        if columns is not None and column_counts is not None:
+            check_columns(columns, column_counts, span, queries, block)
+            single = listed(columns, column_counts, n).repeat_interleave(span * block, 2)[:, :, :queries]
+            if bool((single & blocks.tokens(lists.keep(), queries, n, block)).any()):
+                raise BlockError("a column lies in a block that is visited; its key would count twice.") from None
+            keep = keep | single & tested
         key, value = quantize.load_side(keys, n, form, "key"), quantize.load_side(values, n, form, "value")
         out, lse = attention.attend(query, key, value, keep, scale)
         return out.contiguous(), lse.contiguous()
+
+
+def _by_position(tested: Tensor, positions: Tensor, query: Tensor, groups: int, keys: int) -> Tensor:
+    """What the predicate says of tokens, ``[B or 1, 1, T, S]``, by the slots that hold them: ``[B, H, T, S]``."""
+    batch, heads, queries, _ = query.shape
+    check_positions(positions, batch, groups, keys)
+    at = positions.long().expand(batch, groups, -1).repeat_interleave(heads // groups, 1)
+    shape = (batch, heads, queries, keys)
+    return tested.expand(shape).gather(-1, at.unsqueeze(2).expand(shape))
 
 
 def check_lists(
@@ -149,7 +233,29 @@ def check_allowed(allowed: Tensor, query: Tensor, keys: int) -> None:
         )
 
 
-def _fake_attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def layout_of(
+    kv_num: Tensor, kv_idx: Tensor, full_num: Tensor | None, full_idx: Tensor | None, batch: int, heads: int
+) -> tuple[int, int, int]:
+    """How kernels step through lists: rows from one batch entry and head to the next, and columns of a row.
+
+    A step is 0 where one entry or head serves all. Raises :class:`BlockError` for other dtypes, batches or heads, and
+    ``KernelUnavailable`` if partial and full lists have not one layout.
+    """
+    given = [t for t in (kv_num, full_num, kv_idx, full_idx) if t is not None]
+    if any(t.dtype is not torch.int32 for t in given):
+        raise BlockError(f"block lists are int32; these are {', '.join(str(t.dtype) for t in given)}.")
+    counts = [t for t in (kv_num, full_num) if t is not None]
+    for t in counts:
+        if t.shape[0] not in (1, batch) or t.shape[1] not in (1, heads):
+            raise BlockError(f"lists for {tuple(t.shape[:2])} batch entries and heads; the call has {batch}, {heads}.")
+    widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
+    if len({t.shape for t in counts}) > 1 or len(widths) > 1:
+        raise ops.KernelUnavailable("partial and full lists of different shapes")
+    entries, lists, rows = kv_num.shape
+    return lists * rows if entries > 1 else 0, rows if lists > 1 else 0, widths.pop()
+
+
+def _fake_attend_blocks(query: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, _kn, _ki, _fn, _fi, _block, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]
@@ -172,8 +278,21 @@ def of(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None,
 
 for _name, _body, _fake in (
     ("select_blocks", _select_blocks, _fake_select_blocks),
+    ("select_stored_blocks", _select_stored_blocks, _fake_select_stored_blocks),
     ("attend_blocks", _attend_blocks, _fake_attend_blocks),
-    ("mask_blocks", _mask_blocks, lambda x, block: _fake_lists(x, x.shape[:2], x.shape[2], x.shape[3], block)),
+    ("mask_blocks", _mask_blocks, _fake_mask_blocks),
 ):
     ops.library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effcompile::{_name}", _fake, lib=ops.library)
+
+
+def _everything(query: Tensor, *args: Any, **more: Any) -> observe.Arguments:
+    """The arguments of ``attend_blocks`` with every block listed, as partial, and so without columns."""
+    *state, length, key_mask, kv_num, _kv_idx, _full_num, _full_idx, block, name, scale, causal, window = args
+    rows, columns = kv_num.shape[2], blocks.count_blocks(int(length), block)
+    more = {name: given for name, given in more.items() if name not in ("columns", "column_counts", "span")}
+    made = blocks.lists(torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device), None, block)
+    return (query, *state, length, key_mask, *of(made), name, scale, causal, window), more
+
+
+observe.register(torch.ops.effcompile.attend_blocks.default, _everything)

@@ -71,10 +71,10 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     return keep.sum(-1, dtype=torch.int32), indices.to(torch.int32)
 
 
-def visited(counts: Tensor, indices: Tensor) -> Tensor:
-    """The inverse of :func:`compact`: bool, of the shape of ``indices``."""
-    width = indices.shape[-1]
-    listed = torch.arange(width, device=indices.device) < counts.unsqueeze(-1)
+def visited(counts: Tensor, indices: Tensor, total: int | None = None) -> Tensor:
+    """The inverse of :func:`compact`: bool, of the shape of ``indices``; of lists with less room ``[..., total]``."""
+    width = indices.shape[-1] if total is None else total
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
     # What lies behind a count may be any number; it must not be written over a listed one.
     padded = torch.where(listed, indices.long(), width)
     keep = torch.zeros(*indices.shape[:-1], width + 1, dtype=torch.bool, device=indices.device)

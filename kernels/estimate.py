@@ -139,6 +139,22 @@ def probe(
     return torch.where(seen.any(-1, keepdim=True), weights, 0).flatten(1, 2)
 
 
+def products(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Logits of queries ``[B, H, T, D]`` and keys ``[B, G, S, D]``: fp32 ``[B, H, T, S]``."""
+    q = (query.float() * scale).unflatten(1, (key.shape[1], -1))
+    logits: Tensor = (q @ key.float().unsqueeze(2).mT).flatten(1, 2)
+    return logits
+
+
+def block_means(x: Tensor, block: int, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Means of blocks of tokens of ``x`` ``[B, H, N, D]``: fp32 ``[B, H, ceil(N / block), D]``.
+
+    Only tokens that are there count, of a last block cut short and where ``valid``, bool ``[B, N]``, is given. Also
+    says which blocks hold one, bool ``[B or 1, ceil(N / block)]``; None if all do.
+    """
+    return _folds(x, block, "mean", valid, reverse=False)
+
+
 def block_sums(x: Tensor, block: int) -> Tensor:
     """Sums of blocks of the last axis, the last of which may be cut short: ``[..., ceil(N / block)]``."""
     short = -x.shape[-1] % block

@@ -93,7 +93,9 @@ class Program:
     ``ratio`` is ``H // G``; ``key_size`` and ``value_size`` are ``D`` and ``E``. Lengths, batch and head counts are not
     part of a program: one compiled program serves every step. ``rotary`` is ``r``, the channels in which keys before
     RoPE are rotated, and 0 for other forms. With ``blocks`` it visits listed blocks only
-    (:mod:`effcompile.kernels.blocks`), whose size comes with the lists.
+    (:mod:`effcompile.kernels.blocks`; in decode :mod:`effcompile.kernels.pages`), whose size comes with the lists; a
+    prefill then has with ``columns`` single keys besides, or with ``positions`` keys that stand elsewhere than their
+    slots say (:mod:`effcompile.kernels.columns`).
     """
 
     phase: Phase
@@ -106,14 +108,18 @@ class Program:
     score: ScoreParts = ScoreParts()
     rotary: int = 0
     blocks: bool = False
+    columns: bool = False
+    positions: bool = False
 
     @property
     def name(self) -> str:
         """A readable identifier, the name of the generated kernel."""
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
-        phase, turned = "blocks" if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
+        listed = "blocks" if self.phase == "prefill" else "pages"
+        phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
+        parts = "_col" * self.columns + "_pos" * self.positions
         rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
-        return f"attend_{phase}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
+        return f"attend_{phase}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 
     @staticmethod
     def phase_for(queries: int, ratio: int) -> Phase:

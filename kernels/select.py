@@ -24,6 +24,11 @@ def _back(taken: Tensor, order: Tensor) -> Tensor:
     return torch.zeros_like(taken).scatter(-1, order, taken)
 
 
+def _number(x: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``x`` beside ``like``. A number is written there: ``torch.as_tensor`` would copy it, and wait for the copy."""
+    return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=like.device)
+
+
 def _safe(keep: Tensor, scores: Tensor, possible: Tensor) -> Tensor:
     unknown = (scores.isnan() & possible).any(-1, keepdim=True)
     return (keep | unknown) & possible
@@ -37,7 +42,7 @@ def cumulative(scores: Tensor, threshold: float | Tensor, possible: Tensor, forc
 
     ``threshold`` is a number, or a tensor broadcastable to ``[B, H, nQ]``.
     """
-    bound = torch.as_tensor(threshold, dtype=torch.float64, device=scores.device).unsqueeze(-1)
+    bound = _number(threshold, torch.float64, scores).unsqueeze(-1)
     order, ranked = _ranked(scores, possible, forced)
     ranked = ranked.double()
     before = ranked.cumsum(-1) - ranked
@@ -50,7 +55,7 @@ def top_k(scores: Tensor, count: int | Tensor, possible: Tensor, forced: Tensor)
 
     ``count`` is a number, or an integer tensor broadcastable to ``[B, H, nQ]``.
     """
-    count = torch.as_tensor(count, device=scores.device).unsqueeze(-1)
+    count = _number(count, torch.int64, scores).unsqueeze(-1)
     order, _ = _ranked(scores, possible, forced)
     rank = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return _safe(_back(rank < count, order) | forced, scores, possible)

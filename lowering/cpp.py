@@ -90,16 +90,20 @@ def source(program: AnyProgram) -> str:
             "bool key_mask": str(predicate.key_mask).lower(),
         }
         header, entries = f"{program.phase}.h", {"attend": ("AttendArgs", program.phase)}
-        if program.blocks:
+        if program.blocks and program.phase == "prefill":
             header, entries = "blocks.h", {"attend_blocks": ("BlockArgs", "attend_blocks")}
+        elif program.blocks:
+            header, entries = "pages.h", {"attend_pages": ("PageArgs", "attend_pages")}
+        more = {"gathered_columns": program.columns, "key_positions": program.positions}
     else:
         header, entries = "store.h", {"kv_store": ("StoreArgs", "append"), "kv_load": ("LoadArgs", "read")}
+        more = {}
     unusual = {
         "keys_per_token": form.key_axis == "token",
         "values_per_channel": form.value_axis == "channel",
         "keys_e4m3": form.fp8("key"),
         "values_e4m3": form.fp8("value"),
-    }
+    } | more
     bases = ", ".join(f"ec::{name}" for name, holds in unusual.items() if holds)
     body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
     rules = ("segments", "prefix")
@@ -133,6 +137,8 @@ def refusal(program: AnyProgram) -> str | None:
             program.form.check_head(kind, size)  # type: ignore[arg-type]
         except FormError as error:
             return str(error)
+    if isinstance(program, Program) and program.columns and not program.form.dense:
+        return f"single keys of the form {program.form.name} (keys and values of 16 bits can be gathered)"
     if program.dtype not in DTYPES:
         return f"dtype {program.dtype} ({', '.join(str(d) for d in DTYPES)} have kernels)"
     return None
@@ -143,8 +149,11 @@ def build(program: AnyProgram) -> Kernel:
     library = toolchain.build(program.name, source(program))
     loaded = toolchain.load(library)
     entries = {}
-    names = ("kv_store", "kv_load") if isinstance(program, StoreProgram) else ("attend",)
-    for name in ("attend_blocks",) if isinstance(program, Program) and program.blocks else names:
+    names: tuple[str, ...] = ("kv_store", "kv_load")
+    if isinstance(program, Program):
+        listed = "attend_blocks" if program.phase == "prefill" else "attend_pages"
+        names = (listed if program.blocks else "attend",)
+    for name in names:
         entry = getattr(loaded, name)
         entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64
         entries[name] = entry

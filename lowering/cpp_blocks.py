@@ -10,6 +10,7 @@ from torch import Tensor
 
 from effcompile.kernels import block_ops, ops
 from effcompile.kernels.blocks import BlockError
+from effcompile.kernels.columns import check_columns, check_positions
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import Predicate, Program
@@ -18,6 +19,9 @@ from effcompile.lowering.cpp_arguments import attend_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
 _LISTS = struct.Struct("=4q 2q 3q q 3q").pack
+# ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
+_COLUMNS = struct.Struct("=2q 2q 2q").pack
+_POSITIONS = struct.Struct("=q 2q").pack
 
 
 def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
@@ -28,13 +32,21 @@ def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
     return (per_entry if counts.shape[0] > 1 else 0, per_head if counts.shape[1] > 1 else 0)
 
 
-def attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend_blocks(
+    query: Tensor,
+    *args: Any,
+    key_positions: Tensor | None = None,
+    columns: Tensor | None = None,
+    column_counts: Tensor | None = None,
+    span: int = 1,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
     Raises
     ------
     BlockError
-        If the lists or ``allowed`` are of other lengths, or a list names a block that is not there.
+        If lists or ``allowed`` are of other lengths, or a list names a block or a key that is not there, or one twice.
     """
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     batch, heads, queries, size = query.shape
@@ -45,44 +57,54 @@ def attend_blocks(query: Tensor, *args: Any, allowed: Tensor | None = None) -> t
     if not form.dense and block % form.group:
         raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
     predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
+    gathers, moved = columns is not None, key_positions is not None
     entry = cpp.bind(
-        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None),
+        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None, gathers, moved),
         "attend_blocks",
-        lambda: Program("prefill", form, predicate, dtype, ratio, size, value_size, blocks=True),
+        lambda: Program(
+            "prefill", form, predicate, dtype, ratio, size, value_size, blocks=True, columns=gathers, positions=moved
+        ),
     )
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
-    given = [t for t in (kv_num, full_num, kv_idx, full_idx) if t is not None]
-    if any(t.dtype is not torch.int32 for t in given):
-        raise BlockError(f"block lists are int32; these are {', '.join(str(t.dtype) for t in given)}.")
-    strides = {_stride(t, batch, heads) for t in (kv_num, full_num) if t is not None}
-    widths = {t.shape[3] for t in (kv_idx, full_idx) if t is not None}
-    if len(strides) > 1 or len(widths) > 1:
-        raise KernelUnavailable("partial and full lists of different shapes")
+    *strides, width = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
     pairs: tuple[int, ...] = (0, 0, 0, 0)
     if allowed is not None:
         block_ops.check_allowed(allowed, query, keys)
         allowed = allowed if allowed.stride(3) == 1 else allowed.contiguous()
         pairs = (allowed.data_ptr(), *(0 if n == 1 else by for n, by in zip(allowed.shape[:3], allowed.stride())))
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
+    more = b""
+    if columns is not None and column_counts is not None:
+        check_columns(columns, column_counts, span, queries, block)
+        columns, column_counts = columns.contiguous(), column_counts.contiguous()
+        step = _stride(column_counts, batch, heads)
+        more = _COLUMNS(columns.data_ptr(), column_counts.data_ptr(), *step, columns.shape[3], span)
+    if key_positions is not None:
+        check_positions(key_positions, batch, groups, keys)
+        key_positions = key_positions.to(torch.int32).contiguous()
+        more = _POSITIONS(key_positions.data_ptr(), *_stride(key_positions, batch, groups))
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
     code = entry(
         packed
         + _LISTS(
             *(0 if t is None else t.data_ptr() for t in held),
-            *strides.pop(),
+            *strides,
             block,
             kv_num.shape[2],
-            widths.pop(),
+            width,
             *pairs,
         )
+        + more
     )
-    del alive
+    del alive, held
     if code == 1:
         raise CapacityError(f"the length, {keys}, is not within the capacity of the store.")
     if code == 2:
-        raise BlockError(f"a block list names a block that is not there; there are {kv_idx.shape[3]}.")
+        single = f", or the columns do not ascend within {keys} keys, or one lies in a block that is visited"
+        text = f"a block list names a block that is not there; there are {kv_idx.shape[3]}"
+        raise BlockError(f"{text}{'' if columns is None else single}.")
     return out, lse
 
 

@@ -1,4 +1,4 @@
-"""GPU launchers of ``effcompile::attend``, ``kv_store`` and ``kv_load``: generated Triton kernels.
+"""GPU launchers of ``effcompile::attend``, ``attend_blocks``, ``kv_store`` and ``kv_load``: generated Triton kernels.
 
 A launch makes no decision that depends on data, reads nothing back, and allocates sizes that follow from shapes alone,
 so every operator can be recorded in a CUDA graph. The length stays on the device; a write past the capacity is dropped
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from effcompile.kernels import ops
+from effcompile.kernels import block_ops, ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, ScoreParts, StoreProgram
@@ -32,8 +32,11 @@ SPLIT_KEYS = 256
 
 def refusal(program: Program | StoreProgram) -> str | None:
     """Why no Triton kernel can serve ``program``; None where that is not known to be so."""
-    if not program.form.pre:
+    listed = isinstance(program, Program) and program.blocks
+    if not program.form.pre and not listed:
         return None
+    if isinstance(program, Program) and listed and program != _listed(program):
+        return f"no GPU kernel visits block lists with the parts of {program.name}"
     try:
         sides_of(program, "cuda")
     except (FormError, KernelUnavailable) as error:
@@ -41,17 +44,27 @@ def refusal(program: Program | StoreProgram) -> str | None:
     return None
 
 
+def _listed(program: Program) -> Program:
+    """A program over block lists with those parts of ``program`` that a kernel has."""
+    rule, form = program.predicate, KVForm(16, 16)
+    plain = Predicate(rule.causal, rule.window, rule.key_mask)
+    sizes = program.dtype, program.ratio, program.key_size, program.value_size
+    return Program("prefill", form, plain, *sizes, blocks=True)
+
+
 @functools.cache
 def _attend_program(
     phase: Phase, name: str, causal: bool, window: int, masked: bool, ratio: int, key_size: int, value_size: int,
-    dtype: torch.dtype, device: torch.device, score: ScoreParts, rotary: int,
+    dtype: torch.dtype, device: torch.device, score: ScoreParts, rotary: int, listed: bool = False,
 ) -> Built:  # fmt: skip
     if dtype not in DTYPES:
         raise KernelUnavailable(f"no GPU kernel for {dtype}")
     predicate = Predicate(causal, window if window >= 0 else None, masked)
     try:
         form = KVForm.parse(name)
-        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score=score, rotary=rotary)
+        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score, rotary, listed)
+        if listed and (why := refusal(program)):
+            raise KernelUnavailable(why)
         return build(program, _chip(device))
     except FormError as error:
         raise KernelUnavailable(str(error)) from error
@@ -162,6 +175,49 @@ def _part_values(
     return values
 
 
+class _Call(NamedTuple):
+    """A call of attention: the kernel's arguments up to the scale, and what its launch goes by."""
+
+    operands: tuple[Any, ...]
+    out: Tensor
+    lse: Tensor
+    ratio: int
+    pairs: int
+    capacity: int
+
+
+def _call(
+    query: Tensor,
+    state: tuple[Tensor | None, ...],
+    length: Tensor,
+    key_mask: Tensor | None,
+    name: str,
+    table: Tensor | None = None,
+) -> _Call:
+    """The arguments that every attention kernel has, in the order of ``triton_source.ATTEND_TAIL``."""
+    buffers = _buffers(state, name, table)
+    key, value, capacity = _sizes(state, _form(name))
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise KernelUnavailable(f"queries are {query.dtype}, but the cache holds {key.dtype} and {value.dtype}")
+    batch, heads, queries, _ = query.shape
+    groups = key.shape[1]
+    ratio = heads // groups
+    if heads != ratio * groups:
+        raise KernelUnavailable(f"{heads} query heads do not divide into {groups} key/value heads")
+    query = _row_major(query)
+    out = query.new_empty(batch, heads, queries, value.shape[3])
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    mask_stride = 0
+    if key_mask is not None:
+        key_mask = _row_major(key_mask)
+        mask_stride = key_mask.stride(0) if key_mask.shape[0] > 1 else 0
+    operands = (
+        query, *buffers, length, lse if key_mask is None else key_mask, out, lse, queries, groups, capacity,
+        query.stride(0), query.stride(1), query.stride(2), mask_stride,
+    )  # fmt: skip
+    return _Call(operands, out, lse, ratio, batch * groups, capacity)
+
+
 def attend(
     query: Tensor,
     *args: Any,
@@ -175,50 +231,28 @@ def attend(
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
     if segments is not None or prefix is not None:
         raise KernelUnavailable(UNSERVED)
-    *held, length, key_mask, name, scale, causal, window = args
-    state = tuple(held)
-    form = _form(name)
-    buffers = _buffers(state, name, table)
-    key, value, capacity = _sizes(state, form)
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        raise KernelUnavailable(f"queries are {query.dtype}, but the cache holds {key.dtype} and {value.dtype}")
-    batch, heads, queries, size = query.shape
-    groups = key.shape[1]
-    ratio, pairs = heads // groups, batch * groups
-    if heads != ratio * groups:
-        raise KernelUnavailable(f"{heads} query heads do not divide into {groups} key/value heads")
-    phase = Program.phase_for(queries, ratio)
-    masked = key_mask is not None
+    *state, length, key_mask, name, scale, causal, window = args
+    (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, tuple(state), length, key_mask, name, table)
+    queries, phase = query.shape[2], Program.phase_for(query.shape[2], ratio)
     parts = ScoreParts(softcap is not None, bias is not None, sinks is not None)
     built = _attend_program(
         phase,
         name,
         causal,
         window,
-        masked,
+        key_mask is not None,
         ratio,
-        size,
-        value.shape[3],
+        query.shape[3],
+        out.shape[3],
         query.dtype,
         query.device,
         parts,
         _rotary(table),
     )
     assert built.blocks is not None
-    query = _row_major(query)
-    out = query.new_empty(batch, heads, queries, value.shape[3])
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    mask_stride = 0
-    if key_mask is not None:
-        key_mask = _row_major(key_mask)
-        mask_stride = key_mask.stride(0) if key_mask.shape[0] > 1 else 0
     # A capped score is divided by the cap first, and gets its base from it.
     base_2 = scale * math.log2(math.e) if softcap is None else scale / softcap
-    common = (
-        query, *buffers, length, lse if key_mask is None else key_mask, out, lse, queries, groups, capacity,
-        query.stride(0), query.stride(1), query.stride(2), mask_stride, base_2,
-        *_part_values(query, capacity, softcap, bias, sinks),
-    )  # fmt: skip
+    common = (*call.operands, base_2, *_part_values(query, capacity, softcap, bias, sinks))
     options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
     if phase == "prefill":
         built.launch("", pairs * -(-queries * ratio // built.block), *common, **options)
@@ -228,14 +262,48 @@ def attend(
     if splits == 1:
         built.launch("", pairs, *common, out, lse, SPLITS=1, **options)
         return out, lse
-    part_out = query.new_empty(rows * splits, value.shape[3], dtype=torch.float32)
+    part_out = query.new_empty(rows * splits, out.shape[3], dtype=torch.float32)
     part_lse = query.new_empty(rows * splits, dtype=torch.float32)
     built.launch("", pairs * splits, *common, part_out, part_lse, SPLITS=splits, **options)
     padded = 1 << (splits - 1).bit_length()
-    more = () if sinks is None else (sinks.float().contiguous(), groups)
+    more = () if sinks is None else (sinks.float().contiguous(), out.shape[1] // ratio)
     built.launch(
         "merge_", rows, part_out, part_lse, out, lse, queries, *more, SPLITS=splits, PADDED=padded, num_warps=4
     )
+    return out, lse
+
+
+def attend_blocks(query: Tensor, *args: Any, **unknown: Any) -> tuple[Tensor, Tensor]:
+    """Launch ``effcompile::attend_blocks``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32.
+
+    What the lists say stays on the device. A row whose list names a block that is not there, or counts more blocks than
+    there are, is NaN; nothing is read outside the tensors.
+
+    Raises
+    ------
+    BlockError
+        If the lists are of other dtypes or shapes than the call.
+    """
+    if unknown:
+        raise KernelUnavailable(f"no GPU kernel visits block lists with {', '.join(sorted(unknown))}")
+    *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
+    (query, *_), out, lse, ratio, pairs, _ = call = _call(query, tuple(state), length, key_mask, name)
+    batch, heads, queries, size = query.shape
+    built = _attend_program(
+        "prefill", name, causal, window, key_mask is not None, ratio, size, out.shape[3], query.dtype, query.device,
+        ScoreParts(), 0, True,
+    )  # fmt: skip
+    assert built.blocks is not None
+    layout = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
+    # How many keys there are is known on the device alone; lists that end before them are noticed there.
+    block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, layout[2] * block, block)
+    lists = [(kv_num if t is None else t).contiguous() for t in (kv_num, kv_idx, full_num, full_idx)]
+    cut = built.blocks.within(block)
+    built.launch(
+        "", pairs * ratio * -(-queries // cut.rows), *call.operands, scale * math.log2(math.e), *lists, *layout,
+        FULL=full_num is not None, BLOCK=block, ROWS=cut.rows, TILE=cut.tile,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     return out, lse
 
 
@@ -288,5 +356,5 @@ def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-for _op, _launcher in (("attend", attend), ("kv_store", kv_store), ("kv_load", kv_load)):
-    ops.register_launcher(_op, "cuda", _launcher)
+for _launcher in (attend, attend_blocks, kv_store, kv_load):
+    ops.register_launcher(_launcher.__name__, "cuda", _launcher)

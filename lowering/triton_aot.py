@@ -21,6 +21,10 @@ OPERANDS = {
     "bias": "*fp32",
     "sinks": "*fp32",
     "table": "*fp16",
+    "kv_num": "*i32",
+    "kv_idx": "*i32",
+    "full_num": "*i32",
+    "full_idx": "*i32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -60,7 +64,8 @@ def compile_ahead(
         if (types[name].startswith("*") and name != "length") or re.search("_(batch|head|token)$", name)
     }
     target = GPUTarget("hip", chip, 64) if vendor_of(chip) == "hip" else GPUTarget("cuda", int(chip[3:]), 32)
-    options = {} if built.blocks is None else {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
+    cut = built.blocks if built.blocks is None or "BLOCK" not in constants else built.blocks.within(constants["BLOCK"])
+    options = {} if cut is None else {"num_warps": cut.warps, "num_stages": cut.stages}
     return triton.compile(ASTSource(kernel, types, constants, aligned), target=target, options=options)
 
 

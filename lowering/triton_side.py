@@ -40,6 +40,11 @@ class Blocks:
     warps: int
     stages: int
 
+    def within(self, block: int) -> Blocks:
+        """The same for listed blocks of ``block`` tokens: the largest tiles of a power of two that fill them."""
+        rows, tile = math.gcd(self.rows, block), math.gcd(self.tile, block)
+        return dataclasses.replace(self, rows=rows, tile=tile, warps=self.warps if rows == self.rows else 4)
+
 
 @dataclasses.dataclass(frozen=True)
 class Side:
@@ -244,6 +249,7 @@ def indent(lines: Sequence[str], by: int = 4) -> list[str]:
     return [" " * by + line if line else line for line in lines]
 
 
+BLOCK_PARTS = ("count_within", "tile_at")
 LOAD_PARTS = (
     "dense_tile",
     "keys_4",

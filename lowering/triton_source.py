@@ -6,8 +6,10 @@ import math
 
 import torch
 
+from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import Program, ScoreParts
 from effcompile.lowering.triton_side import (
+    BLOCK_PARTS,
     LOAD_PARTS,
     NUMBER_PARTS,
     ROPE_PARTS,
@@ -23,7 +25,7 @@ from effcompile.lowering.triton_side import (
 )
 
 
-def _tile(name: str, program: Program, keys: Side, values: Side, ring: bool, rows: int) -> list[str]:
+def _tile(name: str, program: Program, keys: Side, values: Side, ring: bool, rows: int | str) -> list[str]:
     """The function that folds one tile of keys into the running softmax."""
     rule = program.predicate
     q, acc = keys.names("q"), values.names("acc")
@@ -68,16 +70,21 @@ def _extra(program: Program) -> str:
 def _loop(
     name: str, first: str, stop: str, tile: int, limit: str, check: bool, program: Program, keys: Side, values: Side
 ) -> list[str]:
+    fold = _fold(name, tile, limit, check, program, keys, values)
+    return [f"for start in range({first}, {stop}, {tile}):", *indent(fold)]
+
+
+def _fold(name: str, tile: int | str, limit: str, check: bool, program: Program, keys: Side, values: Side) -> list[str]:
+    """The call of a tile function for the keys from ``start`` on."""
     q, acc, buffers = keys.names("q"), values.names("acc"), ", ".join(keys.buffers + values.buffers)
     scale = "body_scale" if name == "body_tile" and keys.fused else "scale"
     return [
-        f"for start in range({first}, {stop}, {tile}):",
-        f"    {acc}, peak, total = {name}({q}, {acc}, peak, total, {buffers},",
-        f"        key_mask, position, start, {limit}, {scale},{_extra(program)} {check}, {tile})",
+        f"{acc}, peak, total = {name}({q}, {acc}, peak, total, {buffers},",
+        f"    key_mask, position, start, {limit}, {scale},{_extra(program)} {check}, {tile})",
     ]
 
 
-def _attend_start(program: Program, keys: Side, values: Side, rows: int, row: str) -> list[str]:
+def _attend_start(program: Program, keys: Side, values: Side, rows: int | str, row: str) -> list[str]:
     """Rows, positions, pointers and query operands: what decode and prefill have in common."""
     lines = [
         "batch = head // groups",
@@ -159,17 +166,19 @@ def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
     """The module of an attention program: its kernel, and for decode the kernel that merges the splits."""
     keys, values = sides_of(program, vendor)
     ringed = keys.bits != 16 or values.bits != 16
-    functions = [_tile("body_tile", program, keys, values, False, blocks.rows)]
+    # How listed blocks are cut is known at the launch, which names their size.
+    functions = [_tile("body_tile", program, keys, values, False, "peak.shape[0]" if program.blocks else blocks.rows)]
     if ringed:
         functions.append(_tile("ring_tiles", program, keys, values, True, blocks.rows))
     form, ratio = program.form, program.ratio
     packed = [f"packed = packed_length(n, {form.group}, {form.residual})" if ringed else "packed = n"]
     end = [line.replace("{ratio}", str(ratio)) for line in _attend_end(program, values)]
-    write = _decode if program.phase == "decode" else _prefill
+    write = _listed if program.blocks else _decode if program.phase == "decode" else _prefill
     arguments = ["query, " + ", ".join(keys.buffers + values.buffers) + ",", *ATTEND_TAIL]
     arguments[-1] += "".join(f", {name}" for name in part_arguments(program.score))
     functions += write(program, blocks, keys, values, packed, end, arguments, ringed)
-    imports = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "rope": ROPE_PARTS, "softmax": SOFTMAX_PARTS}
+    imports: dict[str, tuple[str, ...]] = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "rope": ROPE_PARTS}
+    imports |= {"softmax": SOFTMAX_PARTS, "blocks": BLOCK_PARTS}
     return module_text(program.name, imports, functions)
 
 
@@ -296,6 +305,68 @@ def _prefill(
             f"@triton.jit(do_not_specialize=[{FIXED}])",
             f"def {program.name}({args[0]}",
             *indent([*args[1:-1], args[-1] + "):"], 8),
+            *indent(lines + end),
+        ]
+    ]
+
+
+LISTS = [
+    "kv_num, kv_idx, full_num, full_idx, batch_rows, head_rows, columns,",
+    "FULL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):",
+]
+"""Block lists: rows of lists from one batch entry and head to the next, columns of a row, and how blocks are cut."""
+
+
+def _listed(
+    program: Program,
+    blocks: Blocks,
+    keys: Side,
+    values: Side,
+    packed: list[str],
+    end: list[str],
+    args: list[str],
+    ringed: bool,
+) -> list[list[str]]:
+    """Many rows that visit listed blocks only: a program per query head and tile of a block of queries."""
+    ratio, acc = program.ratio, [f"acc{suffix}" for suffix, _ in values.halves]
+    if ringed:
+        raise KernelUnavailable("block lists over packed keys or values have no GPU kernel")
+    lines = [
+        "tiles = tl.cdiv(queries, ROWS)",
+        f"head = tl.program_id(0).to(tl.int64) // (tiles * {ratio})",
+        f"rest = tl.program_id(0) % (tiles * {ratio})",
+        "# Heads that share keys are neighbours; the last rows see the most keys, and start first.",
+        f"tile, sibling = tiles - 1 - rest // {ratio}, rest % {ratio}",
+        *_attend_start(program, keys, values, "ROWS", f"(tile * ROWS + tl.arange(0, ROWS)) * {ratio} + sibling"),
+        f"at = batch * batch_rows + (head % groups * {ratio} + sibling) * head_rows + tile * ROWS // BLOCK",
+        "kv_idx += at * columns",
+        "partial, bad = count_within(tl.load(kv_num + at), columns, n > columns * BLOCK)",
+        "# The block that the end cuts short, or the number behind the last one.",
+        "cut, short = n // BLOCK, 0",
+        "if FULL:",
+        "    full_idx += at * columns",
+        "    whole, bad = count_within(tl.load(full_num + at), columns, bad)",
+        "    # A cut block is tested, whoever lists it, so that no key is counted that is not there.",
+        "    short = (tl.load(full_idx + whole - 1, mask=whole > 0, other=-1) == cut).to(tl.int32)",
+        "    for step in range(0, (whole - short) * (BLOCK // TILE)):",
+        "        index = tl.load(full_idx + step // (BLOCK // TILE))",
+        "        start, bad = tile_at(index, step, cut, bad, BLOCK, TILE)",
+        *indent(_fold("body_tile", "TILE", "n", False, program, keys, values), 8),
+        "for step in range(0, (partial + short) * (BLOCK // TILE)):",
+        "    index = step // (BLOCK // TILE)",
+        "    index = tl.load(kv_idx + index, mask=index < partial, other=cut)",
+        "    start, bad = tile_at(index, step, columns, bad, BLOCK, TILE)",
+        *indent(_fold("body_tile", "TILE", "n", True, program, keys, values)),
+        "# Raising would wait for the device: rows with a wrong list are NaN.",
+        'poison = tl.where(bad, float("nan"), 0.0)',
+        *(f"{name} += poison" for name in acc),
+        "peak, total = peak + poison, tl.where(bad, 1.0, total)",
+    ]
+    return [
+        [
+            f'@triton.jit(do_not_specialize=[{FIXED}, "batch_rows", "head_rows", "columns"])',
+            f"def {program.name}({args[0]}",
+            *indent([*args[1:-1], args[-1] + ",", *LISTS], 8),
             *indent(lines + end),
         ]
     ]

@@ -22,9 +22,11 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from effcompile import kernels, lowering
+from effcompile.kernels import observe
 from effcompile.kernels.reason import Reason
 from effcompile.passes import base, report
 from effcompile.passes import options as choices
+from effcompile.passes.decision import Seen
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
@@ -244,26 +246,45 @@ class _Clock:
         self._last = now
 
 
-def _verifier(gm: fx.GraphModule, replaced: Replaced) -> Callable[[Sequence[Any]], list[float]]:
-    """A function that runs every replaced subgraph beside its replacement, on copies of the state."""
+def _verifier(gm: fx.GraphModule, replaced: Replaced) -> Callable[[Sequence[Any]], list[Seen]]:
+    """A function that runs every replaced subgraph beside its replacement, on copies of the state.
+
+    It gives fields of a decision for each: the error, and what a sparse replacement leaves of attention.
+    """
     both = copy.deepcopy(gm)
     by_name = {node.name: node for node in both.graph.nodes}
     pairs = [(by_name[old.name], by_name[new.name]) for _, _, old, new in replaced]
     output = both.graph.output_node()
-    output.args = (tuple(pairs),)
+    output.args = (tuple((old, new, _observed(new)) for old, new in pairs),)
     both.graph.lint()
     both.recompile()
     written = {root(a) for n in both.graph.nodes for a in mutated_arguments(n)}
     slots = [i for i, p in enumerate(both.graph.find_nodes(op="placeholder")) if p in written]
 
-    def check(args: Sequence[Any]) -> list[float]:
+    def check(args: Sequence[Any]) -> list[Seen]:
         own = list(args)
         for i in slots:
             own[i] = own[i].clone()
         with torch.no_grad():
-            return [_difference(new, old) for old, new in both(*own)]
+            return [_seen(*found) for found in both(*own)]
 
     return check
+
+
+def _observed(new: fx.Node) -> fx.Node | None:
+    """Density and kept mass of the replacement ``new``, emitted behind it; None where it is not sparse."""
+    call = new.args[0] if new.target is operator.getitem else new
+    if not isinstance(call, fx.Node) or not observe.is_sparse(call.target):
+        return None
+    with new.graph.inserting_after(new):
+        lse = new.graph.call_function(operator.getitem, (call, 1))
+    arguments: Any = (call.target, call.args, dict(call.kwargs), lse)
+    with new.graph.inserting_after(lse):
+        return new.graph.call_function(observe.observe, arguments)
+
+
+def _seen(old: Tensor, new: Tensor, observed: Tensor | None) -> Seen:
+    return Seen(_difference(new, old), *([] if observed is None else observed.tolist()))
 
 
 def _difference(new: Tensor, old: Tensor) -> float:
@@ -275,13 +296,11 @@ def _difference(new: Tensor, old: Tensor) -> float:
 class _Verified:
     """The compiled graph, which checks its replacements on the first call."""
 
-    def __init__(
-        self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[float]], record: Any
-    ) -> None:
+    def __init__(self, compiled: Callable[..., Any], check: Callable[[Sequence[Any]], list[Seen]], record: Any) -> None:
         self.compiled, self.check, self.record = compiled, check, record
 
     def __call__(self, *args: Any) -> Any:
         if self.check is not None:
-            self.record.set_errors(self.check(args))
+            self.record.set_seen(self.check(args))
             self.check = None  # type: ignore[assignment]
         return self.compiled(*args)

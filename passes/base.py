@@ -19,12 +19,17 @@ from torch import nn
 from effcompile.kernels.reason import Reason
 
 REGISTRY: dict[str, str] = {
+    "anchor_attention": "effcompile.passes.anchor_attention:AnchorAttention",
     "blockrank": "effcompile.passes.blockrank:BlockRank",
+    "delta": "effcompile.passes.delta:Delta",
     "flexprefill": "effcompile.passes.flexprefill:FlexPrefill",
     "graph_kv": "effcompile.passes.graph_kv:GraphKV",
+    "pbs_attn": "effcompile.passes.pbs_attn:PBSAttn",
     "proxyattn": "effcompile.passes.proxyattn:ProxyAttn",
+    "quest": "effcompile.passes.quest:Quest",
     "sliding_window": "effcompile.passes.sliding_window:SlidingWindow",
     "streaming": "effcompile.passes.streaming:Streaming",
+    "vertical_slash": "effcompile.passes.vertical_slash:VerticalSlash",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
 }

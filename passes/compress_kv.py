@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from effcompile import lowering
 from effcompile.kernels.form import Axis, Bits, KVForm
@@ -27,20 +27,15 @@ from effcompile.kernels.rope import rotary_of
 from effcompile.passes.base import Pass, Target
 from effcompile.passes.operands import parts_of, query_of
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, mixed_dtypes, unsupported
+from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, mixed_dtypes, not_this_store, unsupported
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.masks import Mask
 from effcompile.patterns.walk import (
     aten,
-    between,
-    first_mutation,
     is_call,
-    mutated_arguments,
-    root,
     same_size,
     shape,
     strip_casts,
-    strip_copies,
     value,
 )
 from effcompile.runtime import adapter
@@ -133,39 +128,37 @@ class CompressKV(Pass):
 
 def match(site: AttentionSite) -> Rewrite | Reason:
     """Fuse a ``kv_load`` into ``site``. The form is the cache's own, so no options are needed to decide."""
+    load, store = site.load, site.store
+    if load is None and store is None:
+        return Reason(*_elsewhere(site), site.source)
+    if load is None:
+        return _fresh(site)
+    if problem := unreadable(site, load):
+        return problem
+    form, table = KVForm.parse(str(load.args[7])), load.kwargs.get("table")
+    return fuse(site, form, form, lambda graph: (load.args[:6], load.args[6]), table)
+
+
+def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
+    """Why attention cannot read the store that ``load`` makes dense where it is, or None."""
 
     def no(code: str, text: str) -> Reason:
         return Reason(code, text, site.source)
 
-    load, store = site.load, site.store
-    if load is None and store is None:
-        return no(*_elsewhere(site))
-    if load is None:
-        return _fresh(site)
     form = KVForm.parse(str(load.args[7]))
     if site.dropout:
         return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
     if isinstance(site.mask, Reason):
         return no(site.mask.code, site.mask.text)
-    predicate, total = site.mask.predicate, load.args[6]
-    if not predicate.causal:
-        return no("mask-not-causal", "the mask lets queries see past the end of the store, so it stays an operand")
-    if not _ends_here(total, site.mask.offset, shape(site.query)[2]):
-        return no("mask-offset", "the mask's first query does not stand at the length of the store before this call")
-    table = load.kwargs.get("table")
-    state = [n for n in (*load.args[:6], table) if isinstance(n, fx.Node)]
-    roots = {root(n) for n in state}
-    for node in between(load, site.output):
-        if any(root(a) in roots for a in mutated_arguments(node)):
-            return no("store-changes", f"{node.name} writes to the store between reading it and attending to it")
-    if predicate.prefix:
-        return no("mask-prefix", "a prefix may reach past the tokens that are stored, where queries would see zeros")
+    predicate, table = site.mask.predicate, load.kwargs.get("table")
+    if problem := not_this_store(site):
+        return problem
     if problem := unsupported(site):
         return problem
     device = value(site.query).device.type
     if predicate.segments and (why := lowering.refusal(_program(site, form, table), device)):
         return no("not-supported", why)
-    return fuse(site, form, form, lambda graph: (load.args[:6], total), table)
+    return None
 
 
 def _elsewhere(site: AttentionSite) -> tuple[str, str]:
@@ -306,23 +299,3 @@ def fuse(
         return graph.call_function(operator.getitem, (call, 0))
 
     return Rewrite(program.name, emit, programs)
-
-
-def _ends_here(total: Any, offset: Any, queries: Any) -> bool:
-    """Whether ``total == offset + queries``, ``offset`` read from the tensor of ``total`` before any write to it."""
-    if not isinstance(offset, fx.Node) or not is_call(total, aten.add.Tensor) or total.kwargs.get("alpha", 1) != 1:
-        return False
-    length, count = total.args
-    if isinstance(count, fx.Node):
-        count = value(count)
-    if isinstance(count, Tensor) or not same_size(count, queries):
-        return False
-    if root(strip_copies(length)) is not root(strip_copies(offset)):
-        return False
-    # Both were read while the length still was the length before this call: no write to it comes earlier in the graph.
-    write = first_mutation(strip_copies(length))
-    return write is None or (total < write and all(user < write for user in offset.users if _reads(user)))
-
-
-def _reads(node: fx.Node) -> bool:
-    return not list(mutated_arguments(node)) and not is_call(node, torch.ops.effcompile.kv_store.default)

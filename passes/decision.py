@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -20,6 +20,14 @@ Which = Literal["before", "after"]
 
 _OTHERWISE = ("before", "after", "cache", "fixed")
 """Fields that JSON shows in another form."""
+
+
+class Seen(NamedTuple):
+    """What ``verify`` saw of one rewritten site: the fields of :class:`Decision` of these names."""
+
+    error: float
+    density: float | None = None
+    kept: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,9 @@ class Decision:
         The letters that no later call of this graph can change.
     error
         Largest difference that ``verify`` saw, over the largest value.
+    density, kept
+        Of a sparse form, as ``verify`` saw it: pairs of query and key visited over those that may see each other, and
+        the mean share of a row's attention mass that the visited ones hold.
     kernels
         Names of the programs that are launched.
     cache
@@ -63,6 +74,8 @@ class Decision:
     sizes: tuple[tuple[str, int], ...] = ()
     fixed: str = ""
     error: float | None = None
+    density: float | None = None
+    kept: float | None = None
     kernels: tuple[str, ...] = ()
     cache: tuple[int, int] = (0, 0)
     table_bytes: int = 0

@@ -88,7 +88,7 @@ class GivenMask(Pass):
             blocks=True,
         )
         device = value(site.query).device.type
-        if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
+        if why := "no Triton program reads a given mask yet" if device != "cpu" else lowering.refusal(program, device):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:

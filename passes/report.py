@@ -30,7 +30,7 @@ from torch._logging._internal import trace_structured_artifact
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from effcompile.kernels.reason import Reason
-from effcompile.passes.decision import Decision, Which, left, rewritten
+from effcompile.passes.decision import Decision, Seen, Which, left, rewritten
 from effcompile.passes.options import PREFIX, BackendOptions, annotations_of
 
 __all__ = [
@@ -188,12 +188,16 @@ class GraphReport:
         rows = next((dict(d.sizes).get("T") for d in self.decisions if d.sizes), None)
         return "graph" if rows is None else "decode" if rows == 1 else "prefill"
 
-    def set_errors(self, errors: Sequence[float]) -> None:
-        """Put what ``verify`` found on the rewritten sites, in their order."""
-        left_over = iter(errors)
-        self.decisions = tuple(
-            dataclasses.replace(d, error=next(left_over)) if d.action == "rewritten" else d for d in self.decisions
-        )
+    def set_seen(self, seen: Sequence[Seen]) -> None:
+        """Put what ``verify`` saw on the rewritten sites, in their order."""
+        left_over = iter(seen)
+        decisions = []
+        for d in self.decisions:
+            if d.action == "rewritten":
+                error, density, kept = next(left_over)
+                d = dataclasses.replace(d, error=error, density=density, kept=kept)
+            decisions.append(d)
+        self.decisions = tuple(decisions)
 
     def belongs_to(self, model: nn.Module, *, compiled: bool = True) -> bool:
         """Whether this is a graph of ``model`` as it is decorated now; ``compiled`` allows sharing by structure."""

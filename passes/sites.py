@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DTYPES, HEAD_SIZES
 from effcompile.kernels.reason import Reason
 from effcompile.patterns.attention import AttentionSite
-from effcompile.patterns.walk import aten, is_call, shape, value
+from effcompile.patterns.masks import Mask
+from effcompile.patterns.walk import (
+    aten,
+    between,
+    first_mutation,
+    is_call,
+    mutated_arguments,
+    root,
+    same_size,
+    shape,
+    strip_copies,
+    value,
+)
 
 DENSE = KVForm(16, 16)
 """The form of keys and values as they are: a store that this call fills whole."""
@@ -30,6 +42,49 @@ def unsupported(site: AttentionSite) -> Reason | None:
         text = "gradients are needed and attention over a store has none; use torch.no_grad()"
         return Reason("gradients", text, site.source)
     return None
+
+
+def not_this_store(site: AttentionSite) -> Reason | None:
+    """Why a site that reads a store, with a proved mask, is not causal attention over what the store holds then."""
+
+    def no(code: str, text: str) -> Reason:
+        return Reason(code, text, site.source)
+
+    load, mask = site.load, site.mask
+    assert load is not None
+    assert isinstance(mask, Mask)
+    if not mask.predicate.causal:
+        return no("mask-not-causal", "the mask lets queries see past the end of the store, so it stays an operand")
+    if not _ends_here(load.args[6], mask.offset, shape(site.query)[2]):
+        return no("mask-offset", "the mask's first query does not stand at the length of the store before this call")
+    state = [n for n in (*load.args[:6], load.kwargs.get("table")) if isinstance(n, fx.Node)]
+    roots = {root(n) for n in state}
+    for node in between(load, site.output):
+        if any(root(a) in roots for a in mutated_arguments(node)):
+            return no("store-changes", f"{node.name} writes to the store between reading it and attending to it")
+    if mask.predicate.prefix:
+        return no("mask-prefix", "a prefix may reach past the tokens that are stored, where queries would see zeros")
+    return None
+
+
+def _ends_here(total: Any, offset: Any, queries: Any) -> bool:
+    """Whether ``total == offset + queries``, ``offset`` read from the tensor of ``total`` before any write to it."""
+    if not isinstance(offset, fx.Node) or not is_call(total, aten.add.Tensor) or total.kwargs.get("alpha", 1) != 1:
+        return False
+    length, count = total.args
+    if isinstance(count, fx.Node):
+        count = value(count)
+    if isinstance(count, Tensor) or not same_size(count, queries):
+        return False
+    if root(strip_copies(length)) is not root(strip_copies(offset)):
+        return False
+    # Both were read while the length still was the length before this call: no write to it comes earlier in the graph.
+    write = first_mutation(strip_copies(length))
+    return write is None or (total < write and all(user < write for user in offset.users if _reads(user)))
+
+
+def _reads(node: fx.Node) -> bool:
+    return not list(mutated_arguments(node)) and not is_call(node, torch.ops.effcompile.kv_store.default)
 
 
 def _wants_gradient(placeholder: fx.Node) -> bool:

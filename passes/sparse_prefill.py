@@ -1,7 +1,8 @@
 """What sparse prefill methods share: which sites they take, and the operators they put there.
 
-``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``. A method is its options and
-:meth:`SparsePrefill.choose`, which gives the blocks to visit (:mod:`effcompile.kernels.blocks`). Where a paper and its
+``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``, of fresh keys or, for a
+later chunk of a prompt, of what a store holds. A method is its options and :meth:`SparsePrefill.choose`, which gives
+the blocks to visit (:mod:`effcompile.kernels.blocks`). Where a paper and its
 official code disagree, the method's docstring says which was followed.
 """
 
@@ -17,11 +18,12 @@ from torch import Tensor, fx
 
 from effcompile import lowering
 from effcompile.kernels import block_ops, blocks
+from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DECODE_ROWS, Program
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.sites import DENSE, bool_mask, fresh_store, unsupported
+from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, not_this_store, unsupported
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import same_size, shape, value
 
@@ -35,7 +37,7 @@ class SparsePrefill(Pass, abc.ABC):
     block_size
         Tokens in a block of queries and of keys; a multiple of 16.
     min_length
-        Queries below which every block is visited: there the choice costs more than it saves.
+        Keys below which every block is visited: there the choice costs more than it saves.
     """
 
     block_size: int = blocks.BLOCK
@@ -43,6 +45,10 @@ class SparsePrefill(Pass, abc.ABC):
 
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     family: ClassVar[str] = "sparse_attention"
+    gathers: ClassVar[bool] = False
+    """Whether it chooses single keys besides blocks."""
+    reorders: ClassVar[bool] = False
+    """Whether it lays keys in another order than that of their tokens."""
 
     def __post_init__(self) -> None:
         if self.block_size < 16 or self.block_size % 16:
@@ -56,7 +62,8 @@ class SparsePrefill(Pass, abc.ABC):
         def policy(query: Tensor, key: Tensor, *, scale: float, key_mask: Tensor | None, **options: Any) -> Tensor:
             return cls(**options).visited(query, key, scale, key_mask)
 
-        block_ops.register_policy(cls.name, policy)
+        if "name" in vars(cls):
+            block_ops.register_policy(cls.name, policy)
 
     @abc.abstractmethod
     def choose(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
@@ -66,16 +73,37 @@ class SparsePrefill(Pass, abc.ABC):
         device, without asking the host.
         """
 
+    def is_short(self, queries: int, keys: int) -> bool:
+        """Whether a choice costs more than it saves: of few keys, or for a chunk of less than a block."""
+        return keys < self.min_length or queries < min(self.block_size, keys)
+
     def visited(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
-        """:meth:`choose`, or all blocks below ``min_length`` tokens, which may be known only at the call."""
+        """:meth:`choose`, or all blocks where :meth:`is_short`, which may be known only at the call."""
         queries, keys = query.shape[2], key.shape[2]
-        if queries < self.min_length:
+        if self.is_short(queries, keys):
             return blocks.possible(queries, keys, self.block_size, device=key.device)
         return self.choose(query, key, scale, key_mask)
 
     def serves(self, site: AttentionSite) -> Reason | None:
         """Why this method cannot serve a site that others of its family can."""
         return None
+
+    @property
+    def method(self) -> str:
+        """The ``method`` argument of the operators that choose."""
+        return block_ops.method_text(self.name, dataclasses.asdict(self))
+
+    def operands(
+        self, graph: fx.Graph, site: AttentionSite, state: State, hidden: fx.Node | None
+    ) -> tuple[State, list[fx.Node], dict[str, Any]]:
+        """What ``attend_blocks`` gets: its state, the four lists, and keyword arguments. Emits what makes them.
+
+        ``state`` holds the keys and values of ``site`` in their order, ``hidden`` is the padding mask, if there is one.
+        """
+        made = graph.call_function(
+            torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, self.method, site.scale)
+        )
+        return state, results(graph, made, 4), {}
 
     def match(self, site: AttentionSite) -> Rewrite | Reason:
         """Attention over the blocks that the policy chooses, or why the site stays dense."""
@@ -90,15 +118,21 @@ class SparsePrefill(Pass, abc.ABC):
             return no(mask.code, mask.text)
         if site.dropout:
             return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
-        if site.load is not None:
-            return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
         rule = mask.predicate
         if rule.window is not None or not rule.causal or rule.segments or rule.prefix:
             return no("mask-not-honoured", f"{self.name} is for causal attention; the mask is {mask.predicate.name}")
-        if not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
+        if site.load is not None:
+            if problem := not_this_store(site):
+                return problem
+            if self.gathers or self.reorders:
+                return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
+        elif not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
             return no("mask-offset", f"{self.name} needs the queries to be the last tokens of the keys")
-        if isinstance(queries, int) and queries < self.min_length:
-            text = f"{queries} tokens, and {self.name} gains from {self.min_length} on (min_length)"
+        # Of a store this is its room: a cache in which no prompt can be long enough.
+        if isinstance(keys, int) and keys < self.min_length:
+            return no("short-prompt", f"{keys} tokens, and {self.name} gains from {self.min_length} on (min_length)")
+        if isinstance(queries, int) and queries < self.block_size and site.load is not None:
+            text = f"a chunk of {queries} tokens; {self.name} chooses for whole blocks of {self.block_size}"
             return no("short-prompt", text)
         if mask.finite and mask.predicate.key_mask:
             return no("mask-not-honoured", "rows that see no key get a mean of all values here, and 0 from block lists")
@@ -106,36 +140,49 @@ class SparsePrefill(Pass, abc.ABC):
             return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
         if problem := unsupported(site) or self.serves(site):
             return problem
-        program = Program(
-            "prefill",
-            DENSE,
-            mask.predicate,
-            value(site.query).dtype,
-            site.ratio,
-            shape(site.query)[3],
-            shape(site.value)[3],
-            blocks=True,
-        )
+        form = DENSE if site.load is None else KVForm.parse(str(site.load.args[7]))
+        if form.pre:
+            return no("not-supported", "no program visits blocks of keys that are stored before RoPE")
+        if not form.dense and self.block_size % form.group:
+            text = f"blocks of {self.block_size} tokens do not hold whole groups of {form.group}"
+            return no("not-supported", f"{text}; choose a block_size that is a multiple")
+        dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
+        parts: dict[str, Any] = {"blocks": True, "columns": self.gathers, "positions": self.reorders}
+        program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, **parts)
         device = value(site.query).device.type
-        if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
+        if site.load is not None and device != "cpu":
+            return no(
+                "not-supported", f"on {device} a store's length is not known to the host, which choosing asks for"
+            )
+        if why := lowering.refusal(program, device):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:
+            ours = torch.ops.effcompile
             hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
-            state, length = fresh_store(graph, site)
-            method = block_ops.method_text(self.name, dataclasses.asdict(self))
-            made = graph.call_function(
-                torch.ops.effcompile.select_blocks.default, (site.query, state[0], hidden, method, site.scale)
-            )
-            lists = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
+            state: State
+            length: Any
+            if site.load is None:
+                state, length = fresh_store(graph, site)
+                state, lists, more = self.operands(graph, site, state, hidden)
+            else:
+                state, length, more = site.load.args[:6], site.load.args[6], {}
+                chosen = (site.query, *state, length, hidden, form.name, self.method, site.scale)
+                lists = results(graph, graph.call_function(ours.select_stored_blocks.default, chosen), 4)
             call = graph.call_function(
-                torch.ops.effcompile.attend_blocks.default,
-                (site.query, *state, length, hidden, *lists, self.block_size, DENSE.name, site.scale, True, -1),
+                ours.attend_blocks.default,
+                (site.query, *state, length, hidden, *lists, self.block_size, form.name, site.scale, True, -1),
+                more,
             )
             call.meta.update(site.output.meta)
             return graph.call_function(operator.getitem, (call, 0))
 
         return Rewrite(f"{self.name}_{program.name}", emit, (program,))
+
+
+def results(graph: fx.Graph, call: fx.Node, count: int) -> list[fx.Node]:
+    """The ``count`` results of an operator, each as a node."""
+    return [graph.call_function(operator.getitem, (call, i)) for i in range(count)]
 
 
 def check_share(name: str, share: float) -> None:

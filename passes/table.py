@@ -15,6 +15,9 @@ from rich.text import Text
 
 from effcompile.passes.report import Decision, Report, quantity
 
+_SEEN = ("error", "density", "kept")
+"""Columns that only ``verify`` fills."""
+
 
 def render(report: Report) -> Group:
     """The table, its notes, and the summary line, for rich."""
@@ -57,9 +60,9 @@ def _table(title: str, rows: list[list[Decision]]) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("bytes", "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
-    errors = any(d.error is not None for row in rows for d in row)
-    if errors:
-        table.add_column("error", justify="right", no_wrap=True)
+    seen = [name for name in _SEEN if any(getattr(d, name) is not None for row in rows for d in row)]
+    for name in seen:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         d = row[0]
         cells: list[Any] = [
@@ -70,11 +73,19 @@ def _table(title: str, rows: list[list[Decision]]) -> Table:
             _change(d.bytes_before, d.bytes_after),
             _change(d.flops_before, d.flops_after),
         ]
-        if errors:
-            worst = max((one.error for one in row if one.error is not None), default=None)
-            cells.append("" if worst is None else f"{worst:.1e}")
-        table.add_row(*cells)
+        table.add_row(*cells, *(_measured(row, name) for name in seen))
     return table
+
+
+def _measured(row: Sequence[Decision], name: str) -> str:
+    """What ``verify`` saw at the sites of a row: the largest error, or the least and the largest share."""
+    found = [x for d in row if (x := getattr(d, name)) is not None]
+    if not found:
+        return ""
+    if name == "error":
+        return f"{max(found):.1e}"
+    least, most = f"{min(found):.3f}", f"{max(found):.3f}"
+    return least if least == most else f"{least}\nto {most}"
 
 
 def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch._guards import TracingContext
+from torch._dynamo.source import ConstantSource
+from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -60,7 +61,11 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule | Rea
             new._dynamo_source = old._dynamo_source
     traced.meta.update(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
-        traced._param_name_to_source = gm._param_name_to_source
+        # AOTAutograd wants to know where every tensor of a graph comes from. ``torch.tensor([1])`` in a model's code is
+        # a call in Dynamo's graph, and a constant in this one: it comes from nowhere, and no guard is made of it.
+        known: dict[str, Source] = vars(gm)["_param_name_to_source"]
+        made = {str(n.target) for n in traced.graph.find_nodes(op="get_attr")} - known.keys()
+        vars(traced)["_param_name_to_source"] = known | {name: ConstantSource(name) for name in made}
     return traced
 
 

@@ -7,6 +7,7 @@ no longer found or rewritten is a slow-down that nobody would see otherwise.
 from __future__ import annotations
 
 import pytest
+import torch
 from architectures import ARCHITECTURES, golden, measure
 
 import effcompile as ec
@@ -62,3 +63,41 @@ def test_architecture(name: str) -> None:
 def test_an_encoder_decoder_is_refused() -> None:
     with pytest.raises(ec.CacheError, match="encoder-decoder"):
         ec.Cache(ARCHITECTURES["whisper"].make())
+
+
+class Shifted(torch.nn.Module):
+    """A part whose code makes a tensor of numbers, as the caches of transformers' sliding layers do."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden) + torch.tensor([1, 2]).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-oss", "llama4", "falcon-alibi", "mixtral"])
+def test_architecture_through_inductor(name: str) -> None:
+    """The other tests run graphs operator by operator; these have something in them that AOTAutograd has to digest."""
+    entry = ARCHITECTURES[name]
+    model = entry.make()
+    greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**entry.inputs(), **greedy)
+    ec.compress_kv(key_bits=16, value_bits=16)(model)
+    model.compile(backend="effcompile")
+    assert torch.equal(model.generate(**entry.inputs(), **greedy), expected)
+    assert any(d.action == "rewritten" for g in ec.inspect(model).graphs if g.label == "decode" for d in g.decisions)
+
+
+def test_a_tensor_of_numbers_in_the_models_code() -> None:
+    """Through Inductor: to AOTAutograd it is a tensor that came from nowhere."""
+    model = ARCHITECTURES["llama"].make()
+    model.model.norm = Shifted(model.model.norm)
+    ids = ARCHITECTURES["llama"].inputs()["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits
+        ec.compress_kv(key_bits=16, value_bits=16)(model)
+        model.compile(backend="effcompile")
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=5e-5)
+    assert any(d.action == "rewritten" for d in ec.inspect(model).decisions)

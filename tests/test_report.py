@@ -25,6 +25,7 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes import report, table
+from effcompile.passes.decision import Seen
 from effcompile.passes.options import BackendOptions, decorate, parse, remove
 from effcompile.passes.report import Decision, GraphReport, InspectError, Report, Snapshot, inspect
 
@@ -295,7 +296,7 @@ def test_table_puts_equal_layers_in_one_line() -> None:
         new = report.left(i, one, "rule '**'", why) if i == 7 else report.rewritten(i, one, "rule '**'", rewrite)
         decisions.append(new)
     graph = graph_report(decisions)
-    graph.set_errors([1e-3 * i for i in range(29)])
+    graph.set_seen([Seen(1e-3 * i) for i in range(29)])
     text = str(Report([graph], "Llama"))
     assert "0-6,8-29" in text
     assert "mask-unknown" in text

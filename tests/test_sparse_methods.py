@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import effcompile as ec
-from effcompile.kernels import blocks, estimate, select
+from effcompile.kernels import blocks, columns, estimate, select
 from effcompile.passes import base
 from effcompile.passes.flexprefill import FlexPrefill, diagonals
+from effcompile.passes.pbs_attn import PBSAttn
 from effcompile.passes.proxyattn import ProxyAttn, needed
+from effcompile.passes.sparse_columns import SparseColumns
 from effcompile.passes.sparse_prefill import SparsePrefill, bounds
 from effcompile.passes.streaming import Streaming
 from effcompile.passes.xattention import XAttention
@@ -32,6 +34,9 @@ LEAST: dict[str, dict[str, Any]] = {
     "flexprefill": {"gamma": 0.0, "tau": 0.0, "min_budget": 0},
     "proxyattn": {"gamma": 0.0, "min_budget": 0},
     "streaming": {"window": 1, "sink": 1},
+    "vertical_slash": {"vertical": 0, "slash": 0},
+    "anchor_attention": {"theta": -1e30, "step": 1},
+    "pbs_attn": {"threshold": 0.0, "segment": 64},
 }
 """Options at which a method visits the sink and the diagonal, and as little else as it can."""
 
@@ -41,11 +46,33 @@ def heads(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape)
 
 
+def pairs_of(method: SparsePrefill, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The pairs of tokens that a method visits, without its least length: bool ``[B, H, T, S]``, causal ones only."""
+    (batch, groups, keys), (heads_, queries) = key.shape[:3], query.shape[1:3]
+    scale, block = query.shape[-1] ** -0.5, method.block_size
+    seen = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    if isinstance(method, SparseColumns):
+        keep, made, counts = method.pick(query, key, scale, mask)
+        single = columns.listed(made, counts, keys).repeat_interleave(method.span * block, 2)[:, :, :queries]
+        inside = blocks.tokens(keep, queries, keys, block)
+        assert not (single & inside).any()
+        return (inside | single) & seen
+    keep = method.choose(query, key, scale, mask)
+    if isinstance(method, PBSAttn):
+        order = method.order(query, key, scale, mask).repeat_interleave(heads_ // groups, 1)[:, :, None]
+        slots = blocks.tokens(keep, queries, keys, block)
+        return slots.gather(3, order.argsort(-1).expand(batch, heads_, queries, -1)) & seen
+    return blocks.tokens(keep.expand(batch, heads_, -1, -1), queries, keys, block) & seen
+
+
 def keep_of(method: SparsePrefill, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The blocks that a method visits, without its least length."""
-    made = method.choose(query, key, query.shape[-1] ** -0.5, mask)
-    rows, columns = (blocks.count_blocks(x.shape[2], method.block_size) for x in (query, key))
-    return made.expand(query.shape[0], query.shape[1], rows, columns)
+    """The blocks that a method visits whole, without its least length."""
+    block, (queries, keys) = method.block_size, (query.shape[2], key.shape[2])
+    seen = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    missing = seen & ~pairs_of(method, query, key, mask).expand(query.shape[0], query.shape[1], -1, -1)
+    short = (0, -keys % block, 0, -queries % block)
+    tiles = torch.nn.functional.pad(missing, short).unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    return ~tiles.any(-1).any(-2) & blocks.possible(queries, keys, block)
 
 
 def build(name: str, **options: Any) -> SparsePrefill:
@@ -93,6 +120,9 @@ NEEDLE: dict[str, dict[str, Any]] = {
     "xattention": {"threshold": 0.5},
     "flexprefill": {"gamma": 0.5, "min_budget": 192},
     "proxyattn": {"gamma": 0.5, "min_budget": 192},
+    "vertical_slash": {"vertical": 160, "slash": 1},
+    "anchor_attention": {"theta": 3.0, "step": 1},
+    "pbs_attn": {"threshold": 0.5},
 }
 
 

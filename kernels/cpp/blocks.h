@@ -1,7 +1,7 @@
 // Attention over listed blocks of keys (effcompile/kernels/blocks.py). As prefill, but each head has rows of its own, since
 // each has its own list; heads that share keys go through them together, so that a block two heads list is read once.
 #pragma once
-#include "prefill.h"
+#include "columns.h"
 
 namespace ec {
 
@@ -19,6 +19,12 @@ struct BlockArgs {
 inline void hide_forbidden(const BlockArgs& b, int64_t batch, int64_t head, int64_t query, int64_t t, int64_t n, float* s) {
   const bool* allowed = b.allowed + batch * b.allowed_stride[0] + head * b.allowed_stride[1] + query * b.allowed_stride[2] + t;
   for (int64_t i = 0; i < n; ++i) s[i] = allowed[i] ? s[i] : -INF;
+}
+
+// What stands behind BlockArgs for programs that have it: ColumnArgs or PositionArgs.
+template <class T>
+inline const T& behind(const BlockArgs& b) {
+  return *reinterpret_cast<const T*>(&b + 1);
 }
 
 // Marks the blocks that `head` of `batch` lists for query block `row`: 1 partial, 2 full. False if a number is out of range.
@@ -45,6 +51,7 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
   constexpr int64_t D = P::key_size, E = P::value_size, DP = round_up(D, VL), EP = round_up(E, VL);
   constexpr int64_t BK = P::group * most(1, 128 / P::group);
   constexpr Block wide = best_block(BK / VL), deep = best_block(EP / VL);
+  constexpr bool gathers = std::is_base_of_v<gathered_columns, P>, moved = std::is_base_of_v<key_positions, P>;
   const int64_t length = *a.state.length, first = row * b.block, tokens = least(b.block, a.queries - first);
   // multiply() writes up to a block of rows behind the last, so every head's rows have room behind them.
   const int64_t padded = tokens + ACCUMULATORS, all = heads * padded;
@@ -68,32 +75,66 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
   for (int64_t i = 0; i < all * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < all; ++i) max[i] = -INF, sum[i] = 0.f, alpha[i] = 1.f;
 
-  const int64_t end = Visible<P>(a, head, first + tokens - 1, length).last;
-  const int64_t begin = Visible<P>(a, head, first, length).first / b.block;
+  // Head h takes in n keys and their values, which v() gives; hide_some hides what query i does not see in its scores.
+  auto take = [&](int64_t h, int64_t n, auto&& v, auto&& hide_some) {
+    const int64_t at = h * padded;
+    multiply<float, wide.rows, wide.columns>(tokens, round_up(n, VL), D, q + at * DP, DP, key, BK, nullptr, s, BK);
+    for (int64_t i = 0; i < tokens; ++i) {
+      hide_some(i, s + i * BK, Visible<P>(a, head, first + i, length));
+      alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
+    }
+    multiply<float, deep.rows, deep.columns>(tokens, EP, n, s, BK, v(), EP, alpha + at, o + at * EP, EP);
+  };
+
+  const int32_t* positions = nullptr;
+  if constexpr (moved) {
+    const auto& p = behind<PositionArgs>(b);
+    positions = p.positions + head / a.groups * p.stride[0] + head % a.groups * p.stride[1];
+  }
+  // Keys that stand elsewhere may be seen whatever their slots.
+  const int64_t end = moved ? length : Visible<P>(a, head, first + tokens - 1, length).last;
+  const int64_t begin = moved ? 0 : Visible<P>(a, head, first, length).first / b.block;
   for (int64_t block = begin; block < b.columns && block * b.block < end; ++block) {
     bool wanted = false;
     for (int64_t h = 0; h < heads; ++h) wanted |= marks[h * b.columns + block] != 0;
     if (!wanted) continue;
     for_runs<P>(block * b.block, least((block + 1) * b.block, end), stop, BK, [&](int64_t t, int64_t n, bool tail) {
       key_tile<P>(keys, rope, t, n, tail, key, BK);
-      const float* v = nullptr;
+      const float* made = nullptr;
       for (int64_t h = 0; h < heads; ++h) {
         const uint8_t mark = marks[h * b.columns + block];
         if (!mark) continue;
-        const int64_t at = h * padded;
-        multiply<float, wide.rows, wide.columns>(tokens, round_up(n, VL), D, q + at * DP, DP, key, BK, nullptr, s, BK);
-        for (int64_t i = 0; i < tokens; ++i) {
-          const Visible<P> seen(a, head, first + i, length);
-          if (mark == 1 && (P::key_mask || t < seen.first || t + n > seen.last)) hide<P>(s + i * BK, t, n, seen, mask, nullptr);
-          if (mark == 1 && b.allowed)
-            hide_forbidden(b, head / a.groups, head % a.groups * P::ratio + r + h, first + i, t, n, s + i * BK);
-          alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
-        }
-        if (!v) v = value_tile<P>(values, t, n, tail, value);
-        multiply<float, deep.rows, deep.columns>(tokens, EP, n, s, BK, v, EP, alpha + at, o + at * EP, EP);
+        auto v = [&] {
+          if (!made) made = value_tile<P>(values, t, n, tail, value);
+          return made;
+        };
+        take(h, n, v, [&](int64_t i, float* scores, Visible<P> seen) {
+          if (mark == 2) return;
+          if (b.allowed) hide_forbidden(b, head / a.groups, head % a.groups * P::ratio + r + h, first + i, t, n, scores);
+          if constexpr (moved)
+            hide_at<P>(scores, positions + t, n, seen, mask);
+          else if (P::key_mask || t < seen.first || t + n > seen.last)
+            hide<P>(scores, t, n, seen, mask, nullptr);
+        });
       }
     });
   }
+  if constexpr (gathers)
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t count;
+      const int64_t query_head = head % a.groups * P::ratio + r + h;
+      const uint8_t* mine = marks + h * b.columns;
+      const auto& lists = behind<ColumnArgs>(b);
+      const int32_t* at = read_columns(lists, head / a.groups, query_head, row, mine, b.block, length, count);
+      if (!at) return false;
+      for (int64_t t = 0; t < count; t += BK, at += BK) {
+        const int64_t n = least(BK, count - t);
+        gather_tiles<P>(keys, values, at, n, key, BK, value);
+        take(h, n, [&] { return value; }, [&](int64_t, float* scores, Visible<P> seen) {
+          if (P::key_mask || at[0] < seen.first || at[n - 1] >= seen.last) hide_at<P>(scores, at, n, seen, mask);
+        });
+      }
+    }
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t at = h * padded + i;
@@ -102,7 +143,8 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
   return true;
 }
 
-// Returns 1, having written nothing, if the length is not within the capacity; 2 if a list names a block that is not there.
+// Returns 1, having written nothing, if the length is not within the capacity; 2 if a list
+// names a block or a column that is not there, or a column that does not fit (read_columns).
 template <class P>
 int64_t attend_blocks(const BlockArgs& b) {
   const AttendArgs& a = b.attend;

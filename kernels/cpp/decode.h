@@ -15,9 +15,9 @@ constexpr int row_block(int ratio) {
   return 1;
 }
 
-// The rows of one head over keys [from, to): o [rows, EP], then max [rows], then sum [rows].
-template <class P>
-inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t to, int64_t stop, float* o) {
+// The rows of one head over the runs that visit(body, block) gives to body: o [rows, EP], then max [rows], then sum [rows].
+template <class P, class Visit>
+inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& visit) {
   constexpr int64_t DP = round_up(P::key_size, VL), EP = round_up(P::value_size, VL);
   constexpr int64_t BK = P::group * most(1, 128 / P::group), ld = round_up(BK, VL) + VL;
   constexpr int RB = row_block(P::ratio);
@@ -35,7 +35,7 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
   for (int64_t row = 0; row < rows; ++row) read_query<P>(a, scale, head, row, q + row * DP);
   for (int64_t i = 0; i < rows * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < rows; ++i) max[i] = -INF, sum[i] = 0.f;
-  for_runs<P>(from, to, stop, BK, [&](int64_t t, int64_t n, bool tail) {
+  const auto body = [&](int64_t t, int64_t n, bool tail) {
     for (int64_t row = 0; row < rows; row += RB) {
       const Visible<P> seen(a, head, row / P::ratio, length);
       if (t >= seen.last || t + n <= seen.first) continue;
@@ -48,7 +48,29 @@ inline void decode_part(const AttendArgs& a, int64_t head, int64_t from, int64_t
       }
       weigh<P, RB>(values, t, n, tail, s, ld, alpha, o + row * EP);
     }
-  });
+  };
+  visit(body, BK);
+}
+
+// Merges the parts of one head by their lse and writes its rows.
+template <class P>
+inline void merge_parts(const AttendArgs& a, int64_t head, int64_t parts, const float* first) {
+  constexpr int64_t EP = round_up(P::value_size, VL);
+  const int64_t rows = a.queries * P::ratio, cell = rows * (EP + 2);
+  const Scale scale(softmax_scale<P>(a));
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *o = first + row * EP, *max = first + rows * EP + row, *sum = max + rows;
+    float top = -INF, total = 0.f;
+    for (int64_t part = 0; part < parts; ++part) top = max[part * cell] <= top ? top : max[part * cell];
+    alignas(64) float merged[EP] = {};
+    for (int64_t part = 0; part < parts && top != -INF; ++part) {
+      const float weight = scale.rescale(max[part * cell], top);
+      total += weight * sum[part * cell];
+      for (int64_t e = 0; e < EP; e += VL)
+        at::vec::fmadd(Vec(weight), Vec::loadu(o + part * cell + e), Vec::loadu(merged + e)).store(merged + e);
+    }
+    write_row<P>(a, scale, head, row, merged, top, total);
+  }
 }
 
 // Returns 1, having written nothing, if the length is not within the capacity.
@@ -73,26 +95,12 @@ int64_t decode(const AttendArgs& a) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
   for (int64_t item = 0; item < heads * parts; ++item) {
     const int64_t from = start + item % parts * per * BK;
-    decode_part<P>(a, item / parts, from, least(length, from + per * BK), stop, partial + item * cell);
+    const int64_t to = least(length, from + per * BK);
+    decode_part<P>(a, item / parts, partial + item * cell,
+                   [&](auto& body, int64_t block) { for_runs<P>(from, to, stop, block, body); });
   }
 
-  const Scale scale(softmax_scale<P>(a));
-  for (int64_t head = 0; head < heads; ++head) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* first = partial + head * parts * cell;
-      const float *o = first + row * EP, *max = first + rows * EP + row, *sum = max + rows;
-      float top = -INF, total = 0.f;
-      for (int64_t part = 0; part < parts; ++part) top = max[part * cell] <= top ? top : max[part * cell];
-      alignas(64) float merged[EP] = {};
-      for (int64_t part = 0; part < parts && top != -INF; ++part) {
-        const float weight = scale.rescale(max[part * cell], top);
-        total += weight * sum[part * cell];
-        for (int64_t e = 0; e < EP; e += VL)
-          at::vec::fmadd(Vec(weight), Vec::loadu(o + part * cell + e), Vec::loadu(merged + e)).store(merged + e);
-      }
-      write_row<P>(a, scale, head, row, merged, top, total);
-    }
-  }
+  for (int64_t head = 0; head < heads; ++head) merge_parts<P>(a, head, parts, partial + head * parts * cell);
   return 0;
 }
 

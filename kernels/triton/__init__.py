@@ -1,1 +1,1 @@
-"""Parts of the GPU kernels, as Triton functions: loads, numbers, softmax, packing. Generated modules import them."""
+"""Parts of the GPU kernels, as Triton functions, which generated modules import: loads, numbers, softmax, packing."""

@@ -1,0 +1,155 @@
+"""DELTA: a few layers attend to everything and choose pages of the cache, which the layers after them read alone.
+
+Paper: DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning (Findings of ACL 2026).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from effcompile.kernels import pages
+from effcompile.kernels.block_ops import method_options
+from effcompile.kernels.blocks import count_blocks
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.reason import Reason
+from effcompile.passes import compress_kv
+from effcompile.passes.paged_decode import PagedDecode, place_of, select_pages
+from effcompile.passes.rewrite import Rewrite
+from effcompile.patterns.attention import AttentionSite
+from effcompile.patterns.walk import operand, root, same_size, shape, strip_copies
+
+SPREAD = 3
+"""Layers that select, where the user names none; fewer are stale, more gain little (paper)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta(PagedDecode):
+    """Attend to the ``token_budget`` tokens that the nearest earlier layer of full attention found to matter most.
+
+    A layer of full attention before one that is not *selects*: the weights of its softmax, of each token the largest
+    over all query heads, are summed in pages; the newest ``recency`` tokens and the best pages make one list for all
+    heads of the layers that follow, up to the next one that selects. The list is that of this step alone. Layers of
+    full attention that are followed by another only attend.
+
+    Parameters
+    ----------
+    token_budget
+        The paper's 64 pages of 16 (and 128), ``recency`` included.
+    recency
+        The newest tokens, in whole pages, that are always in the list: the paper's 8 pages of 16.
+    full_cache_layers
+        Layers that attend to everything, by number among those with a compressed cache. None: the first two, and three
+        that select, spread evenly over the others, the first of these included. The paper places them by how much
+        attention changes from a layer to the next (0, 1, 2, 14 and 22 of 28).
+
+    Notes
+    -----
+    The official code breaks ties by subtracting 1e-7 for each page, which reorders pages of nearly equal scores; here
+    ties, and they only, go to the earlier page. Its budget is in pages. It starts when there are more pages than the
+    budget, as here.
+
+    The list goes from one layer to others as a value in the graph, so all must be in one: in a model whose layers are
+    compiled one by one, or with graph breaks between them, the others have no list and say so.
+    """
+
+    recency: int = 128
+    full_cache_layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "delta"
+    paper: ClassVar[str] = "DELTA (Findings of ACL 2026)"
+    summary: ClassVar[str] = "decoding: a few layers choose pages of the cache for the layers after them"
+    shared: ClassVar[bool] = True
+    limit: ClassVar[dict[str, Any]] = PagedDecode.limit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.recency <= self.token_budget:
+            raise ValueError(f"recency={self.recency!r}; expected 1 to token_budget={self.token_budget} tokens.")
+        if self.full_cache_layers is not None:
+            if any(isinstance(i, bool) or i < 0 for i in self.full_cache_layers):
+                raise ValueError(f"full_cache_layers={self.full_cache_layers!r}; expected numbers of layers from 0 on.")
+            object.__setattr__(self, "full_cache_layers", tuple(sorted(set(self.full_cache_layers))))
+
+    def full(self, layers: int) -> tuple[int, ...]:
+        """The layers of full attention among so many.
+
+        >>> Delta().full(28)
+        (0, 1, 2, 10, 19)
+        """
+        if self.full_cache_layers is not None:
+            return self.full_cache_layers
+        spread = {2 + i * (layers - 2) // SPREAD for i in range(SPREAD)}
+        return tuple(sorted(i for i in {0, 1} | spread if i < layers))
+
+    def scores(self, step: pages.Step) -> Tensor:
+        """Mass, ``[B, 1, nP]``: +inf for the newest pages, -inf where no token can be seen."""
+        newest = min(count_blocks(self.recency, self.page), self.count)
+        near = step.ends_after(self.page, step.length - 1 - (newest - 1) * self.page)
+        worth = torch.where(near, torch.inf, pages.mass(step, self.page))
+        return torch.where(step.present(self.page), worth, -torch.inf)
+
+    def serve(self, site: AttentionSite, load: fx.Node, form: KVForm) -> Rewrite | Reason:
+        """At a layer that selects attention to everything and the choice; at those after it attention to the list."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        layer, layers = place_of(load)
+        full = self.full(layers)
+        if full and full[-1] >= layers:
+            return no("no-such-layer", f"full_cache_layers names layer {full[-1]}, and this graph has {layers}")
+        if layer in full:
+            if layer + 1 in full or layer + 1 == layers:
+                return no("dense-layer", f"layer {layer} of {layers} attends to everything (full_cache_layers={full})")
+            dense = compress_kv.match(site)
+            if isinstance(dense, Reason):
+                return dense
+
+            def emit(graph: fx.Graph) -> fx.Node:
+                out = dense.emit(graph)
+                lse = graph.call_function(operator.getitem, (out.args[0], 1))
+                self.select(graph, site, load, lse)
+                return out
+
+            return Rewrite(f"{self.name}_select_{dense.form}", emit, dense.programs)
+        chosen = self._earlier(site, load)
+        if chosen is None:
+            return no(
+                "no-selection",
+                f"no layer before layer {layer} in this graph selects pages with these options "
+                f"(full_cache_layers={full})",
+            )
+        # The list is in pages of the layer that selects, whose store may have another form.
+        page = method_options(str(chosen.args[6]))[1]["page_size"]
+        if not form.dense and page % form.group:
+            return no("page-size", f"the pages selected before have {page} tokens, and groups here {form.group}")
+        here, programs = dataclasses.replace(self, page_size=page), self.programs(site, load)
+        return Rewrite(
+            f"{self.name}_{programs[0].name}", lambda graph: here.attend(graph, site, load, chosen), programs
+        )
+
+    def _earlier(self, site: AttentionSite, load: fx.Node) -> fx.Node | None:
+        """The nearest earlier choice with these options, but for the size of pages, over the same tokens."""
+        found: fx.Node
+        tokens, rows = _tokens(load.args[6]), shape(site.query)[0]
+        for found in reversed(load.graph.find_nodes(op="call_function", target=select_pages)):
+            name, options = method_options(str(found.args[6]))
+            if name != self.name or dataclasses.replace(Delta(**options), page_size=self.page_size) != self:
+                continue
+            if _tokens(found.args[4]) is tokens and same_size(shape(operand(found, 0))[0], rows):
+                return found
+        return None
+
+
+def _tokens(total: Any) -> fx.Node:
+    """The cache's length, to which ``total`` adds one.
+
+    ``unreadable`` has seen that it does, and that nothing writes to it in between; so of one length all totals are one.
+    """
+    length: fx.Node = root(strip_copies(strip_copies(total).args[0]))
+    return length

@@ -1,0 +1,185 @@
+"""What methods share that choose pages at each step of decoding: which sites they take, and what they put there.
+
+``kv_load -> attention(mask)  ->  select_pages(query, keys), attend_pages(query, store, pages)``. The store is that of
+``compress_kv``, in whatever form; a method is its options and :meth:`PagedDecode.scores`, by which pages are ranked
+(:mod:`effcompile.kernels.pages`). Nothing is evicted: the next step chooses among all tokens again.
+
+**Pages and groups.** The papers' pages have 16 tokens. A kernel reads a packed store by whole groups, and a page that
+cuts one would make it read what it skips; so a page is a multiple of the group, by default the smallest, which is 16
+for ``group_size=16`` and for a store of 16 bits. Budgets are in tokens, so they mean the same for pages of any size.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import operator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from effcompile import lowering
+from effcompile.kernels import block_ops, blocks, page_ops, pages
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import Program, StoreProgram
+from effcompile.kernels.reason import Reason
+from effcompile.kernels.rope import rotary_of
+from effcompile.passes import compress_kv
+from effcompile.passes.base import Pass
+from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.sites import bool_mask
+from effcompile.patterns.attention import AttentionSite, kv_load
+from effcompile.patterns.masks import Mask
+from effcompile.patterns.walk import same_size, shape, value
+
+Self = TypeVar("Self", bound="PagedDecode")
+select_pages = torch.ops.effcompile.select_pages.default
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedDecode(Pass, abc.ABC):
+    """A method that chooses pages of the cache for each new token.
+
+    Parameters
+    ----------
+    token_budget
+        Tokens that are attended to, in whole pages; while there are no more of them, all are.
+    page_size
+        Tokens in a page, a multiple of the group in which the cache is packed. None: the smallest there is.
+    """
+
+    token_budget: int = 1024
+    page_size: int | None = None
+
+    phases: ClassVar[tuple[str, ...]] = ("decode",)
+    family: ClassVar[str] = "sparse_attention"
+    limit: ClassVar[dict[str, Any]] = {"token_budget": 1 << 30}
+    shared: ClassVar[bool]
+    """Whether all heads have one list of pages; else each key/value head has its own."""
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget={self.token_budget!r}; expected at least one token.")
+        if self.page_size is not None and (self.page_size < pages.PAGE or self.page_size % pages.PAGE):
+            raise ValueError(
+                f"page_size={self.page_size!r} is not offered; choose a multiple of {pages.PAGE}, or None for the "
+                "smallest that the cache allows."
+            )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def scores(step: pages.Step, **options: Any) -> Tensor:
+            return cls(**options).scores(step)
+
+        page_ops.register_policy(cls.name, page_ops.Policy(scores, lambda **options: cls(**options).count, cls.shared))
+
+    @abc.abstractmethod
+    def scores(self, step: pages.Step) -> Tensor:
+        """The worth of each page: fp32 ``[B, G, nP]``, or ``[B, 1, nP]`` if lists are shared, infinities included.
+
+        See :func:`effcompile.kernels.pages.take`. ``page_size`` is a number here.
+        """
+
+    @abc.abstractmethod
+    def serve(self, site: AttentionSite, load: fx.Node, form: KVForm) -> Rewrite | Reason:
+        """What to put at a site that pages can serve, or why this method has nothing to put there.
+
+        ``load`` reads its store, of ``form``; ``page_size`` is a number here.
+        """
+
+    @property
+    def page(self) -> int:
+        """``page_size``, where it is a number."""
+        assert self.page_size is not None
+        return self.page_size
+
+    @property
+    def count(self) -> int:
+        """``K``, the pages in the budget."""
+        return max(1, self.token_budget // self.page)
+
+    def for_store(self: Self, form: KVForm) -> Self:
+        """These options with the size of pages that a store of ``form`` has."""
+        smallest = pages.PAGE if form.dense else max(pages.PAGE, form.group)
+        return dataclasses.replace(self, page_size=self.page_size or smallest)
+
+    def match(self, site: AttentionSite) -> Rewrite | Reason:
+        """Attention over chosen pages, or why the site reads the whole store."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        load = site.load
+        if load is None and site.store is None:
+            return compress_kv.match(site)  # the reason why no cache of ours reaches this attention
+        if load is None or not same_size(shape(site.query)[2], 1):
+            return no("prompt", f"{self.name} chooses for one new token, and this call reads a prompt")
+        if problem := compress_kv.unreadable(site, load):
+            return problem
+        assert isinstance(site.mask, Mask)
+        rule = site.mask.predicate
+        if rule.window is not None or rule.segments:
+            return no("mask-not-honoured", f"{self.name} ranks all earlier keys, and the mask is {rule.name}")
+        if site.softcap is not None or site.sinks is not None or site.factors or site.mask.bias:
+            return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
+        form, capacity = KVForm.parse(str(load.args[7])), shape(site.key)[2]
+        made = self.for_store(form)
+        if not form.dense and made.page % form.group:
+            text = f"page_size={made.page} does not hold whole groups of {form.group}, in which this cache is packed"
+            return no("page-size", f"{text}; leave page_size out, or choose a multiple")
+        if isinstance(capacity, int) and made.count >= blocks.count_blocks(capacity, made.page):
+            text = f"token_budget={self.token_budget} has room for all of a cache of {capacity} tokens"
+            return no("budget-covers-cache", text)
+        program, device = _program(site, load), value(site.query).device.type
+        if why := "no Triton program visits pages yet" if device != "cpu" else lowering.refusal(program, device):
+            return no("not-supported", why)
+        return made.serve(site, load, form)
+
+    def select(self, graph: fx.Graph, site: AttentionSite, load: fx.Node, lse: fx.Node | None = None) -> fx.Node:
+        """Emit the choice of pages for the query of ``site``; ``lse`` is that of its attention to all keys."""
+        method = block_ops.method_text(self.name, dataclasses.asdict(self))
+        args = (site.query, *load.args[:3], load.args[6], _hidden(graph, site), method, load.args[7], site.scale)
+        given = {"table": load.kwargs.get("table"), "lse": lse}
+        return graph.call_function(select_pages, args, {k: v for k, v in given.items() if v is not None})
+
+    def attend(self, graph: fx.Graph, site: AttentionSite, load: fx.Node, chosen: fx.Node) -> fx.Node:
+        """Emit attention to the ``chosen`` pages; returns its output."""
+        lists = [graph.call_function(operator.getitem, (chosen, i)) for i in range(2)]
+        call = graph.call_function(
+            torch.ops.effcompile.attend_pages.default,
+            (site.query, *load.args[:7], _hidden(graph, site), *lists, self.page, load.args[7], site.scale),
+            {k: v for k, v in load.kwargs.items() if k == "table"},
+        )
+        call.meta.update(site.output.meta)
+        return graph.call_function(operator.getitem, (call, 0))
+
+    def programs(self, site: AttentionSite, load: fx.Node) -> tuple[Program | StoreProgram, ...]:
+        """What :meth:`attend` will launch, and what appends to the store that it reads."""
+        program = _program(site, load)
+        sizes = program.key_size, program.value_size
+        return program, StoreProgram(program.form, program.dtype, *sizes, program.rotary)
+
+
+def place_of(load: fx.Node) -> tuple[int, int]:
+    """Which of the stores that a graph reads this is, and how many there are.
+
+    In a graph of a whole model that is the number of the layer, among those with a cache of ours.
+    """
+    loads = load.graph.find_nodes(op="call_function", target=kv_load)
+    return loads.index(load), len(loads)
+
+
+def _hidden(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
+    assert isinstance(site.mask, Mask)
+    return None if site.mask.padding is None else bool_mask(graph, site.mask.padding)
+
+
+def _program(site: AttentionSite, load: fx.Node) -> Program:
+    """Decoding over pages of the store that ``load`` reads."""
+    assert isinstance(site.mask, Mask)
+    form, table = KVForm.parse(str(load.args[7])), load.kwargs.get("table")
+    rotary, sizes = 0 if table is None else rotary_of(value(table)), (shape(site.query)[3], shape(site.value)[3])
+    dtype = value(site.query).dtype
+    return Program("decode", form, site.mask.predicate, dtype, site.ratio, *sizes, rotary=rotary, blocks=True)

@@ -1,0 +1,96 @@
+"""Sparse methods on a GPU, as far as that can be seen without one: nothing waits for the device, and sites are taken.
+
+The meta device stands for it: its tensors have no data, so that what asks for a number, such as ``item()``, a branch on
+a tensor or a shape that depends on data, is an error. Copies from the host, which wait too, are looked for here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_sparse_methods import FAMILY
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from effcompile.kernels import block_ops
+from effcompile.passes import base
+
+COPYING = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+"""Functions that make a tensor of numbers: on a device by a copy, which ends before they return."""
+
+
+class OnDevice(TorchDispatchMode):
+    """Notes operations with a tensor that is not on the device."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        places = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        self.found += [f"{func} of {sorted(places)}"] if places - {"meta"} else []
+        return out
+
+
+class NoCopies(TorchFunctionMode):
+    """Notes tensors that are made of numbers of the host."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func in COPYING and not isinstance(args[func is Tensor.new_tensor], Tensor)
+        listed = func is Tensor.__getitem__ and any(isinstance(i, list) for i in (args[1], *_several(args[1])))
+        self.found += [f"{func} of {args}"] if made or listed else []
+        return func(*args, **(kwargs or {}))
+
+
+def _several(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else ()
+
+
+def waits(call: Callable[[], Any]) -> list[str]:
+    found: list[str] = []
+    with NoCopies(found), OnDevice(found):
+        call()
+    return found
+
+
+def test_what_would_wait_is_noticed() -> None:
+    x = torch.empty(3, device="meta")
+    for bad in (
+        lambda: torch.as_tensor(0.5, device="meta") + x,
+        lambda: x.new_tensor([1.0]) * x,
+        lambda: x + torch.ones(3).to("meta"),
+        lambda: x[[0, 1]],
+        lambda: x[:, None][[0, 1], 0],
+    ):
+        assert waits(bad)
+    assert waits(lambda: torch.where(x > 0, x, 0)[:2] * 2 + torch.full((), 2, device="meta")) == []
+    for bad in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu()):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"meta tensor|nonzero"):
+            bad()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", FAMILY)
+def test_choosing_blocks_does_not_wait(name: str, padded: bool) -> None:
+    """The whole operator, policy and lists: with the defaults, at the limit, and below the least length."""
+    cls = base.get(name)
+    options: dict[str, Any]
+    query, key = (torch.empty(2, h, 3000, 64, device="meta", dtype=torch.bfloat16) for h in (8, 2))
+    mask = torch.empty(2, 3000, device="meta", dtype=torch.bool) if padded else None
+    for options in ({}, dict(cls.limit), {"min_length": 10**6}):
+        method = block_ops.method_text(name, dataclasses.asdict(cls(**{"min_length": 0} | options)))
+        choose = functools.partial(block_ops._select_blocks, query, key, mask, method, 0.125)
+        assert waits(choose) == []
+        assert [tuple(x.shape) for x in choose()] == [(2, 8, 24), (2, 8, 24, 24)] * 2
