@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -43,6 +43,7 @@ class GivenMask(Pass):
 
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     family: ClassVar[str] = "sparse_attention"
+    limit: ClassVar[dict[str, Any]] = {"block_size": 64}  # and at every other
 
     def __post_init__(self) -> None:
         if self.block_size < 16 or self.block_size % 16:
@@ -87,7 +88,7 @@ class GivenMask(Pass):
             blocks=True,
         )
         device = value(site.query).device.type
-        if why := "no Triton program visits block lists yet" if device != "cpu" else lowering.refusal(program, device):
+        if why := "no Triton program reads a given mask yet" if device != "cpu" else lowering.refusal(program, device):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:

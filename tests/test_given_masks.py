@@ -70,7 +70,7 @@ def test_compiled_is_eager_under_the_same_mask(name: str, dtype: torch.dtype, no
     assert sum("attend_blocks" in call for call in calls) == 2
 
 
-@pytest.mark.parametrize("name", ["blockrank", "graph_kv"])
+@pytest.mark.parametrize("name", [pytest.param("blockrank", marks=pytest.mark.slow), "graph_kv"])
 def test_generate_goes_on_where_the_layout_ends(name: str) -> None:
     """The prompt through the pass, tokens through a compressed cache: as without any cache, under one large mask."""
     layout, eager = layouts()[name], llama()

@@ -290,3 +290,13 @@ def test_layers_behind_the_scored_one_need_not_run(llama: nn.Module) -> None:
 def test_ids() -> None:
     assert ids_of(torch.tensor([3, 4], dtype=torch.int32)).dtype == torch.int64
     assert ids_of(()).tolist() == []
+
+
+@pytest.mark.slow
+def test_inductor_takes_layouts_of_any_length(llama: nn.Module) -> None:
+    """The operators in a graph of Inductor's with symbolic sizes; the passes are tested without it."""
+    fast = ec.blockrank()(MODELS["llama"]("sdpa"))
+    fast.compile(backend="effcompile", dynamic=True)
+    for layout in (ranking(), ranking((1, 0)), ec.Layout.batch([ranking(), ranking((2, 1))])):
+        torch.testing.assert_close(logits(fast, layout), logits(llama, layout), **CLOSE)
+    assert {d.form.partition("_attend")[0] for d in ec.inspect(fast).decisions} == {"blockrank"}

@@ -50,7 +50,9 @@ def test_generate_is_that_of_a_model_with_the_window_in_its_config(window: int) 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("own", "asked", "dtype"), [(None, 33, torch.bfloat16), (40, 60, torch.float32)])
+@pytest.mark.parametrize(
+    ("own", "asked", "dtype"), [(None, 33, torch.bfloat16), pytest.param(40, 60, torch.float32, marks=pytest.mark.slow)]
+)
 def test_a_prompt_needs_no_cache_of_ours_and_the_narrower_window_holds(
     own: int | None, asked: int, dtype: torch.dtype
 ) -> None:
