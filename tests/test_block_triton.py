@@ -37,7 +37,7 @@ AXES: dict[str, list[Any]] = {
     "shared": [False, True],
     "groups": [2, 1],
 }
-CASES = pairwise(**AXES, block=[64, 48], tokens=[(150, 150), (65, 150)], ratio=[1, 3], batch=[1])
+CASES = pairwise(**AXES, block=[64, 48], tokens=[(150, 150), (65, 150)], ratio=[1, 3], batch=[1, 2])
 MORE_CASES = pairwise(
     **AXES, block=[128, 64, 48, 16], tokens=[(1, 1), (65, 65), (300, 300), (150, 333), (3, 200), (128, 256)],
     ratio=[1, 3, 4], batch=[1, 2],
