@@ -202,8 +202,8 @@ def _call(
     batch, heads, queries, _ = query.shape
     groups = key.shape[1]
     ratio = heads // groups
-    if heads != ratio * groups:
-        raise KernelUnavailable(f"{heads} query heads do not divide into {groups} key/value heads")
+    if heads != ratio * groups or batch != key.shape[0]:
+        raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(key.shape[:2])}")
     query = _row_major(query)
     out = query.new_empty(batch, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -287,8 +287,10 @@ def attend_blocks(query: Tensor, *args: Any, **unknown: Any) -> tuple[Tensor, Te
     if unknown:
         raise KernelUnavailable(f"no GPU kernel visits block lists with {', '.join(sorted(unknown))}")
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
-    (query, *_), out, lse, ratio, pairs, _ = call = _call(query, tuple(state), length, key_mask, name)
+    (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, tuple(state), length, key_mask, name)
     batch, heads, queries, size = query.shape
+    if key_mask is not None and (key_mask.shape[0] not in (1, batch) or key_mask.shape[1] < capacity):
+        raise KernelUnavailable(f"a key mask of {tuple(key_mask.shape)} for batch {batch} and {capacity} tokens")
     built = _attend_program(
         "prefill", name, causal, window, key_mask is not None, ratio, size, out.shape[3], query.dtype, query.device,
         ScoreParts(), 0, True,

@@ -83,16 +83,20 @@ class Side:
         """For which heads there is no kernel of keys before RoPE; '' if there is one."""
         if self.fp8:
             return "in fp8"
-        if self.halved and self.rotary != self.size:
-            return f"whose first {self.rotary} of {self.size} channels are rotated by halves"
+        if self.form.rope == "pre" and not self.halved:
+            # One operand holds them all, in order, and falls into runs of a pair's distance.
+            room = self.size // len(self.halves)
+            fits = self.rotary & (self.rotary - 1) == 0 and self.rotary <= room
+            if not fits or (self.parts > 1 and self.width != self.padded):
+                return f"whose first {self.rotary} of {self.size} channels are rotated by halves"
         if self.halved and self.columns < 16:
             return f"in heads of {self.size} channels with {self.bits} bits"
         return f"in {self.width} channels a part, an odd number," if self.width % 2 and not self.halved else ""
 
     @property
     def halved(self) -> bool:
-        """Whether the rotated pairs are a channel of the lower half and one of the upper: each is its own operand."""
-        return self.rotary > 0 and self.form.rope == "pre"
+        """Whether all pairs are a channel of the lower half and one of the upper: each half is its own operand."""
+        return self.rotary == self.size and self.form.rope == "pre"
 
     @property
     def axis(self) -> Axis | None:
@@ -204,6 +208,9 @@ class Side:
         cut = f"{self.width}, {self.padded}, {self.parts}, TILE, {final})"
         if self.halved:
             lines.append(f"k_lo, k_hi = turn_halves(k_lo, k_hi, table, start, stop, {self.rotary}, {cut}")
+        elif self.form.rope == "pre" and self.rotary:
+            k = f"k{self.halves[0][0]}"
+            lines.append(f"{k} = turn_within({k}, table, start, stop, {self.rotary}, TILE, {final})")
         elif self.rotary:
             for suffix, first in self.halves:
                 k = f"k{suffix}"
@@ -279,4 +286,4 @@ SOFTMAX_PARTS = (
     "with_sink",
 )
 PACK_PARTS = ("append_dense", "append_ring", "pack_keys", "pack_turned_keys", "pack_values")
-ROPE_PARTS = ("turn_adjacent", "turn_halves", "two_halves")
+ROPE_PARTS = ("turn_adjacent", "turn_halves", "turn_within", "two_halves")

@@ -37,7 +37,7 @@ AXES: dict[str, list[Any]] = {
     "shared": [False, True],
     "groups": [2, 1],
 }
-CASES = pairwise(**AXES, block=[64, 48], tokens=[(150, 150), (65, 150)], ratio=[1, 3], batch=[1])
+CASES = pairwise(**AXES, block=[64, 48], tokens=[(150, 150), (65, 150)], ratio=[1, 3], batch=[1, 2])
 MORE_CASES = pairwise(
     **AXES, block=[128, 64, 48, 16], tokens=[(1, 1), (65, 65), (300, 300), (150, 333), (3, 200), (128, 256)],
     ratio=[1, 3, 4], batch=[1, 2],
@@ -217,6 +217,12 @@ class TestInterpreted:
         args = (call.query, *call.state, torch.tensor(call.keys), None, *lists, *call.rest)
         with pytest.raises(ops.KernelUnavailable, match="with key_position, token_mask"):
             lowering.attend_blocks(*args, token_mask=call.query, key_position=call.query)
+        for changes, said in (
+            ({0: call.query[:, :1].expand(2, -1, -1, -1)}, "1 query heads and batch 2"),
+            ({8: torch.ones(1, 149, dtype=torch.bool)}, "a key mask of"),
+        ):
+            with pytest.raises(ops.KernelUnavailable, match=said):
+                lowering.attend_blocks(*(changes.get(i, x) for i, x in enumerate(args)))
         form = KVForm(4, 4)
         with ops.reference_only():
             packed = Call(4, 2, 150, 150, (64, 64), form, 64)

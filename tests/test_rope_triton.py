@@ -54,9 +54,24 @@ CASES = [
 ]
 
 
+PART_CASES = [
+    {"form": form, "sizes": (size, 64), "dtype": dtype, "queries": queries, "length": length, "ratio": 3, "batch": 2,
+     "rotary": rotary, "masked": masked}
+    for form, size, rotary, dtype, queries, length, masked in (
+        (KVForm(4, 4, rope="pre"), 64, 16, torch.float16, 1, 300, True),
+        (KVForm(4, 4, 32, 32, rope="pre"), 80, 32, torch.bfloat16, 40, 100, False),
+        (KVForm(8, 8, 16, 0, rope="pre"), 80, 32, torch.float32, 1, 65, False),
+        (KVForm(2, 2, rope="pre"), 128, 64, torch.bfloat16, 1, 200, False),
+        (KVForm(3, 3, 32, 0, rope="pre"), 64, 32, torch.float16, 40, 100, False),
+    )
+]  # fmt: skip
+"""Heads of which the first channels only are rotated, by halves."""
+CASES += PART_CASES
+
+
 def rotary_of(case: dict[str, Any]) -> int:
-    """All channels; of the adjacent ones half, where the case says so."""
-    return int(case["sizes"][0]) // (case["part"] if case["form"] in ADJACENT else 1)
+    """The case's own number, or all channels; of the adjacent ones half, where the case says so."""
+    return int(case.get("rotary") or case["sizes"][0] // (case["part"] if case["form"] in ADJACENT else 1))
 
 
 def table_of(batch: int, capacity: int, rotary: int, length: int) -> torch.Tensor:
@@ -152,6 +167,11 @@ BUDGET = [
         ("decode", KVForm(4, 4, rope="pre_adjacent"), "sm_90"),
     )
 ]
+BUDGET += [
+    (Program("decode", KVForm(4, 4, rope="pre"), ANY, torch.bfloat16, 4, 128, 128, rotary=64), "sm_90"),
+    (Program("prefill", KVForm(4, 4, 16, rope="pre"), ANY, torch.float16, 4, 80, 80, rotary=32), "sm_90"),
+    (Program("decode", KVForm(2, 2, rope="pre"), ANY, torch.bfloat16, 4, 128, 128, rotary=64), "sm_90"),
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -185,7 +205,9 @@ def test_declined_with_a_reason() -> None:
         assert str(error.value) == text
         return str(text)
 
-    assert "first 16 of 64 channels are rotated by halves; use rope='post'" in why(KVForm(4, 4, rope="pre"), 64, 16)
+    assert "first 24 of 96 channels are rotated by halves; use rope='post'" in why(KVForm(4, 4, rope="pre"), 96, 24)
+    assert "first 64 of 80 channels" in why(KVForm(4, 4, rope="pre"), 80, 64)
+    assert "first 32 of 80 channels" in why(KVForm(2, 4, rope="pre"), 80, 32)
     assert "heads of 16 channels with 2 bits" in why(KVForm(2, 4, rope="pre"), 16, 16)
     assert "9 channels a part, an odd number" in why(KVForm(3, 4, 32, rope="pre_adjacent"), 72, 72)
     form = KVForm(4, 4, rope="pre")

@@ -42,6 +42,20 @@ def turn_halves(low, high, table, start, stop, ROTARY: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def turn_within(x, table, start, stop, ROTARY: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr):
+    """Keys ``[N, TILE]``, channels in order, the first ``ROTARY`` of which, a power of two, are rotated by halves."""
+    HALF: tl.constexpr = ROTARY // 2
+    RUNS: tl.constexpr = x.shape[0] // ROTARY
+    pair = tl.arange(0, RUNS * HALF)
+    cos, sin = angle_tile(table, start, stop, pair, pair < HALF, ROTARY, TILE)
+    a, b = tl.split(tl.permute(tl.reshape(x.to(tl.float32), (RUNS, 2, HALF, TILE)), (0, 2, 3, 1)))
+    a = tl.reshape(a, (RUNS * HALF, TILE))
+    b = tl.reshape(b, (RUNS * HALF, TILE))
+    y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (RUNS, HALF, TILE, 2))
+    return convert(tl.reshape(tl.permute(y, (0, 3, 1, 2)), (2 * RUNS * HALF, TILE)), DTYPE)
+
+
+@triton.jit
 def turn_adjacent(x, table, start, stop, ROTARY: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
                   PADDED: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Keys ``[PARTS * PADDED, TILE]``, channels ``FIRST ..`` of an even ``WIDTH`` a part, rotated in pairs of two."""
