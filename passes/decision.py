@@ -151,7 +151,9 @@ def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     item = site.query.meta["val"].element_size()
     after = cost.dense(Predicate(), item)
     if program is not None:
-        after = cost.attend(program.form, program.predicate, item, program.rotary)
+        # Chosen tokens cost what as many of the newest do.
+        predicate = dataclasses.replace(program.predicate, window=rewrite.tokens or program.predicate.window)
+        after = cost.attend(program.form, predicate, item, program.rotary)
     if program is not None and program.score.name:
         after += cost.score_operands(
             program.predicate, _bias(site) if program.score.bias else None, program.score.sinks

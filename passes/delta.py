@@ -128,10 +128,8 @@ class Delta(PagedDecode):
         page = method_options(str(chosen.args[6]))[1]["page_size"]
         if not form.dense and page % form.group:
             return no("page-size", f"the pages selected before have {page} tokens, and groups here {form.group}")
-        here, programs = dataclasses.replace(self, page_size=page), self.programs(site, load)
-        return Rewrite(
-            f"{self.name}_{programs[0].name}", lambda graph: here.attend(graph, site, load, chosen), programs
-        )
+        here = dataclasses.replace(self, page_size=page)
+        return here.rewrite(site, load, lambda graph: here.attend(graph, site, load, chosen))
 
     def _earlier(self, site: AttentionSite, load: fx.Node) -> fx.Node | None:
         """The nearest earlier choice with these options, but for the size of pages, over the same tokens."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -155,11 +156,11 @@ class PagedDecode(Pass, abc.ABC):
         call.meta.update(site.output.meta)
         return graph.call_function(operator.getitem, (call, 0))
 
-    def programs(self, site: AttentionSite, load: fx.Node) -> tuple[Program | StoreProgram, ...]:
-        """What :meth:`attend` will launch, and what appends to the store that it reads."""
+    def rewrite(self, site: AttentionSite, load: fx.Node, emit: Callable[[fx.Graph], fx.Node]) -> Rewrite:
+        """The rewrite whose ``emit`` ends in :meth:`attend`."""
         program = _program(site, load)
-        sizes = program.key_size, program.value_size
-        return program, StoreProgram(program.form, program.dtype, *sizes, program.rotary)
+        appended = StoreProgram(program.form, program.dtype, program.key_size, program.value_size, program.rotary)
+        return Rewrite(f"{self.name}_{program.name}", emit, (program, appended), self.count * self.page)
 
 
 def place_of(load: fx.Node) -> tuple[int, int]:

@@ -96,5 +96,4 @@ class Quest(PagedDecode):
         def emit(graph: fx.Graph) -> fx.Node:
             return self.attend(graph, site, load, self.select(graph, site, load))
 
-        programs = self.programs(site, load)
-        return Rewrite(f"{self.name}_{programs[0].name}", emit, programs)
+        return self.rewrite(site, load, emit)

@@ -22,8 +22,11 @@ class Rewrite:
         Called by the driver with the graph's insertion point before the site's output; returns the new output node.
     programs
         Kernels that the replacement will launch; their builds can start while Inductor works.
+    tokens
+        Tokens of a store that attention reads at most, if not all.
     """
 
     form: str
     emit: Callable[[fx.Graph], fx.Node]
     programs: tuple[Program | StoreProgram, ...] = ()
+    tokens: int | None = None

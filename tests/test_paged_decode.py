@@ -85,7 +85,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", PACKED, ids=lambda form: form.name)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("length", [1, 31, 32, 200, 501])
+@pytest.mark.parametrize("length", [1, 31, 200, 501, 1024])
 def test_lists_have_the_budget_and_the_newest_tokens(method: str, form: KVForm, length: int) -> None:
     step, page = Step(form, length), max(16, form.group)
     made = METHODS[method](320)
@@ -124,6 +124,8 @@ def test_a_step_knows_nothing_of_others(method: str) -> None:
         STORE(*used.state, torch.tensor(0), step.key, step.key, form.name)
     used.length, used.query, used.key = 300, step.query, step.key
     assert used.select(made) == first
+    scores = [made.for_store(form).scores(x.seen())[..., :10] for x in (used, step)]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
     before = [None if t is None else t.clone() for t in step.state]
     step.select(METHODS[method](256))
     assert all(a is None or torch.equal(a.isnan(), b.isnan()) for a, b in zip(before, step.state, strict=True))
@@ -270,7 +272,7 @@ def test_options_that_cannot_be_are_refused(make: Any, text: str) -> None:
 
 IDS = torch.randint(1, 60, (2, 333), generator=torch.Generator().manual_seed(1))
 PADDED = torch.ones_like(IDS)
-PADDED[0, :77] = 0
+PADDED[0, :70] = 0
 GREEDY = {"attention_mask": PADDED, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_logits": True,
           "return_dict_in_generate": True}  # fmt: skip
 
@@ -424,6 +426,14 @@ def test_why_a_layer_reads_everything(name: str, decoding: Any) -> None:
         assert (made.reason.code if made.reason else "") == code
         assert layer["compress_kv"].form.startswith("attend_decode") if code else made.form.startswith(method)
         assert not code or made.reason.source.count("modeling_llama.py")
+
+
+def test_the_report_counts_the_tokens_of_the_budget(decoding: Any) -> None:
+    """Of 512 tokens 128: keys and values of 2 heads of 32 in fp32, and what there is besides, once each."""
+    found = decided_on(decoding, W, delta={"token_budget": 128, "full_cache_layers": (0,)})
+    everything, some = (layer["delta"].bytes_after for layer in found[:2])
+    a_token = 2 * 2 * 2 * 32 * 4 + 2  # of both rows, which have a mask each
+    assert everything - some == (512 - 128) * a_token
 
 
 def test_keys_before_rope_have_no_bounds(decoding: Any) -> None:
