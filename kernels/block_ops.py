@@ -160,6 +160,8 @@ def _attend_blocks(
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
         raise BlockError("columns come with their counts, and not together with key positions.")
+    if allowed is not None and (columns is not None or key_positions is not None):
+        raise BlockError("a mask of pairs, allowed, is for blocks alone: neither columns nor key positions go with it.")
     more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
     try:
         result: tuple[Tensor, Tensor] = ops.launch(

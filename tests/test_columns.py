@@ -171,6 +171,7 @@ def test_columns_that_do_not_fit_are_refused(reference: bool) -> None:
         "int32": {**good, "columns": good["columns"].long()},
         "with their counts": {**good, "column_counts": None},
         "not together": {**good, "key_positions": torch.arange(300)[None, None]},
+        "for blocks alone": {**good, "allowed": torch.ones(1, 1, 300, 300, dtype=torch.bool)},
     }
     context = ops.reference_only() if reference else contextlib.nullcontext()
     with context:
