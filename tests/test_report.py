@@ -252,7 +252,7 @@ def test_the_numbers_of_a_rewritten_site() -> None:
     program = Program("decode", form, Predicate(), torch.float32, 3, 64, 64)
     store = StoreProgram(form, torch.float32, 64, 64)
     d = report.rewritten(
-        3, site(form, mask=1), "global option", SimpleNamespace(form="name", programs=(program, store))
+        3, site(form, mask=1), "global option", SimpleNamespace(form="name", programs=(program, store), tokens=None)
     )
     assert d.module == "model.layers.3.self_attn"
     assert d.kernels == (program.name, store.name)
@@ -287,7 +287,7 @@ def graph_report(decisions: list[Decision], **more: Any) -> GraphReport:
 def test_table_puts_equal_layers_in_one_line() -> None:
     form = KVForm()
     program = Program("decode", form, Predicate(), torch.float32, 3, 64, 64)
-    rewrite = SimpleNamespace(form="attend_decode", programs=(program,))
+    rewrite = SimpleNamespace(form="attend_decode", programs=(program,), tokens=None)
     decisions = []
     for i in range(30):
         one = site(form, mask=1)
