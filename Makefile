@@ -1,9 +1,11 @@
 # Two commands for users: `make demo` and `make test`. Both make the environment first; the second time that costs nothing.
-# Settings: PYTHON (which interpreter makes the environment), VENV (where it goes), ARGS (passed on to the command).
+# Settings: PYTHON (which interpreter makes the environment), VENV (where it goes), ARGS (passed on to the command),
+# JOBS (processes that run tests).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -39,10 +41,10 @@ demo: $(STAMP)
 	@$(BIN)/effcompile demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -13,6 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run beside each other: a pool of threads for each process would only wait for the others'.
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
