@@ -92,9 +92,11 @@ def test_choosing_blocks_does_not_wait(name: str, padded: bool) -> None:
     options: dict[str, Any]
     query, key = (torch.empty(2, h, 3000, 64, device="meta", dtype=torch.bfloat16) for h in (8, 2))
     mask = torch.empty(2, 3000, device="meta", dtype=torch.bool) if padded else None
+    moved = torch.empty(2, 2, 3000, device="meta", dtype=torch.int64)
+    more = {"key_positions": moved} if cls.reorders else {}
     for options in ({}, dict(cls.limit), {"min_length": 10**6}):
         method = block_ops.method_text(name, dataclasses.asdict(cls(**{"min_length": 0} | options)))
-        choose = functools.partial(block_ops._select_blocks, query, key, mask, method, 0.125)
+        choose = functools.partial(block_ops._select_blocks, query, key, mask, method, 0.125, **more)
         assert waits(choose) == []
         assert [tuple(x.shape) for x in choose()] == [(2, 8, 24), (2, 8, 24, 24)] * 2
 

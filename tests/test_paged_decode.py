@@ -34,6 +34,13 @@ SELECT = torch.ops.effcompile.select_pages.default
 SIZE, GROUPS, RATIO = 32, 2, 3
 
 
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    """As ``generate`` decodes: with gradients wanted every site is left for that reason."""
+    with torch.no_grad():
+        yield
+
+
 class Step:
     """A store of a prompt in which everything behind its length is NaN, and the query of its last token."""
 
