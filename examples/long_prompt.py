@@ -42,13 +42,16 @@ def row(name: str, model, tokenizer, tokens: int) -> list[str]:
 
 def main(tokens: int = 7000, method: str = "xattention") -> None:
     """Print the two rows, and what was done at which layer."""
-    table = Table("", "prompt, ms", "density", "kept mass", "answer", "perplexity", title=f"{tokens} tokens")
+    table = Table()
+    for column in ("", "prompt, ms", "density", "kept mass", "answer", "perplexity"):
+        table.add_column(column, no_wrap=True)
     model, tokenizer = smollm2.load()
     table.add_row(*row("eager", model, tokenizer, tokens))
     options = SETTINGS.get(method, {})
+    table.title = f"{tokens} tokens; {method} {options or 'as in the paper'}"
     ec.sparse_attention(method, min_length=min(2048, tokens // 2), **options)(model)
     model.compile(backend="effcompile", options={"verify": True})
-    table.add_row(*row(f"{method} {options or ''}", model, tokenizer, tokens))
+    table.add_row(*row(method, model, tokenizer, tokens))
     Console().print(table)
     print(ec.inspect(model))
 
