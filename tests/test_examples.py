@@ -42,4 +42,5 @@ def test_a_long_prompt_beside_dense(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.8 < float(sparse[2]) < 1
     assert dense[3].startswith("71432")
     assert sparse[3].startswith("71432")
-    assert float(dense[4]) < float(sparse[4]) * 1.001 < float(dense[4]) * 1.2
+    # At this length the choice costs next to nothing, and may gain.
+    assert 0.95 < float(sparse[4]) / float(dense[4]) < 1.1
