@@ -146,6 +146,9 @@ def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
 
 def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     """The decision to put ``rewrite`` in the place of ``site``."""
+    if not hasattr(site, "query"):
+        place = clean_path(site.module)
+        return Decision(index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source)
     common = _common(index, site, rule)
     program = next((p for p in rewrite.programs if isinstance(p, Program)), None)
     item = site.query.meta["val"].element_size()

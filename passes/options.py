@@ -1,7 +1,7 @@
 """How a user says what they want: decorators on modules, rules by module path, global options; and who wins.
 
-A decorator beats a rule, a rule beats a global option; within a kind the deepest module wins. :func:`resolve` answers
-for one site and names the winner.
+A decorator beats a rule, a rule a plan, a plan a global option; within a kind the deepest module wins. :func:`resolve`
+answers for one site and names the winner.
 
 A decorator replaces ``forward`` *of the instance* by a function that runs the same forward inside
 :func:`torch.fx.traceback.annotate`. Every graph node made there carries ``meta["custom"]["effcompile.<pass>"]``, whose
@@ -15,8 +15,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
 import inspect
 import json
+import os
 import re
 import types
 import typing
@@ -29,6 +31,7 @@ from torch import nn
 from torch.fx.traceback import annotate
 
 from effcompile.passes.base import REGISTRY, Pass, accepts, fields_of, get, type_name
+from effcompile.runtime.plan import Plan, Record
 from effcompile.runtime.rules import depth, nearest
 
 PREFIX = "effcompile."
@@ -302,6 +305,7 @@ class BackendOptions:
     verify: bool = False
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
+    plan: Plan | None = None
 
     @property
     def text(self) -> str:
@@ -317,6 +321,7 @@ class BackendOptions:
                 "verify": self.verify,
                 "mode": self.mode,
                 "inductor": dict(self.inductor),
+                "plan": None if self.plan is None else hashlib.sha256(self.plan.text.encode()).hexdigest(),
             },
             sort_keys=True,
             default=lambda value: getattr(value, "__qualname__", type(value).__qualname__),
@@ -365,14 +370,15 @@ def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> 
     Parameters
     ----------
     options
-        ``rules`` (pattern -> pass -> options), a pass name -> options for every module, ``verify``, ``mode``, and
-        ``inductor`` (settings of Inductor). It is only read: torch keeps and changes this dictionary.
+        ``rules`` (pattern -> pass -> options), a pass name -> options for every module, ``plan`` (a
+        :class:`~effcompile.runtime.plan.Plan`, or the folder of one), ``verify``, ``mode``, and ``inductor`` (settings
+        of Inductor). It is only read: torch keeps and changes this dictionary.
     mode
         As in ``torch.compile``, which does not take both; inside ``options`` it can be combined.
     """
     rules: list[Rule] = []
     chosen: dict[str, Pass | None] = {}
-    verify, inductor = False, {}
+    verify, inductor, plan = False, {}, None
     for key, value in (options or {}).items():
         where = f"options[{key!r}]"
         if key == "rules":
@@ -385,10 +391,12 @@ def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> 
             inductor = _parse_inductor(value, where)
         elif key == "mode":
             mode = value
+        elif key == "plan":
+            plan = _parse_plan(value, where)
         elif key in REGISTRY:
             chosen[key] = _choice(key, value, where)
         else:
-            raise unknown("option", key, ["rules", "verify", "mode", "inductor", *REGISTRY], "options")
+            raise unknown("option", key, ["rules", "plan", "verify", "mode", "inductor", *REGISTRY], "options")
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise unknown("mode", mode, modes, "mode")
@@ -398,7 +406,19 @@ def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> 
         verify=verify,
         mode=None if mode == "default" else mode,
         inductor=tuple(sorted(inductor.items())),
+        plan=plan,
     )
+
+
+def _parse_plan(value: object, where: str) -> Plan | None:
+    if isinstance(value, (str, os.PathLike)):
+        value = Plan.load(value)
+    if value is not None and not isinstance(value, Plan):
+        raise OptionError(f"{where}: {value!r} is {type(value).__name__}; give an effcompile.Plan, or its folder.")
+    for record in value or ():
+        if record.method not in REGISTRY:
+            raise unknown("pass", record.method, REGISTRY, f"{where}: the record of {record.module}")
+    return value
 
 
 def _parse_rules(value: object, where: str) -> list[Rule]:
@@ -443,11 +463,12 @@ class Resolved:
     """The options that hold at a site, ``None`` if the pass is off there, and which choice of the user said so.
 
     ``rule`` is for people: ``decorator on LlamaForCausalLM``, ``rule 'model.layers.*'``, ``global option``, or ``""``
-    where nobody asked for the pass.
+    where nobody asked for the pass. ``record`` is what the plan says of the site for this pass, if anything.
     """
 
     options: Pass | None
     rule: str
+    record: Record | None = None
 
 
 def clean_path(path: str) -> str:
@@ -473,16 +494,26 @@ def resolve(
     annotation
         ``node.meta.get("custom")`` of the site's anchor: where decorators have left their keys.
     """
+    path = clean_path(module_path)
+    record = None if options.plan is None else options.plan.get(path, pass_name)
+    chosen, rule = _choose(pass_name, path, annotation, options, record)
+    return Resolved(chosen, rule, record)
+
+
+def _choose(
+    pass_name: str, path: str, annotation: Mapping[str, Any] | None, options: BackendOptions, record: Record | None
+) -> tuple[Pass | None, str]:
     key = (annotation or {}).get(PREFIX + pass_name)
     if key is not None:
         decorated, on = _read(pass_name, key)
-        return Resolved(decorated, f"decorator on {on}")
-    path = clean_path(module_path)
+        return decorated, f"decorator on {on}"
     ranked = [(rule.depth(path), n, rule) for n, rule in enumerate(options.rules) if rule.pass_name == pass_name]
     depth, _, rule = max(ranked, key=lambda item: item[:2], default=(0, 0, None))
     if rule is not None and depth:
-        return Resolved(rule.options, f"rule {rule.pattern!r}" + (" (off)" if rule.options is None else ""))
+        return rule.options, f"rule {rule.pattern!r}" + (" (off)" if rule.options is None else "")
+    if record is not None:
+        return build(get(pass_name), record.options, f"plan: {pass_name} at {path}"), "plan"
     for name, chosen in options.globals:
         if name == pass_name:
-            return Resolved(chosen, "global option" + (" (off)" if chosen is None else ""))
-    return Resolved(None, "")
+            return chosen, "global option" + (" (off)" if chosen is None else "")
+    return None, ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -18,6 +18,8 @@ class Site:
     """The word for this kind in reports."""
 
     anchor: fx.Node
+    record: Any = dataclasses.field(default=None, init=False, compare=False)
+    """What the user's plan says of this site for the pass that is being asked."""
 
     @property
     def module(self) -> str:

@@ -1,0 +1,262 @@
+"""``ec.calibrate``: run a model over some text, collect statistics at its sites, and let passes make a plan of them.
+
+The model is compiled with a back end of its own that changes nothing: it finds sites as the real one does, runs the
+graph node by node, and looks at what goes into a site and what its last linear reads. So whatever can be rewritten can
+be calibrated, under the same path.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.reason import Reason
+from effcompile.passes.feed_forward import Calibrated, FeedForwardPass
+from effcompile.passes.options import Decorator, clean_path, remove
+from effcompile.passes.tree import place_of
+from effcompile.passes.weights import block_of, originals
+from effcompile.patterns.ffn import describe, find_feed_forward
+from effcompile.patterns.normalize import normalize
+from effcompile.patterns.walk import aten, is_call
+from effcompile.runtime.plan import Plan, Record, digest
+from effcompile.runtime.statistics import Rows, Samples, Statistic
+
+SAMPLES = 256
+"""Rows of each site that are kept to measure an error on, at most twice as many."""
+
+
+class CalibrationError(ValueError):
+    """What was given cannot be calibrated: no data, no sites, or statistics that are not numbers."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    passes: Sequence[Any],
+    *,
+    progress: bool = True,
+) -> Plan:
+    """Run ``model`` over ``batches`` and make a plan for ``passes``.
+
+    Parameters
+    ----------
+    model
+        On the device where it is to run. It is not changed: neither its weights, nor its mode, nor what it was compiled
+        with. Decorators on it are not applied while it is calibrated.
+    batches
+        Each ``input_ids`` ``[B, T]``, or keyword arguments of the model. Rows that an ``attention_mask`` ``[B, T]``
+        hides do not count.
+    passes
+        Such as ``ec.flap(ratio=0.25)``; methods that need no data need no calibration.
+    progress
+        Show a bar on the error output.
+
+    Returns
+    -------
+    Plan
+        One record for each site and pass, with the relative error of the site on some of the rows (``error``).
+
+    Raises
+    ------
+    CalibrationError
+        Without batches, without a site that a pass can take, or where activations are not finite.
+    TypeError
+        For something in ``passes`` that is not calibrated.
+    """
+    methods = [_method(thing) for thing in passes]
+    if not methods:
+        raise TypeError("calibrate(...): passes is empty; give some, such as [ec.flap(ratio=0.25)].")
+    model = getattr(model, "_orig_mod", model)
+    copied = _shared_copy(model).eval()
+    watch = _Watch(methods)
+    torch._dynamo.reset()
+    copied.compile(backend=watch)
+    started, tokens = time.time(), 0
+    try:
+        with torch.no_grad():
+            for batch in _shown(batches, progress):
+                tokens += _run(copied, batch, watch)
+    finally:
+        torch._dynamo.reset()
+    if not tokens:
+        raise CalibrationError("calibrate(...): batches is empty, or every token is hidden; give some text.")
+    if not watch.sites:
+        reasons = sorted({str(reason) for reason in watch.reasons}) or ["no feed-forward block was found"]
+        raise CalibrationError(f"calibrate(...): no site that can be calibrated: {'; '.join(reasons[:3])}.")
+    records: dict[tuple[str, str], Record] = {}
+    for method, wanted in zip(methods, watch.wanted(), strict=True):
+        for record in _records(method, wanted):
+            records[record.module, record.method] = record
+    made = {"tokens": tokens, "seconds": round(time.time() - started, 1), "torch": torch.__version__}
+    made |= {"model": type(model).__name__, "date": time.strftime("%Y-%m-%d")}
+    return Plan(records, made)
+
+
+def _method(thing: Any) -> FeedForwardPass:
+    options = thing.options if isinstance(thing, Decorator) else thing
+    if not isinstance(options, FeedForwardPass):
+        raise TypeError(
+            f"calibrate(...): {thing!r} is not calibrated; give passes such as ec.flap(ratio=0.25), with their options."
+        )
+    return options
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """The model on the same tensors, without decorators and without what it was compiled with."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, memo)
+    copied._compiled_call_impl = None
+    return remove(copied)
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(batches, "calibrating", console=Console(stderr=True), transient=True)
+
+
+def _run(model: Any, batch: Any, watch: _Watch) -> int:
+    """One batch through the model; returns the tokens that count."""
+    inputs = dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else {"input_ids": batch}
+    ids = next((x for x in inputs.values() if isinstance(x, Tensor)), None)
+    if ids is None:
+        raise CalibrationError(f"calibrate(...): a batch without a tensor: {batch!r:.80}.")
+    device = next((p.device for p in model.parameters()), ids.device)
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    takes = inspect.signature(model.forward).parameters
+    # Neither a cache nor the logits of all tokens are looked at; both can be larger than the model.
+    spare = {"use_cache": False, "logits_to_keep": 1}
+    inputs = {name: x for name, x in spare.items() if name in takes} | inputs
+    mask = inputs.get("attention_mask")
+    watch.keep = mask.bool().flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if isinstance(batch, Tensor) and "input_ids" not in takes:
+        model(batch.to(device))
+    else:
+        model(**inputs)
+    return int(ids.numel() if watch.keep is None else watch.keep.sum())
+
+
+@dataclasses.dataclass(eq=False)
+class _Site:
+    """One site while data goes through it: statistics that several passes ask for are there once."""
+
+    module: str
+    block: FeedForward
+    parameters: dict[str, str]
+    samples: Samples
+    statistics: list[dict[str, Statistic]]
+
+    def update(self, rows: Rows) -> None:
+        for one in {id(s): s for named in self.statistics for s in named.values()}.values():
+            one.update(rows)
+        self.samples.update(rows)
+
+
+class _Watch:
+    """The back end: runs graphs as they are, and looks."""
+
+    def __init__(self, methods: Sequence[FeedForwardPass]) -> None:
+        self.methods = methods
+        self.sites: dict[str, _Site] = {}
+        self.reasons: list[Reason] = []
+        self.keep: Tensor | None = None
+
+    def wanted(self) -> list[list[Calibrated]]:
+        """For each pass its sites, in the order of the model."""
+        return [
+            [Calibrated(s.module, s.block, s.parameters, s.statistics[n], s.samples) for s in self.sites.values()]
+            for n in range(len(self.methods))
+        ]
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        place = place_of(gm)
+        if place is not None:
+            place.complete(gm)
+        graph = normalize(gm, inputs)
+        if isinstance(graph, Reason):
+            self.reasons.append(graph)
+            return gm.forward
+        looked_at: dict[fx.Node, list[tuple[_Site, str]]] = {}
+        for found in find_feed_forward(graph):
+            parts = describe(found)
+            own = None if isinstance(parts, Reason) else originals(parts)
+            if isinstance(parts, Reason) or own is None:
+                self.reasons.append(
+                    parts if isinstance(parts, Reason) else Reason("computed-weight", "no parameter", found.source)
+                )
+                continue
+            site = self._site(clean_path(found.module), block_of(parts, own), own)
+            last = found.anchor.args[1 if is_call(found.anchor, aten.addmm.default) else 0]
+            assert isinstance(last, fx.Node)
+            looked_at.setdefault(parts.input, []).append((site, "input"))
+            looked_at.setdefault(last, []).append((site, "middle"))
+        return _Looking(graph, looked_at, self).run
+
+    def _site(self, module: str, block: FeedForward, own: Mapping[str, Tensor]) -> _Site:
+        if module not in self.sites:
+            statistics = [method.statistics(block) for method in self.methods]
+            parameters = {role: digest(t) for role, t in own.items()}
+            self.sites[module] = _Site(module, block, parameters, Samples(SAMPLES), _shared(statistics))
+        return self.sites[module]
+
+
+def _shared(statistics: list[dict[str, Statistic]]) -> list[dict[str, Statistic]]:
+    """The same with equal statistics as one object."""
+    kept: dict[Any, Statistic] = {}
+    return [{name: kept.setdefault(one.key, one) for name, one in named.items()} for named in statistics]
+
+
+class _Looking(fx.Interpreter):
+    """Runs a graph node by node, and hands what some nodes give to the sites."""
+
+    def __init__(self, gm: fx.GraphModule, looked_at: Mapping[fx.Node, list[tuple[_Site, str]]], watch: _Watch) -> None:
+        super().__init__(gm)
+        self.looked_at, self.watch = looked_at, watch
+        self.inputs: dict[int, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for site, what in self.looked_at.get(n, ()):
+            rows = result.detach().flatten(0, -2)
+            keep = self.watch.keep
+            if keep is not None and keep.numel() == rows.shape[0]:
+                rows = rows[keep]
+            if what == "input":
+                self.inputs[id(site)] = rows
+                continue
+            if not rows.isfinite().all():
+                raise CalibrationError(f"calibrate(...): activations of {site.module} hold NaN or infinity.")
+            site.update(Rows(self.inputs.pop(id(site)), rows, site.block))
+        return result
+
+
+def _records(method: FeedForwardPass, sites: Sequence[Calibrated]) -> list[Record]:
+    import json
+
+    try:
+        found = method.calibrate(sites)
+    except ValueError as error:
+        raise CalibrationError(f"calibrate(...): {method}: {error}") from None
+    records = []
+    for site, one in zip(sites, found, strict=True):
+        record = Record(
+            site.module, method.name, json.loads(method.text), site.parameters, dict(one.numbers), dict(one.tensors)
+        )
+        x = site.samples.input
+        wanted = site.block(x).float()
+        got = method.approximate(site.block, record)(x).float()
+        error = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        cosine = float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean())
+        records.append(dataclasses.replace(record, numbers={**record.numbers, "error": error, "cosine": cosine}))
+    return records
