@@ -70,7 +70,8 @@ class FeedForward:
             return None if t is None else t[chosen.to(t.device, torch.long)]
 
         up, down = some(self.up), some(self.down)
-        assert up is not None and down is not None
+        assert up is not None
+        assert down is not None
         return dataclasses.replace(
             self, up=up, down=down, gate=some(self.gate), up_bias=some(self.up_bias), gate_bias=some(self.gate_bias)
         )

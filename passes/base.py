@@ -34,7 +34,7 @@ REGISTRY: dict[str, str] = {
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
     "carve_moe": "effcompile.passes.carve_moe:CarveMoE",
     "flap": "effcompile.passes.flap:Flap",
-    "teal": "effcompile.passes.wina:Teal",
+    "teal": "effcompile.passes.teal:Teal",
     "wina": "effcompile.passes.wina:Wina",
 }
 """Every pass: its name, and where its class is. A class is imported when it is first asked for."""

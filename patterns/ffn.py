@@ -115,7 +115,7 @@ def _block(down: fx.Node) -> FeedForwardSite | None:
     activation, halves = None, False
     while queue:
         node = queue.pop()
-        if node in seen or not isinstance(value(node), Tensor):
+        if node in seen or not isinstance(value(node), (Tensor, list, tuple)):
             continue
         seen.add(node)
         if is_linear(node):

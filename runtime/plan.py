@@ -106,6 +106,28 @@ class Plan:
         """Canonical JSON, for cache keys: equal plans give equal text in every process."""
         return json.dumps([record.text for record in self])
 
+    def diff(self, other: Plan) -> list[str]:
+        """What is different in ``other``, a sentence each; empty if nothing is."""
+        lines = []
+        for key in dict.fromkeys([*self._records, *other._records]):
+            one, two = self._records.get(key), other._records.get(key)
+            where = f"{key[1]} at {key[0]}"
+            if one is None or two is None:
+                lines.append(f"{where}: only in the {'second' if one is None else 'first'}")
+            elif one.text != two.text:
+                old, new = json.loads(one.text), json.loads(two.text)
+                for part in old:
+                    names = (
+                        [name for name in {**old[part], **new[part]} if old[part].get(name) != new[part].get(name)]
+                        if isinstance(old[part], dict)
+                        else []
+                    )
+                    for name in names:
+                        lines.append(
+                            f"{where}: {part}: {name}: {_side(one, old, part, name)} -> {_side(two, new, part, name)}"
+                        )
+        return lines
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``plan.json`` and ``plan.safetensors`` to ``folder``, which is made. Each file replaces its like whole.
 
@@ -146,6 +168,14 @@ class Plan:
                 raise PlanError(f"{place / _JSON}: two records of {record.method} at {record.module}.")
             records[record.module, record.method] = record
         return cls(records, content.get("made"))
+
+
+def _side(record: Record, plain: Mapping[str, Any], part: str, name: str) -> str:
+    """One side of a difference: numbers as they are, tensors and weights by the beginning of their digest."""
+    found = plain[part].get(name)
+    if found is None:
+        return "nothing"
+    return f"{found[:8]}..." if part in ("tensors", "parameters") else repr(found)
 
 
 def _plain(record: Record) -> dict[str, Any]:
