@@ -38,6 +38,8 @@ class Side:
     bits: tuple[int, int] | None = None
     sparse: tuple[str, tuple[tuple[str, Any], ...]] | None = None
     """A method for prompts, and its options."""
+    plan: Any = None
+    """A plan to compile with."""
 
     def model(self) -> Any:
         """A model of this side. All share one set of weights, so that many can be held at a time."""
@@ -53,7 +55,8 @@ class Side:
 
             ec.sparse_attention(self.sparse[0], **dict(self.sparse[1]))(model)
         if self.backend:
-            model.compile(backend=self.backend, dynamic=self.dynamic)
+            options = {} if self.plan is None else {"options": {"plan": self.plan}}
+            model.compile(backend=self.backend, dynamic=self.dynamic, **options)
         return model
 
     def cache(self, model: Any, tokens: int) -> Any:
@@ -76,10 +79,10 @@ OURS_16 = Side("effcompile 16 bits", "effcompile", bits=(16, 16))
 K8V8 = Side("effcompile K8V8", "effcompile", bits=(8, 8))
 K4V4 = Side("effcompile K4V4", "effcompile", bits=(4, 4))
 SPARSE = Side(
-    "effcompile xattention .95/8",
+    "effcompile xattention .98",
     "effcompile",
     bits=(16, 16),
-    sparse=("xattention", (("threshold", 0.95), ("stride", 8))),
+    sparse=("xattention", (("threshold", 0.98),)),
 )
 SIDES = {side.name: side for side in (EAGER, INDUCTOR_DYNAMIC, INDUCTOR_STATIC, OURS_16, K8V8, K4V4, SPARSE)}
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import carve
 import decode
 import formats
 import peers
@@ -37,8 +38,11 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "lists": ("Attention over block lists", sparse.lists),
     "choices": ("What methods choose", sparse.choices),
     "loss": ("What methods lose", sparse.loss),
+    "thresholds": ("Thresholds by layer", sparse.thresholds),
     "pages": ("Decoding over pages", sparse.pages),
     "prompt": ("A long prompt, sparse", sparse.prompt),
+    "carve": ("Feed-forward blocks that do less", carve.loss),
+    "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),

@@ -45,6 +45,8 @@ from effcompile.passes.sparse_prefill import SparsePrefill
 
 OPS = torch.ops.effcompile
 DENSE = KVForm(16, 16).name
+FITTED = 40_000
+"""The first token that thresholds are fitted on, far from those that are measured."""
 LAYERS = (5, 15, 25)
 """Layers whose queries and keys are looked at."""
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -218,6 +220,34 @@ def _model(kind: str, options: dict[str, Any], **cache: Any) -> Any:
 def loss(quick: bool = False) -> list[Measured]:
     """Perplexity of one prompt of natural text, and density, at each paper's default and at more."""
     return _losses(1024 if quick else 4096, SETTINGS)
+
+
+def thresholds(quick: bool = False) -> list[Measured]:
+    """XAttention with a threshold fitted to each layer, against one threshold that visits as many blocks."""
+    tokens = 1024 if quick else 4096
+    text, rows = _text(tokens), []
+    fitting = smollm2.topics(shared()[1])[:, FITTED : FITTED + tokens]
+    for share in (0.9, 0.95):
+        say(f"thresholds: fitting to {share}")
+        plan = ec.calibrate(shared()[0], [fitting], [ec.xattention(share, min_length=0)], progress=False)
+        found = {}
+        for name, options in {
+            "one": {"xattention": {"threshold": share, "min_length": 0}},
+            "fitted": {"plan": plan},
+        }.items():
+            say(f"thresholds: {name}")
+            with _without_inductor(), torch.no_grad(), mock.patch.object(XAttention, "is_short", lambda *_: False):
+                model = _model("", {})
+                model.compile(backend="effcompile", options={"verify": True, **options})
+                logits = model(text, use_cache=False).logits[0, :-1].float()
+            seen = [d.density for d in ec.inspect(model).decisions if d.density is not None]
+            if len(seen) != model.config.num_hidden_layers:
+                raise AssertionError(f"{name} is at {len(seen)} layers")
+            found[name] = math.exp(F.cross_entropy(logits, text[0, 1:]).item()), statistics.mean(seen)
+        (one, dense), (fitted, fitted_dense) = found["one"], found["fitted"]
+        note = f"perplexity {fitted:.3f} at density {fitted_dense:.3f}, and {one:.3f} at {dense:.3f} with one threshold"
+        rows.append(Measured(f"fitted to {share}: perplexity over one threshold's", fitted / one, "", 1.0, False, note))
+    return rows
 
 
 def _losses(tokens: int, settings: dict[str, tuple[str, dict[str, Any]]], goal: float | None = None) -> list[Measured]:

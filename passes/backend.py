@@ -72,6 +72,8 @@ def effcompile(
     notes: tuple[str, ...] = ()
     if place is not None:
         place.check(chosen)
+        if chosen.plan is not None:
+            place.check_plan(chosen.plan)
         place.complete(gm)
         notes = place.shared(chosen)
     graph = normalize(gm, example_inputs)

@@ -20,7 +20,9 @@ from torch import Tensor, fx, nn
 from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
 from effcompile.passes.feed_forward import Calibrated, FeedForwardPass
+from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.options import Decorator, clean_path, remove
+from effcompile.passes.sparse_prefill import SparsePrefill
 from effcompile.passes.tree import place_of
 from effcompile.passes.weights import block_of, originals
 from effcompile.patterns.ffn import describe, find_feed_forward
@@ -74,6 +76,26 @@ def calibrate(
     methods = [_method(thing) for thing in passes]
     if not methods:
         raise TypeError("calibrate(...): passes is empty; give some, such as [ec.flap(ratio=0.25)].")
+    names = [method.name for method in methods]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TypeError(
+            f"calibrate(...): {', '.join(twice)} is given twice; a plan has one record of a method for a site."
+        )
+    attention = [method for method in methods if isinstance(method, SparsePrefill)]
+    blocks = [method for method in methods if isinstance(method, FeedForwardPass)]
+    if attention:
+        batches = list(batches)  # read more than once
+    plans = [_fitted(model, batches, method, progress) for method in attention]
+    plans += each(model, batches, blocks, progress=progress) if blocks else []
+    made = {name: value for plan in plans for name, value in plan.made.items()}
+    made["seconds"] = round(sum(plan.made["seconds"] for plan in plans), 1)
+    return Plan({(r.module, r.method): r for plan in plans for r in plan}, made)
+
+
+def each(
+    model: nn.Module, batches: Iterable[Any], methods: Sequence[FeedForwardPass], *, progress: bool = True
+) -> list[Plan]:
+    """A plan for each of ``methods``, which may be settings of one method, from one pass over the data."""
     model = getattr(model, "_orig_mod", model)
     copied = _shared_copy(model).eval()
     watch = _Watch(methods)
@@ -91,18 +113,64 @@ def calibrate(
     if not watch.sites:
         reasons = sorted({str(reason) for reason in watch.reasons}) or ["no feed-forward block was found"]
         raise CalibrationError(f"calibrate(...): no site that can be calibrated: {'; '.join(reasons[:3])}.")
-    records: dict[tuple[str, str], Record] = {}
-    for method, wanted in zip(methods, watch.wanted(), strict=True):
-        for record in _records(method, wanted):
-            records[record.module, record.method] = record
+    found = [_records(method, wanted) for method, wanted in zip(methods, watch.wanted(), strict=True)]
+    return [_plan(some, model, tokens, started) for some in found]
+
+
+def _plan(records: Sequence[Record], model: nn.Module, tokens: int, started: float) -> Plan:
     made = {"tokens": tokens, "seconds": round(time.time() - started, 1), "torch": torch.__version__}
     made |= {"model": type(model).__name__, "date": time.strftime("%Y-%m-%d")}
-    return Plan(records, made)
+    return Plan({(r.module, r.method): r for r in records}, made)
 
 
-def _method(thing: Any) -> FeedForwardPass:
+LAST = 512
+"""Tokens at the end of a text on which a layer's loss is taken: those that see the longest context."""
+
+
+def _fitted(model: nn.Module, batches: Sequence[Any], method: SparsePrefill, progress: bool) -> Plan:
+    """A plan with a threshold for each layer (:mod:`effcompile.passes.fit_threshold`)."""
+    model = getattr(model, "_orig_mod", model)
+    copied = _shared_copy(model).eval()
+    started, tokens = time.time(), 0
+    try:
+        fitter = Fitter(method)
+    except ValueError as error:
+        raise CalibrationError(f"calibrate(...): {error}") from None
+    torch._dynamo.reset()
+    copied.compile(backend=fitter)
+    try:
+        with torch.no_grad():
+            for batch in _shown(batches, progress):
+                tokens += _count(batch)
+                _call(copied, batch)
+            if not fitter.layers:
+                reasons = "; ".join(sorted(set(fitter.reasons))[:3]) or "no attention over a whole prompt was found"
+                raise CalibrationError(f"calibrate(...): no layer to fit {method.name} to: {reasons}.")
+            fitter.sparse = ""
+            dense = _last_logits(copied, batches[0])
+            for layer in _shown(list(fitter.layers.values()), progress):
+                fitter.sparse = layer.module
+                ours = _last_logits(copied, batches[0])
+                layer.loss = float(torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True))
+    finally:
+        torch._dynamo.reset()
+
+    def parameters(module: str) -> dict[str, str]:
+        return {name: digest(p) for name, p in copied.get_submodule(module).named_parameters()}
+
+    return _plan(records(fitter, parameters), model, tokens, started)
+
+
+def _last_logits(model: nn.Module, batch: Any) -> Tensor:
+    """Log probabilities of the last tokens, fp32 ``[N, V]``."""
+    out = _call(model, batch, logits_to_keep=LAST)
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits[:, -LAST:].flatten(0, 1).float().log_softmax(-1)
+
+
+def _method(thing: Any) -> FeedForwardPass | SparsePrefill:
     options = thing.options if isinstance(thing, Decorator) else thing
-    if not isinstance(options, FeedForwardPass):
+    if not isinstance(options, FeedForwardPass | SparsePrefill):
         raise TypeError(
             f"calibrate(...): {thing!r} is not calibrated; give passes such as ec.flap(ratio=0.25), with their options."
         )
@@ -128,23 +196,34 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 def _run(model: Any, batch: Any, watch: _Watch) -> int:
     """One batch through the model; returns the tokens that count."""
-    inputs = dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else {"input_ids": batch}
-    ids = next((x for x in inputs.values() if isinstance(x, Tensor)), None)
+    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    watch.keep = mask.bool().flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    _call(model, batch)
+    return _count(batch)
+
+
+def _count(batch: Any) -> int:
+    """The tokens of a batch that its mask does not hide."""
+    given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.bool().sum())
+    ids = next((x for x in given.values() if isinstance(x, Tensor)), None)
     if ids is None:
         raise CalibrationError(f"calibrate(...): a batch without a tensor: {batch!r:.80}.")
-    device = next((p.device for p in model.parameters()), ids.device)
-    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    return ids.numel()
+
+
+def _call(model: Any, batch: Any, logits_to_keep: int = 1) -> Any:
+    """The model on one batch. Neither a cache nor the logits of all tokens are made where the model can leave them."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     takes = inspect.signature(model.forward).parameters
-    # Neither a cache nor the logits of all tokens are looked at; both can be larger than the model.
-    spare = {"use_cache": False, "logits_to_keep": 1}
-    inputs = {name: x for name, x in spare.items() if name in takes} | inputs
-    mask = inputs.get("attention_mask")
-    watch.keep = mask.bool().flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if isinstance(batch, Tensor) and "input_ids" not in takes:
-        model(batch.to(device))
-    else:
-        model(**inputs)
-    return int(ids.numel() if watch.keep is None else watch.keep.sum())
+        return model(batch.to(device))
+    given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    spare = {"use_cache": False, "logits_to_keep": logits_to_keep}
+    return model(**{name: x for name, x in spare.items() if name in takes} | given)
 
 
 @dataclasses.dataclass(eq=False)

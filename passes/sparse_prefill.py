@@ -47,6 +47,8 @@ class SparsePrefill(Pass, abc.ABC):
     family: ClassVar[str] = "sparse_attention"
     gathers: ClassVar[bool] = False
     """Whether it chooses single keys besides blocks."""
+    share: ClassVar[str | None] = None
+    """The option, from 0 to 1, that calibration can fit to each layer."""
     reorders: ClassVar[bool] = False
     """Whether it lays keys in another order than that of their tokens."""
 
