@@ -37,6 +37,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "prefill": ("Prefill", prefill.run),
     "lists": ("Attention over block lists", sparse.lists),
     "choices": ("What methods choose", sparse.choices),
+    "crossover": ("From which length methods gain", sparse.crossover),
     "loss": ("What methods lose", sparse.loss),
     "thresholds": ("Thresholds by layer", sparse.thresholds),
     "pages": ("Decoding over pages", sparse.pages),

@@ -160,6 +160,32 @@ def lists(quick: bool = False) -> list[Measured]:
     return rows
 
 
+def crossover(quick: bool = False) -> list[Measured]:
+    """The shortest prompt from which a method's attention, its choice included, is faster than over all keys."""
+    lengths, rounds = ((512, 1024), 3) if quick else ((512, 1024, 1536, 2048, 3072, 4096, 6144, 8192), 7)
+    ratios: dict[str, dict[int, float]] = {}
+    for tokens in lengths:
+        say(f"crossover, {tokens} tokens")
+        one = heads_of(tokens)[LAYERS[1]]
+        candidates: dict[str, Callable[[], Any]] = {"dense": lambda one=one: dense(one)}
+        for name, (kind, options) in SETTINGS.items():
+            method = base.get(kind)(min_length=0, **options)
+            if isinstance(method, SparsePrefill) and not (method.gathers or method.reorders):
+                candidates[name] = lambda one=one, method=method: attend(one, _chosen(method, one))
+        times = interleaved(candidates, rounds)
+        for name in candidates.keys() - {"dense"}:
+            ratios.setdefault(name, {})[tokens] = _median(times[name], times["dense"])
+    rows = []
+    for name in SETTINGS:
+        if name not in ratios:
+            continue
+        found = ratios[name]
+        first = next((n for n in lengths if all(found[m] < 1 for m in lengths if m >= n)), None)
+        note = "time over all keys: " + ", ".join(f"{n} {ratio:.2f}" for n, ratio in found.items())
+        rows.append(Measured(f"{name}: faster from", math.inf if first is None else first, " tokens", note=note))
+    return rows
+
+
 def choices(quick: bool = False) -> list[Measured]:
     """Of methods that choose blocks: density, time with the choice over all keys, and mass against the best blocks."""
     tokens, rounds = (2048, 2) if quick else (7000, 3)
@@ -231,12 +257,10 @@ def thresholds(quick: bool = False) -> list[Measured]:
         say(f"thresholds: fitting to {share}")
         plan = ec.calibrate(shared()[0], [fitting], [ec.xattention(share, min_length=0)], progress=False)
         found = {}
-        for name, options in {
-            "one": {"xattention": {"threshold": share, "min_length": 0}},
-            "fitted": {"plan": plan},
-        }.items():
+        one_for_all = {"xattention": {"threshold": share, "min_length": 0}}
+        for name, options in {"one": one_for_all, "fitted": {"plan": plan}}.items():
             say(f"thresholds: {name}")
-            with _without_inductor(), torch.no_grad(), mock.patch.object(XAttention, "is_short", lambda *_: False):
+            with _without_inductor(), torch.no_grad():
                 model = _model("", {})
                 model.compile(backend="effcompile", options={"verify": True, **options})
                 logits = model(text, use_cache=False).logits[0, :-1].float()
