@@ -216,7 +216,7 @@ def route_reference(
     if logit_bias is not None:
         logits = logits + logit_bias
     p = SCORES[score](logits)
-    ranked, order = (p if choice_bias is None else p + choice_bias).sort(-1, descending=True, stable=True)
+    ranked, order = (p if choice_bias is None else p + choice_bias).sort(dim=-1, descending=True, stable=True)
     ranked, order = ranked[:, :top_k], order[:, :top_k]
     used = torch.ones_like(order, dtype=torch.bool) if threshold is None else ~(ranked <= threshold)
     taken = p.gather(1, order).where(used, 0)
