@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
-from effcompile.passes.feed_forward import Calibrated, FeedForwardPass
+from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found
 from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.options import Decorator, clean_path, remove
 from effcompile.passes.sparse_prefill import SparsePrefill
@@ -321,12 +322,14 @@ class _Looking(fx.Interpreter):
 
 
 def _records(method: FeedForwardPass, sites: Sequence[Calibrated]) -> list[Record]:
-    import json
-
     try:
-        found = method.calibrate(sites)
+        return _measured(method, sites, method.calibrate(sites))
     except ValueError as error:
         raise CalibrationError(f"calibrate(...): {method}: {error}") from None
+
+
+def _measured(method: FeedForwardPass, sites: Sequence[Calibrated], found: Sequence[Found]) -> list[Record]:
+    """The records, with the error of each site on its samples."""
     records = []
     for site, one in zip(sites, found, strict=True):
         record = Record(
