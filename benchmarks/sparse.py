@@ -255,7 +255,7 @@ def thresholds(quick: bool = False) -> list[Measured]:
     fitting = smollm2.topics(shared()[1])[:, FITTED : FITTED + tokens]
     for share in (0.9, 0.95):
         say(f"thresholds: fitting to {share}")
-        plan = ec.calibrate(shared()[0], [fitting], [ec.xattention(share, min_length=0)], progress=False)
+        plan = ec.calibrate(shared()[0], [fitting], [ec.xattention(threshold=share, min_length=0)], progress=False)
         found = {}
         one_for_all = {"xattention": {"threshold": share, "min_length": 0}}
         for name, options in {"one": one_for_all, "fitted": {"plan": plan}}.items():

@@ -156,7 +156,7 @@ def _rewrite(
         taken = ""
         answers = {}
         for name in [name for name, kind in kinds.items() if kind == site.kind]:
-            resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen)
+            resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
             answers[name] = _ask(name, resolved, site)
         asked = any(rule for _, rule in answers.values())
         asked_about += [site] if asked else []

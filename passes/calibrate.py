@@ -276,7 +276,7 @@ class _Watch:
                     parts if isinstance(parts, Reason) else Reason("computed-weight", "no parameter", found.source)
                 )
                 continue
-            site = self._site(clean_path(found.module), block_of(parts, own), own)
+            site = self._site(clean_path(found.label), block_of(parts, own), own)
             last = found.anchor.args[1 if is_call(found.anchor, aten.addmm.default) else 0]
             assert isinstance(last, fx.Node)
             looked_at.setdefault(parts.input, []).append((site, "input"))

@@ -118,7 +118,7 @@ class Fitter:
         made = blocks.lists(keep, blocks.whole(queries, keys, block, device=key.device), block)
         state = (key, None, None, value, None, None, torch.tensor(keys, device=key.device), None)
         out, _ = torch.ops.effcompile.attend_blocks(
-            query, *state, *block_ops.of(made), block, DENSE.name, site.scale, True, -1
+            query, *state, *block_ops.of(made), DENSE.name, site.scale, True, -1
         )
         return out, float(blocks.density(keep, queries, keys, block).mean())
 
@@ -163,14 +163,21 @@ def allocate(layers: Sequence[Layer]) -> list[int]:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(chosen(middle)) > budget else (low, middle)
-    choice = chosen(high)
+    # Choices between the hull's corners are reached by going on from below; from the user's own, too.
+    ends = [_filled(layers, start, budget) for start in (chosen(high), [len(STEPS) // 2] * len(layers))]
+    return min(ends, key=lambda choice: sum(float(layer.losses[i]) for layer, i in zip(layers, choice)))
+
+
+def _filled(layers: Sequence[Layer], choice: list[int], budget: float) -> list[int]:
+    """``choice`` with thresholds raised, where a step lowers the loss most for its density, while there is room."""
     while True:
+        spent = sum(float(layer.density[i]) for layer, i in zip(layers, choice))
         better = []
         for n, (layer, i) in enumerate(zip(layers, choice)):
             if i + 1 == len(STEPS):
                 continue
             gain, more = layer.losses[i] - layer.losses[i + 1], layer.density[i + 1] - layer.density[i]
-            if gain > 0 and spent(choice) + float(more) <= budget:
+            if gain > 0 and spent + float(more) <= budget:
                 better.append((float(gain / more.clamp(min=1e-9)), n))
         if not better:
             return choice

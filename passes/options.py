@@ -483,7 +483,11 @@ def clean_path(path: str) -> str:
 
 
 def resolve(
-    pass_name: str, module_path: str, annotation: Mapping[str, Any] | None, options: BackendOptions
+    pass_name: str,
+    module_path: str,
+    annotation: Mapping[str, Any] | None,
+    options: BackendOptions,
+    key: str | None = None,
 ) -> Resolved:
     """Which options of ``pass_name`` hold at a site.
 
@@ -493,9 +497,11 @@ def resolve(
         Of the site's module, as in ``nn_module_stack``; it is cleaned here.
     annotation
         ``node.meta.get("custom")`` of the site's anchor: where decorators have left their keys.
+    key
+        What a plan calls the site, if that is not its module.
     """
     path = clean_path(module_path)
-    record = None if options.plan is None else options.plan.get(path, pass_name)
+    record = None if options.plan is None else options.plan.get(path if key is None else clean_path(key), pass_name)
     chosen, rule = _choose(pass_name, path, annotation, options, record)
     return Resolved(chosen, rule, record)
 

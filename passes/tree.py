@@ -89,7 +89,7 @@ class Place:
         modules = dict(self.root.named_modules())
         for record in plan:
             where = f"plan: {record.method} at {record.module}"
-            module = modules.get(record.module)
+            module = modules.get(record.module.partition("#")[0])
             if module is None:
                 near = difflib.get_close_matches(record.module, modules, n=3, cutoff=0.5)
                 raise PlanError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections import Counter
 from typing import Any, ClassVar
 
 import torch
@@ -60,11 +61,18 @@ class FeedForwardSite(Site):
     gated: bool
     between: frozenset[fx.Node] = frozenset()
     """The calls between the linears, arithmetic on elements all of them."""
+    number: int = 0
+    """How many blocks of the same module come before it in the graph."""
 
     @property
     def down(self) -> fx.Node:
         """The linear out of the block."""
         return self.anchor
+
+    @property
+    def label(self) -> str:
+        """``module``, or ``module#1`` for the second block in one module, as hand-written models have them."""
+        return self.module + (f"#{self.number}" if self.number else "")
 
     @property
     def output(self) -> fx.Node:
@@ -105,8 +113,12 @@ class BlockParts:
 
 def find_feed_forward(gm: fx.GraphModule) -> list[FeedForwardSite]:
     """All feed-forward blocks of a normalised graph, in graph order."""
-    found = [_block(node) for node in gm.graph.nodes if is_linear(node)]
-    return [site for site in found if site is not None]
+    found = [site for node in gm.graph.nodes if is_linear(node) and (site := _block(node)) is not None]
+    before: Counter[str] = Counter()
+    for site in found:
+        site.number = before[site.module]
+        before[site.module] += 1
+    return found
 
 
 def _block(down: fx.Node) -> FeedForwardSite | None:

@@ -27,6 +27,11 @@ class Site:
         return module_path(self.anchor)
 
     @property
+    def label(self) -> str:
+        """What a plan calls the site: its module, and a number if that holds several."""
+        return self.module
+
+    @property
     def source(self) -> str:
         """The user's line."""
         return source_line(self.anchor)

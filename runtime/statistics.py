@@ -76,8 +76,8 @@ class Moments(Statistic):
         return self._square / self.count
 
 
-BINS, LEAST, MOST = 4096, 2.0**-24, 2.0**16
-"""Bins of equal ratio: neighbouring edges are 0.7 % apart."""
+BINS, LEAST, MOST = 8192, 2.0**-32, 2.0**32
+"""Bins of equal ratio: neighbouring edges are 0.5 % apart."""
 
 
 @dataclasses.dataclass(eq=False)

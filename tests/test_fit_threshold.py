@@ -47,7 +47,7 @@ def test_blocks_go_where_they_count() -> None:
 
 
 def test_what_is_tried() -> None:
-    tried = options_that_fit(ec.xattention(0.9).options)  # type: ignore[arg-type]
+    tried = options_that_fit(ec.xattention(threshold=0.9).options)  # type: ignore[arg-type]
     shares: list[Any] = [method.threshold for method in tried]  # type: ignore[attr-defined]
     assert shares == sorted(shares)
     assert shares[MIDDLE] == pytest.approx(0.9)
@@ -94,7 +94,7 @@ def test_other_weights_and_other_models(no_inductor: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("chosen", "told"),
     [
-        (ec.xattention(1.0), "not between 0 and 1"),
+        (ec.xattention(threshold=1.0), "not between 0 and 1"),
         (ec.streaming(), "no share of blocks"),
         (ec.vertical_slash(), "no share of blocks"),
     ],
