@@ -24,8 +24,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from effcompile import kernels, lowering
 from effcompile.kernels import observe
 from effcompile.kernels.reason import Reason
+from effcompile.passes import backend_options as choices
 from effcompile.passes import base, report
-from effcompile.passes import options as choices
 from effcompile.passes.decision import Seen
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
@@ -58,7 +58,7 @@ def effcompile(
         As in ``torch.compile``; passed on to Inductor.
     options
         ``rules`` (module pattern -> pass -> options), a pass name -> options for all sites, ``verify``, and
-        ``inductor`` (settings of Inductor). See :func:`effcompile.passes.options.parse`.
+        ``inductor`` (settings of Inductor). See :func:`effcompile.passes.backend_options.parse`.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def _rewrite(
     decisions: list[report.Decision] = []
     replaced: Replaced = []
     asked_about: list[Site] = []
-    kinds = {name: base.get(name).kind for name in base.REGISTRY}
+    kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
     for index, site in enumerate([*attention, *blocks]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))

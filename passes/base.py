@@ -60,7 +60,7 @@ class Pass:
     """One line for tables."""
     phases: ClassVar[tuple[str, ...]]
     """Where it works: ``("prefill", "decode")`` or one of them."""
-    kind: ClassVar[str] = "attention"
+    site_kind: ClassVar[str] = "attention"
     """The kind of sites it is asked about."""
     limit: ClassVar[Mapping[str, Any]] = {}
     """The option values at which the pass is exact; the conformance test compares with eager there."""

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 
 from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
+from effcompile.passes.backend_options import clean_path
 from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found
 from effcompile.passes.fit_threshold import Fitter, records
-from effcompile.passes.options import Decorator, clean_path, remove
+from effcompile.passes.options import Decorator, remove
 from effcompile.passes.sparse_prefill import SparsePrefill
 from effcompile.passes.tree import place_of
 from effcompile.passes.weights import block_of, originals
@@ -84,10 +85,10 @@ def calibrate(
         )
     attention = [method for method in methods if isinstance(method, SparsePrefill)]
     blocks = [method for method in methods if isinstance(method, FeedForwardPass)]
-    if attention:
-        batches = list(batches)  # read more than once
-    plans = [_fitted(model, batches, method, progress) for method in attention]
-    plans += each(model, batches, blocks, progress=progress) if blocks else []
+    # A fit reads them more than once.
+    texts: Any = list(batches) if attention else batches
+    plans = [_fitted(model, texts, method, progress) for method in attention]
+    plans += each(model, texts, blocks, progress=progress) if blocks else []
     made = {name: value for plan in plans for name, value in plan.made.items()}
     made["seconds"] = round(sum(plan.made["seconds"] for plan in plans), 1)
     return Plan({(r.module, r.method): r for plan in plans for r in plan}, made)

@@ -137,6 +137,7 @@ class CarveMoE(FeedForwardPass):
             torch.stack([own[own >= 0], tokens[own >= 0]]),
             torch.ones(int((own >= 0).sum())),
             (rest.numel(), indices.shape[0]),
+            check_invariants=True,
         ).coalesce()
         counts = torch.sparse.sum(fires, 1).to_dense()
         first = rates[rest].argsort(descending=True, stable=True)[: self.routed]
@@ -161,7 +162,7 @@ class CarveMoE(FeedForwardPass):
 
         Of a row of zeros and ones ``c`` and ``z`` within 0 and 1, the L1 distance is ``sum(c) + sum(z) - 2 c z``.
         """
-        common = torch.sparse.mm(fires, centroids.t())
+        common: Tensor = torch.sparse.mm(fires, centroids.t())
         if self.distance == "l1":
             return counts[:, None] + centroids.sum(1) - 2 * common
         return (counts[:, None] + centroids.square().sum(1) - 2 * common).clamp(min=0).sqrt()

@@ -46,7 +46,7 @@ class Found:
 class FeedForwardPass(Pass, abc.ABC):
     """A method for feed-forward blocks that is calibrated first, and applied by a plan."""
 
-    kind: ClassVar[str] = "ffn"
+    site_kind: ClassVar[str] = "ffn"
     family: ClassVar[str] = "ffn"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from effcompile.kernels import block_ops, blocks
 from effcompile.kernels.reason import Reason
-from effcompile.passes.options import clean_path
+from effcompile.passes.backend_options import clean_path
 from effcompile.passes.sites import DENSE
 from effcompile.passes.sparse_prefill import SparsePrefill
 from effcompile.passes.tree import place_of
@@ -40,7 +40,8 @@ def options_that_fit(method: SparsePrefill) -> list[SparsePrefill]:
         raise ValueError(f"{name}={share!r} is not between 0 and 1, so there is nothing to fit.")
     odds = math.log(share / (1 - share))
     tried = [round(1 / (1 + math.exp(-(odds + step))), 6) for step in STEPS]
-    return [dataclasses.replace(method, **{name: value, "min_length": 0}) for value in tried]
+    given: list[dict[str, Any]] = [{"min_length": 0, name: value} for value in tried]
+    return [dataclasses.replace(method, **options) for options in given]
 
 
 @dataclasses.dataclass
@@ -139,7 +140,8 @@ class _Sparse(fx.Interpreter):
             self.seen[n] = result
         if n in self.at:
             site = self.at[n]
-            result = self.fitter.at(site, *(self.seen.pop(x) for x in (site.query, site.key, site.value)), result)
+            query, key, value = (self.seen[x] for x in (site.query, site.key, site.value))
+            result = self.fitter.at(site, query, key, value, result)
         return result
 
 

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from effcompile.passes.backend_options import BackendOptions, clean_path
 from effcompile.passes.base import get
-from effcompile.passes.options import BackendOptions, OptionError, annotations_of, clean_path
+from effcompile.passes.options import OptionError, annotations_of
 from effcompile.runtime.plan import Plan, PlanError, digest
 
 _SELF = "L['self']"
@@ -96,7 +97,7 @@ class Place:
                     f"{where}: the compiled {type(self.root).__name__} has no such module; nearest: "
                     f"{', '.join(near) or 'none'}. Plans are for the model that was calibrated, compiled as a whole."
                 )
-            if get(record.method).kind != "attention":
+            if get(record.method).site_kind != "attention":
                 continue
             own = {name: digest(p) for name, p in module.named_parameters()}
             if own != dict(record.parameters):

@@ -39,9 +39,9 @@ def parameter_of(node: fx.Node) -> tuple[str, Tensor] | None:
 def real(node: fx.Node) -> Tensor | None:
     """The real tensor behind a weight node: a lifted parameter, or a constant of the graph; None if it is neither."""
     if node.op == "get_attr":
-        found = node.graph.owning_module
+        found: Any = node.graph.owning_module
         for name in str(node.target).split("."):
-            found = getattr(found, name)  # type: ignore[assignment]
+            found = getattr(found, name)
         return found if isinstance(found, Tensor) else None
     lifted = parameter_of(node)
     return None if lifted is None else lifted[1]

@@ -208,7 +208,7 @@ def _run(site: FeedForwardSite, given: dict[fx.Node, Tensor]) -> Tensor | str:
     known: dict[fx.Node, Any] = dict(given)
     for node in sorted(site.between):
         target: Any = node.target
-        first = node.args[0]
+        first: Any = node.args[0]
         if target is aten.dropout.default:
             if node.args[2] and node.args[1]:
                 return "dropout is active; call model.eval()"
@@ -216,10 +216,10 @@ def _run(site: FeedForwardSite, given: dict[fx.Node, Tensor]) -> Tensor | str:
         elif target in (aten.to.dtype, aten.contiguous.default, aten.clone.default):
             known[node] = known[first]
         elif target in VIEWS:
-            if not same_size(shape(node)[-1], shape(first)[-1]):  # type: ignore[arg-type]
+            if not same_size(shape(node)[-1], shape(first)[-1]):
                 return "a view within this block folds its channels"
             known[node] = known[first]
-        elif target in _PARTS and _dimension(node) not in (-1, len(shape(first)) - 1):  # type: ignore[arg-type]
+        elif target in _PARTS and _dimension(node) not in (-1, len(shape(first)) - 1):
             return "this block is split along another dimension than its channels"
         else:
             arguments = [known.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]

@@ -227,7 +227,7 @@ def digest(tensor: Tensor) -> str:
         return kept[2]
     own = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     plain = tensor.detach().cpu().contiguous()
-    own.update(plain.reshape(-1).view(torch.uint8).numpy())
+    own.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     found = own.hexdigest()
     key = id(tensor)
     _digests[key] = (weakref.ref(tensor, lambda _: _digests.pop(key, None)), version, found)

@@ -22,8 +22,9 @@ from effcompile.kernels.block_ops import method_text
 from effcompile.kernels.blocks import count_blocks
 from effcompile.kernels.form import KVForm
 from effcompile.passes import backend
+from effcompile.passes.backend_options import parse
 from effcompile.passes.delta import Delta
-from effcompile.passes.options import OptionError, parse
+from effcompile.passes.options import OptionError
 from effcompile.passes.paged_decode import PagedDecode
 from effcompile.passes.quest import Quest
 from effcompile.patterns.attention import find_attention
