@@ -87,8 +87,9 @@ def effcompile(
     before = report.Snapshot(graph)
     attention = find_attention(graph)
     blocks = find_feed_forward(graph)
-    decisions, replaced, taken = _rewrite(graph, chosen, attention, blocks)
-    others = _others(graph, attention, blocks, taken)
+    decisions, replaced = _rewrite(graph, chosen, attention, blocks)
+    told = {decision.site for decision in decisions}
+    others = _others(graph, attention, blocks, [b for n, b in enumerate(blocks, len(attention)) if n in told])
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
@@ -139,15 +140,11 @@ def _rewrite(
     gm: fx.GraphModule,
     chosen: choices.BackendOptions,
     attention: Sequence[AttentionSite | Unmatched],
-    blocks: Sequence[FeedForwardSite],
-) -> tuple[list[report.Decision], Replaced, list[Site]]:
-    """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`.
-
-    Also gives the sites that some pass was asked about by the user.
-    """
+    blocks: Sequence[FeedForwardSite] = (),
+) -> tuple[list[report.Decision], Replaced]:
+    """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
-    asked_about: list[Site] = []
     kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
     for index, site in enumerate([*attention, *blocks]):
         if isinstance(site, Unmatched):
@@ -159,7 +156,6 @@ def _rewrite(
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
             answers[name] = _ask(name, resolved, site)
         asked = any(rule for _, rule in answers.values())
-        asked_about += [site] if asked else []
         for name, (answer, rule) in answers.items():
             if not rule and (asked or name != _DEFAULT):
                 continue  # nobody asked for this pass here, and another row tells about the site
@@ -179,19 +175,19 @@ def _rewrite(
             decisions.append(report.rewritten(index, site, rule, answer))
     gm.graph.lint()
     gm.recompile()
-    return decisions, replaced, asked_about
+    return decisions, replaced
 
 
 def _others(
     gm: fx.GraphModule,
     attention: Sequence[AttentionSite | Unmatched],
     feed_forward: Sequence[FeedForwardSite],
-    taken: Sequence[Site],
+    told: Sequence[Site],
 ) -> list[report.Decision]:
-    """The sites that no pass was asked about, listed for those who want to know what a model is made of."""
+    """The sites of which nothing is ``told``, listed for those who want to know what a model is made of."""
     blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
     found: list[Site] = [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
-    sites = [site for site in found if all(site is not one for one in taken)]
+    sites = [site for site in found if all(site is not one for one in told)]
     return [
         report.left(i, site, "", Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source))
         for i, site in enumerate(sites)
