@@ -5,6 +5,10 @@ As in :mod:`effcompile.kernels.ops`, an operator means its reference body. ``sel
 a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed blocks only
 (:mod:`effcompile.kernels.blocks`). ``mask_blocks`` lists the blocks of a mask that somebody gave; with the mask as
 ``allowed``, bool ``[B or 1, H or 1, T, >= S]``, ``attend_blocks`` then tests the pairs of partial blocks by it.
+
+With the state of attention to other keys, ``before_out`` ``[B, H, T, E]`` and ``before_lse`` fp32 ``[B, H, T]``, the
+result is that of both together, as :func:`effcompile.kernels.attention.merge_state` gives it. ``attend`` has no such
+argument: merging its result costs next to nothing beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
     "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
-    "int span=1, Tensor? allowed=None) -> (Tensor, Tensor)"
+    "int span=1, Tensor? allowed=None, Tensor? before_out=None, Tensor? before_lse=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -156,6 +160,8 @@ def _attend_blocks(
     column_counts: Tensor | None = None,
     span: int = 1,
     allowed: Tensor | None = None,
+    before_out: Tensor | None = None,
+    before_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
@@ -163,6 +169,9 @@ def _attend_blocks(
     if allowed is not None and (columns is not None or key_positions is not None):
         raise BlockError("a mask of pairs, allowed, is for blocks alone: neither columns nor key positions go with it.")
     more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
+    if before_out is not None or before_lse is not None:
+        check_before(before_out, before_lse, query, _fake_attend_blocks(query, *args)[0].shape)
+        more |= {"before_out": before_out, "before_lse": before_lse}
     try:
         result: tuple[Tensor, Tensor] = ops.launch(
             "attend_blocks", query.device.type, query, *args, **more, span=None if columns is None else span
@@ -191,6 +200,8 @@ def _attend_blocks(
             keep = keep | single & tested
         key, value = quantize.load_side(keys, n, form, "key"), quantize.load_side(values, n, form, "value")
         out, lse = attention.attend(query, key, value, keep, scale)
+        if before_out is not None and before_lse is not None:
+            out, lse = attention.merge_state(out, lse, before_out, before_lse)
         return out.contiguous(), lse.contiguous()
 
 
@@ -233,6 +244,19 @@ def check_allowed(allowed: Tensor, query: Tensor, keys: int) -> None:
             f"allowed is {allowed.dtype} of {sizes}; expected bool of [B or 1, H or 1, T, S] with {keys} keys and "
             f"queries of {tuple(query.shape[:3])}."
         )
+
+
+def check_before(out: Tensor | None, lse: Tensor | None, query: Tensor, shape: torch.Size) -> None:
+    """Raise :class:`BlockError` unless both are there and are a result of attention for this query. Looks at shapes."""
+    if out is None or lse is None:
+        raise BlockError("the state of earlier attention is two tensors, before_out and before_lse; one is missing.")
+    if out.shape != shape or lse.shape != shape[:3] or out.dtype not in (query.dtype, torch.float32):
+        raise BlockError(
+            f"before_out is {out.dtype} of {tuple(out.shape)}, before_lse of {tuple(lse.shape)}; expected "
+            f"{query.dtype} or fp32 of {tuple(shape)} and of {tuple(shape[:3])}."
+        )
+    if lse.dtype is not torch.float32:
+        raise BlockError(f"before_lse is {lse.dtype}; expected fp32.")
 
 
 def layout_of(

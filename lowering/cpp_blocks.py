@@ -18,7 +18,7 @@ from effcompile.lowering import cpp
 from effcompile.lowering.cpp_arguments import attend_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
-_LISTS = struct.Struct("=4q 2q 3q q 3q").pack
+_LISTS = struct.Struct("=4q 2q 3q q 3q 2q").pack
 # ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
 _COLUMNS = struct.Struct("=2q 2q 2q").pack
 _POSITIONS = struct.Struct("=q 2q").pack
@@ -40,6 +40,8 @@ def attend_blocks(
     column_counts: Tensor | None = None,
     span: int = 1,
     allowed: Tensor | None = None,
+    before_out: Tensor | None = None,
+    before_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
@@ -74,6 +76,7 @@ def attend_blocks(
         block_ops.check_allowed(allowed, query, keys)
         allowed = allowed if allowed.stride(3) == 1 else allowed.contiguous()
         pairs = (allowed.data_ptr(), *(0 if n == 1 else by for n, by in zip(allowed.shape[:3], allowed.stride())))
+    before = [None if t is None else t.float().contiguous() for t in (before_out, before_lse)]
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
     more = b""
     if columns is not None and column_counts is not None:
@@ -95,10 +98,11 @@ def attend_blocks(
             kv_num.shape[2],
             width,
             *pairs,
+            *(0 if t is None else t.data_ptr() for t in before),
         )
         + more
     )
-    del alive, held
+    del alive, held, before
     if code == 1:
         raise CapacityError(f"the length, {keys}, is not within the capacity of the store.")
     if code == 2:

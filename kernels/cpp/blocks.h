@@ -13,12 +13,24 @@ struct BlockArgs {
   int64_t block, rows, columns;  // tokens in a block, nQ, nK
   const bool* allowed;           // [B or 1, H or 1, T, >= length] or null: which pairs of partial blocks may be
   int64_t allowed_stride[3];     // batch, head, query; 0 where one serves all
+  const float* before[2];        // [B, H, T, E] and [B, H, T], the result of attention to other keys, or null
 };
 
 // Hides what `allowed` forbids in s, the scores of keys [t, t + n) for one query.
 inline void hide_forbidden(const BlockArgs& b, int64_t batch, int64_t head, int64_t query, int64_t t, int64_t n, float* s) {
   const bool* allowed = b.allowed + batch * b.allowed_stride[0] + head * b.allowed_stride[1] + query * b.allowed_stride[2] + t;
   for (int64_t i = 0; i < n; ++i) s[i] = allowed[i] ? s[i] : -INF;
+}
+
+// Begins a row with the result of earlier attention. Its sum is 1, relative to its lse as the largest score.
+template <class P>
+inline void begin_row(const BlockArgs& b, const Scale& scale, int64_t head, int64_t row, float* o, float& max, float& sum) {
+  const int64_t at = row_index<P>(b.attend, head, row);
+  const float lse = b.before[1][at];
+  if (lse == -INF) return;
+  for (int64_t e = 0; e < P::value_size; ++e) o[e] = b.before[0][at * P::value_size + e];
+  max = static_cast<float>(lse / scale.scale);
+  sum = 1.f;
 }
 
 // What stands behind BlockArgs for programs that have it: ColumnArgs or PositionArgs.
@@ -74,6 +86,12 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
   }
   for (int64_t i = 0; i < all * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < all; ++i) max[i] = -INF, sum[i] = 0.f, alpha[i] = 1.f;
+  if (b.before[0])
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < tokens; ++i) {
+        const int64_t at = h * padded + i;
+        begin_row<P>(b, scale, head, (first + i) * P::ratio + r + h, o + at * EP, max[at], sum[at]);
+      }
 
   // Head h takes in n keys and their values, which v() gives; hide_some hides what query i does not see in its scores.
   auto take = [&](int64_t h, int64_t n, auto&& v, auto&& hide_some) {

@@ -12,7 +12,7 @@ struct Scale {
   float factor, sign;
   double scale;
   explicit Scale(double x)
-      : factor(x == 0 ? 1.f : static_cast<float>(std::fabs(x) * 1.4426950408889634074)),
+      : factor(static_cast<float>((x == 0 ? 1. : std::fabs(x)) * 1.4426950408889634074)),
         sign(x == 0 ? 0.f : x < 0 ? -1.f : 1.f),
         scale(x == 0 ? 1. : std::fabs(x)) {}
   // What sums over weights relative to `from` are worth relative to `to`, a larger maximum.
