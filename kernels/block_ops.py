@@ -5,6 +5,8 @@ As in :mod:`effcompile.kernels.ops`, an operator means its reference body. ``sel
 a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed blocks only
 (:mod:`effcompile.kernels.blocks`). ``mask_blocks`` lists the blocks of a mask that somebody gave; with the mask as
 ``allowed``, bool ``[B or 1, H or 1, T, >= S]``, ``attend_blocks`` then tests the pairs of partial blocks by it.
+So it does by ``ranges``, int32 ``[B or 1, H or 1, T, R, 2]``: the keys of each query
+(:mod:`effcompile.kernels.ranges`).
 
 With the state of attention to other keys, ``before_out`` ``[B, H, T, E]`` and ``before_lse`` fp32 ``[B, H, T]``, the
 result is that of both together, as :func:`effcompile.kernels.attention.merge_state` gives it. ``attend`` has no such
@@ -25,6 +27,7 @@ from effcompile.kernels.blocks import BlockError, BlockLists
 from effcompile.kernels.columns import blocks_at, check_columns, check_positions, listed
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
+from effcompile.kernels.ranges import check_ranges, tokens
 
 ops.library.define(
     "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale, *, "
@@ -38,7 +41,8 @@ ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
     "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
-    "int span=1, Tensor? allowed=None, Tensor? before_out=None, Tensor? before_lse=None) -> (Tensor, Tensor)"
+    "int span=1, Tensor? allowed=None, Tensor? before_out=None, Tensor? before_lse=None, "
+    "Tensor? ranges=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -162,13 +166,16 @@ def _attend_blocks(
     allowed: Tensor | None = None,
     before_out: Tensor | None = None,
     before_lse: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
         raise BlockError("columns come with their counts, and not together with key positions.")
-    if allowed is not None and (columns is not None or key_positions is not None):
-        raise BlockError("a mask of pairs, allowed, is for blocks alone: neither columns nor key positions go with it.")
+    if (allowed is not None or ranges is not None) and (columns is not None or key_positions is not None):
+        given = "a mask of pairs, allowed, is" if ranges is None else "ranges are"
+        raise BlockError(f"{given} for blocks alone: neither columns nor key positions go with it.")
     more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
+    more["ranges"] = ranges
     if before_out is not None or before_lse is not None:
         check_before(before_out, before_lse, query, _fake_attend_blocks(query, *args)[0].shape)
         more |= {"before_out": before_out, "before_lse": before_lse}
@@ -188,6 +195,9 @@ def _attend_blocks(
         if allowed is not None:
             check_allowed(allowed, query, n)
             tested = tested & allowed[..., :n]
+        if ranges is not None:
+            check_ranges(ranges, query, n)
+            tested = tested & tokens(ranges, n)
         lists = BlockLists(kv_num, kv_idx, full_num, full_idx, block)
         keep = blocks.tokens(blocks.visited(kv_num, kv_idx), queries, n, block) & tested
         if full_num is not None:

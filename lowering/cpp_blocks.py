@@ -14,11 +14,12 @@ from effcompile.kernels.columns import check_columns, check_positions
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import Predicate, Program
+from effcompile.kernels.ranges import check_ranges
 from effcompile.lowering import cpp
 from effcompile.lowering.cpp_arguments import attend_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
-_LISTS = struct.Struct("=4q 2q 3q q 3q 2q").pack
+_LISTS = struct.Struct("=4q 2q 3q q 3q q 3q 2q").pack
 # ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
 _COLUMNS = struct.Struct("=2q 2q 2q").pack
 _POSITIONS = struct.Struct("=q 2q").pack
@@ -42,13 +43,14 @@ def attend_blocks(
     allowed: Tensor | None = None,
     before_out: Tensor | None = None,
     before_lse: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
     Raises
     ------
     BlockError
-        If lists or ``allowed`` are of other lengths, or a list names a block or a key that is not there, or one twice.
+        If lists or another operand are of other lengths, or name a block or a key that is not there, or one twice.
     """
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     batch, heads, queries, size = query.shape
@@ -76,6 +78,11 @@ def attend_blocks(
         block_ops.check_allowed(allowed, query, keys)
         allowed = allowed if allowed.stride(3) == 1 else allowed.contiguous()
         pairs = (allowed.data_ptr(), *(0 if n == 1 else by for n, by in zip(allowed.shape[:3], allowed.stride())))
+    runs: tuple[int, ...] = (0, 0, 0, 0)
+    if ranges is not None:
+        check_ranges(ranges, query, keys)
+        ranges = ranges.contiguous()
+        runs = (ranges.data_ptr(), *_stride(ranges, batch, heads), ranges.shape[3])
     before = [None if t is None else t.float().contiguous() for t in (before_out, before_lse)]
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
     more = b""
@@ -98,6 +105,7 @@ def attend_blocks(
             kv_num.shape[2],
             width,
             *pairs,
+            *runs,
             *(0 if t is None else t.data_ptr() for t in before),
         )
         + more

@@ -13,6 +13,8 @@ struct BlockArgs {
   int64_t block, rows, columns;  // tokens in a block, nQ, nK
   const bool* allowed;           // [B or 1, H or 1, T, >= length] or null: which pairs of partial blocks may be
   int64_t allowed_stride[3];     // batch, head, query; 0 where one serves all
+  const int32_t* ranges;         // [B or 1, H or 1, T, R, 2] or null: the keys of each query, in partial blocks
+  int64_t range_stride[2], range_count;  // of queries over batch and head; R
   const float* before[2];        // [B, H, T, E] and [B, H, T], the result of attention to other keys, or null
 };
 
@@ -20,6 +22,19 @@ struct BlockArgs {
 inline void hide_forbidden(const BlockArgs& b, int64_t batch, int64_t head, int64_t query, int64_t t, int64_t n, float* s) {
   const bool* allowed = b.allowed + batch * b.allowed_stride[0] + head * b.allowed_stride[1] + query * b.allowed_stride[2] + t;
   for (int64_t i = 0; i < n; ++i) s[i] = allowed[i] ? s[i] : -INF;
+}
+
+// Hides what lies in none of the query's ranges, which ascend, in s, the scores of keys [t, t + n).
+inline void hide_outside(const BlockArgs& b, int64_t batch, int64_t head, int64_t query, int64_t t, int64_t n, float* s) {
+  const int32_t* range = b.ranges + (batch * b.range_stride[0] + head * b.range_stride[1] + query) * b.range_count * 2;
+  int64_t from = 0;
+  for (int64_t r = 0; r < b.range_count; ++r) {
+    const int64_t start = range[2 * r] - t, stop = start + range[2 * r + 1];
+    if (stop == start) continue;
+    for (; from < least(n, start); ++from) s[from] = -INF;
+    from = most(from, least(n, stop));
+  }
+  for (; from < n; ++from) s[from] = -INF;
 }
 
 // Begins a row with the result of earlier attention. Its sum is 1, relative to its lse as the largest score.
@@ -128,7 +143,9 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
         };
         take(h, n, v, [&](int64_t i, float* scores, Visible<P> seen) {
           if (mark == 2) return;
-          if (b.allowed) hide_forbidden(b, head / a.groups, head % a.groups * P::ratio + r + h, first + i, t, n, scores);
+          const int64_t query_head = head % a.groups * P::ratio + r + h;
+          if (b.allowed) hide_forbidden(b, head / a.groups, query_head, first + i, t, n, scores);
+          if (b.ranges) hide_outside(b, head / a.groups, query_head, first + i, t, n, scores);
           if constexpr (moved)
             hide_at<P>(scores, positions + t, n, seen, mask);
           else if (P::key_mask || t < seen.first || t + n > seen.last)
