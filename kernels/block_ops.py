@@ -24,7 +24,7 @@ from torch import Tensor
 
 from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
-from effcompile.kernels.columns import blocks_at, check_columns, check_positions, listed
+from effcompile.kernels.columns import blocks_at, check_both, check_columns, listed, visible_at
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 from effcompile.kernels.ranges import check_ranges, tokens
@@ -42,7 +42,7 @@ ops.library.define(
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
     "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
     "int span=1, Tensor? allowed=None, Tensor? before_out=None, Tensor? before_lse=None, "
-    "Tensor? ranges=None) -> (Tensor, Tensor)"
+    "Tensor? ranges=None, Tensor? query_positions=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -167,6 +167,7 @@ def _attend_blocks(
     before_out: Tensor | None = None,
     before_lse: Tensor | None = None,
     ranges: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
@@ -175,7 +176,7 @@ def _attend_blocks(
         given = "a mask of pairs, allowed, is" if ranges is None else "ranges are"
         raise BlockError(f"{given} for blocks alone: neither columns nor key positions go with it.")
     more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
-    more["ranges"] = ranges
+    more |= {"ranges": ranges, "query_positions": query_positions}
     if before_out is not None or before_lse is not None:
         check_before(before_out, before_lse, query, _fake_attend_blocks(query, *args)[0].shape)
         more |= {"before_out": before_out, "before_lse": before_lse}
@@ -187,11 +188,14 @@ def _attend_blocks(
     except ops.KernelUnavailable:
         form, n, queries = KVForm.parse(name), int(length), query.shape[2]
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
-        tested = attention.allowed(predicate, queries, n, key_mask, query.device)
         keys, values = ops.split_state(tuple(state))
         check_lists(kv_num, kv_idx, full_num, full_idx, queries, n, block)
-        if key_positions is not None:
-            tested = _by_position(tested, key_positions, query, keys[0].shape[1], n)
+        if key_positions is None and query_positions is None:
+            tested = attention.allowed(predicate, queries, n, key_mask, query.device)
+        else:
+            groups, by_token = keys[0].shape[1], key_mask is not None
+            check_both(key_positions, query_positions, query.shape, groups, n, by_token)
+            tested = visible_at(predicate, query.shape, groups, n, key_mask, key_positions, query_positions)
         if allowed is not None:
             check_allowed(allowed, query, n)
             tested = tested & allowed[..., :n]
@@ -213,15 +217,6 @@ def _attend_blocks(
         if before_out is not None and before_lse is not None:
             out, lse = attention.merge_state(out, lse, before_out, before_lse)
         return out.contiguous(), lse.contiguous()
-
-
-def _by_position(tested: Tensor, positions: Tensor, query: Tensor, groups: int, keys: int) -> Tensor:
-    """What the predicate says of tokens, ``[B or 1, 1, T, S]``, by the slots that hold them: ``[B, H, T, S]``."""
-    batch, heads, queries, _ = query.shape
-    check_positions(positions, batch, groups, keys)
-    at = positions.long().expand(batch, groups, -1).repeat_interleave(heads // groups, 1)
-    shape = (batch, heads, queries, keys)
-    return tested.expand(shape).gather(-1, at.unsqueeze(2).expand(shape))
 
 
 def check_lists(

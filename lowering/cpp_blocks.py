@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effcompile.kernels import block_ops, ops
 from effcompile.kernels.blocks import BlockError
-from effcompile.kernels.columns import check_columns, check_positions
+from effcompile.kernels.columns import check_both, check_columns
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import Predicate, Program
@@ -19,7 +19,7 @@ from effcompile.lowering import cpp
 from effcompile.lowering.cpp_arguments import attend_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
-_LISTS = struct.Struct("=4q 2q 3q q 3q q 3q 2q").pack
+_LISTS = struct.Struct("=4q 2q 3q q 3q q 3q q 2q 2q").pack
 # ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
 _COLUMNS = struct.Struct("=2q 2q 2q").pack
 _POSITIONS = struct.Struct("=q 2q").pack
@@ -44,6 +44,7 @@ def attend_blocks(
     before_out: Tensor | None = None,
     before_lse: Tensor | None = None,
     ranges: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
@@ -83,6 +84,11 @@ def attend_blocks(
         check_ranges(ranges, query, keys)
         ranges = ranges.contiguous()
         runs = (ranges.data_ptr(), *_stride(ranges, batch, heads), ranges.shape[3])
+    check_both(key_positions, query_positions, query.shape, groups, keys, key_mask is not None)
+    stands: tuple[int, ...] = (0, 0, 0)
+    if query_positions is not None:
+        query_positions = query_positions.to(torch.int32).contiguous()
+        stands = (query_positions.data_ptr(), *_stride(query_positions, batch, heads))
     before = [None if t is None else t.float().contiguous() for t in (before_out, before_lse)]
     held = [None if t is None else t.contiguous() for t in (kv_num, full_num, kv_idx, full_idx)]
     more = b""
@@ -92,7 +98,6 @@ def attend_blocks(
         step = _stride(column_counts, batch, heads)
         more = _COLUMNS(columns.data_ptr(), column_counts.data_ptr(), *step, columns.shape[3], span)
     if key_positions is not None:
-        check_positions(key_positions, batch, groups, keys)
         key_positions = key_positions.to(torch.int32).contiguous()
         more = _POSITIONS(key_positions.data_ptr(), *_stride(key_positions, batch, groups))
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
@@ -106,6 +111,7 @@ def attend_blocks(
             width,
             *pairs,
             *runs,
+            *stands,
             *(0 if t is None else t.data_ptr() for t in before),
         )
         + more

@@ -15,6 +15,8 @@ struct BlockArgs {
   int64_t allowed_stride[3];     // batch, head, query; 0 where one serves all
   const int32_t* ranges;         // [B or 1, H or 1, T, R, 2] or null: the keys of each query, in partial blocks
   int64_t range_stride[2], range_count;  // of queries over batch and head; R
+  const int32_t* query_positions;  // [B or 1, H or 1, T] or null
+  int64_t query_step[2];           // over batch and head; 0 where one serves all
   const float* before[2];        // [B, H, T, E] and [B, H, T], the result of attention to other keys, or null
 };
 
@@ -108,12 +110,19 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
         begin_row<P>(b, scale, head, (first + i) * P::ratio + r + h, o + at * EP, max[at], sum[at]);
       }
 
+  const auto seen_by = [&](int64_t h, int64_t i) {
+    if (!b.query_positions) return Visible<P>(a, head, first + i, length);
+    const int64_t query_head = head % a.groups * P::ratio + r + h;
+    const int32_t* at = b.query_positions + head / a.groups * b.query_step[0] + query_head * b.query_step[1];
+    // Keys that stand elsewhere too may do so behind the length.
+    return Visible<P>(at[first + i], moved ? std::numeric_limits<int64_t>::max() : length, 0);
+  };
   // Head h takes in n keys and their values, which v() gives; hide_some hides what query i does not see in its scores.
   auto take = [&](int64_t h, int64_t n, auto&& v, auto&& hide_some) {
     const int64_t at = h * padded;
     multiply<float, wide.rows, wide.columns>(tokens, round_up(n, VL), D, q + at * DP, DP, key, BK, nullptr, s, BK);
     for (int64_t i = 0; i < tokens; ++i) {
-      hide_some(i, s + i * BK, Visible<P>(a, head, first + i, length));
+      hide_some(i, s + i * BK, seen_by(h, i));
       alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
     }
     multiply<float, deep.rows, deep.columns>(tokens, EP, n, s, BK, v(), EP, alpha + at, o + at * EP, EP);
@@ -124,9 +133,10 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
     const auto& p = behind<PositionArgs>(b);
     positions = p.positions + head / a.groups * p.stride[0] + head % a.groups * p.stride[1];
   }
-  // Keys that stand elsewhere may be seen whatever their slots.
-  const int64_t end = moved ? length : Visible<P>(a, head, first + tokens - 1, length).last;
-  const int64_t begin = moved ? 0 : Visible<P>(a, head, first, length).first / b.block;
+  // Keys that stand elsewhere, or queries, may meet whatever their slots.
+  const bool anywhere = moved || b.query_positions;
+  const int64_t end = anywhere ? length : Visible<P>(a, head, first + tokens - 1, length).last;
+  const int64_t begin = anywhere ? 0 : Visible<P>(a, head, first, length).first / b.block;
   for (int64_t block = begin; block < b.columns && block * b.block < end; ++block) {
     bool wanted = false;
     for (int64_t h = 0; h < heads; ++h) wanted |= marks[h * b.columns + block] != 0;
