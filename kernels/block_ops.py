@@ -8,9 +8,12 @@ a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed bloc
 So it does by ``ranges``, int32 ``[B or 1, H or 1, T, R, 2]``: the keys of each query
 (:mod:`effcompile.kernels.ranges`).
 
+The parts of a score, ``softcap``, ``bias`` and ``sinks``, are those of ``attend``. A bias has a number for each token:
+it is looked up by key positions. A number for each key times one for each head is a bias ``[B or 1, H, 1, S]``.
+
 With the state of attention to other keys, ``before_out`` ``[B, H, T, E]`` and ``before_lse`` fp32 ``[B, H, T]``, the
 result is that of both together, as :func:`effcompile.kernels.attention.merge_state` gives it. ``attend`` has no such
-argument: merging its result costs next to nothing beside it.
+argument: merging its result costs next to nothing beside it. Sinks belong to one of the two.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
-from effcompile.kernels.columns import blocks_at, check_both, check_columns, listed, visible_at
+from effcompile.kernels.columns import bias_at, blocks_at, check_both, check_columns, listed, visible_at
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 from effcompile.kernels.ranges import check_ranges, tokens
@@ -42,7 +45,8 @@ ops.library.define(
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
     "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
     "int span=1, Tensor? allowed=None, Tensor? before_out=None, Tensor? before_lse=None, "
-    "Tensor? ranges=None, Tensor? query_positions=None) -> (Tensor, Tensor)"
+    "Tensor? ranges=None, Tensor? query_positions=None, "
+    "float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -168,6 +172,7 @@ def _attend_blocks(
     before_lse: Tensor | None = None,
     ranges: Tensor | None = None,
     query_positions: Tensor | None = None,
+    **parts: Any,
 ) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
@@ -176,7 +181,7 @@ def _attend_blocks(
         given = "a mask of pairs, allowed, is" if ranges is None else "ranges are"
         raise BlockError(f"{given} for blocks alone: neither columns nor key positions go with it.")
     more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
-    more |= {"ranges": ranges, "query_positions": query_positions}
+    more |= {"ranges": ranges, "query_positions": query_positions} | parts
     if before_out is not None or before_lse is not None:
         check_before(before_out, before_lse, query, _fake_attend_blocks(query, *args)[0].shape)
         more |= {"before_out": before_out, "before_lse": before_lse}
@@ -193,7 +198,7 @@ def _attend_blocks(
         if key_positions is None and query_positions is None:
             tested = attention.allowed(predicate, queries, n, key_mask, query.device)
         else:
-            groups, by_token = keys[0].shape[1], key_mask is not None
+            groups, by_token = keys[0].shape[1], key_mask is not None or parts.get("bias") is not None
             check_both(key_positions, query_positions, query.shape, groups, n, by_token)
             tested = visible_at(predicate, query.shape, groups, n, key_mask, key_positions, query_positions)
         if allowed is not None:
@@ -213,7 +218,9 @@ def _attend_blocks(
                 raise BlockError("a column lies in a block that is visited; its key would count twice.") from None
             keep = keep | single & tested
         key, value = quantize.load_side(keys, n, form, "key"), quantize.load_side(values, n, form, "value")
-        out, lse = attention.attend(query, key, value, keep, scale)
+        if key_positions is not None and parts.get("bias") is not None:
+            parts["bias"] = bias_at(parts["bias"], key_positions, query.shape, keys[0].shape[1])
+        out, lse = attention.attend(query, key, value, keep, scale, **parts)
         if before_out is not None and before_lse is not None:
             out, lse = attention.merge_state(out, lse, before_out, before_lse)
         return out.contiguous(), lse.contiguous()
@@ -326,4 +333,5 @@ def _everything(query: Tensor, *args: Any, **more: Any) -> observe.Arguments:
     return (query, *state, length, key_mask, *of(made), name, scale, causal, window), more
 
 
-observe.register(torch.ops.effcompile.attend_blocks.default, _everything)
+_MASS = ("bias", "sinks", "before_out", "before_lse")
+observe.register(torch.ops.effcompile.attend_blocks.default, _everything, _MASS)

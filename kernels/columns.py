@@ -128,6 +128,14 @@ def visible_at(
     return keep
 
 
+def bias_at(bias: Tensor, positions: Tensor, sizes: tuple[int, ...], groups: int) -> Tensor:
+    """A bias, which has a number for each token, for keys at ``positions``: ``[B, H, T or 1, S]``."""
+    batch, heads = sizes[:2]
+    at = positions.long().expand(batch, groups, -1).repeat_interleave(heads // groups, 1).unsqueeze(2)
+    wide = bias.expand(batch, heads, -1, -1)
+    return wide.gather(3, at.expand(-1, -1, wide.shape[2], -1))
+
+
 def blocks_at(
     positions: Tensor, queries: int, block: int, heads: int, queries_at: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

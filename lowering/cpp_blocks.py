@@ -13,12 +13,12 @@ from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.columns import check_both, check_columns
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
-from effcompile.kernels.program import Predicate, Program
+from effcompile.kernels.program import Predicate, Program, ScoreParts
 from effcompile.kernels.ranges import check_ranges
 from effcompile.lowering import cpp
-from effcompile.lowering.cpp_arguments import attend_arguments
+from effcompile.lowering.cpp_arguments import attend_arguments, capacity_of, score_arguments
 
-# Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs.
+# Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs and ScoreArgs.
 _LISTS = struct.Struct("=4q 2q 3q q 3q q 3q q 2q 2q").pack
 # ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
 _COLUMNS = struct.Struct("=2q 2q 2q").pack
@@ -45,6 +45,9 @@ def attend_blocks(
     before_lse: Tensor | None = None,
     ranges: Tensor | None = None,
     query_positions: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend_blocks`` on CPUs. Arguments and results are the operator's.
 
@@ -63,12 +66,12 @@ def attend_blocks(
         raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
     predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
     gathers, moved = columns is not None, key_positions is not None
+    parts = (softcap is not None, bias is not None, sinks is not None)
+    sizes = (dtype, ratio, size, value_size, ScoreParts(*parts))
     entry = cpp.bind(
-        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None, gathers, moved),
+        ("attend_blocks", name, *sizes, causal, window, key_mask is None, gathers, moved),
         "attend_blocks",
-        lambda: Program(
-            "prefill", form, predicate, dtype, ratio, size, value_size, blocks=True, columns=gathers, positions=moved
-        ),
+        lambda: Program("prefill", form, predicate, *sizes, blocks=True, columns=gathers, positions=moved),
     )
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:
@@ -84,7 +87,7 @@ def attend_blocks(
         check_ranges(ranges, query, keys)
         ranges = ranges.contiguous()
         runs = (ranges.data_ptr(), *_stride(ranges, batch, heads), ranges.shape[3])
-    check_both(key_positions, query_positions, query.shape, groups, keys, key_mask is not None)
+    check_both(key_positions, query_positions, query.shape, groups, keys, key_mask is not None or bias is not None)
     stands: tuple[int, ...] = (0, 0, 0)
     if query_positions is not None:
         query_positions = query_positions.to(torch.int32).contiguous()
@@ -100,9 +103,11 @@ def attend_blocks(
     if key_positions is not None:
         key_positions = key_positions.to(torch.int32).contiguous()
         more = _POSITIONS(key_positions.data_ptr(), *_stride(key_positions, batch, groups))
+    score, kept = score_arguments(softcap, bias, sinks, None, None, query, capacity_of(k0, v0), length)
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
     code = entry(
         packed
+        + score
         + _LISTS(
             *(0 if t is None else t.data_ptr() for t in held),
             *strides,
@@ -116,7 +121,7 @@ def attend_blocks(
         )
         + more
     )
-    del alive, held, before
+    del alive, held, before, kept
     if code == 1:
         raise CapacityError(f"the length, {keys}, is not within the capacity of the store.")
     if code == 2:

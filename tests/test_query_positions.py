@@ -49,7 +49,7 @@ def seen_at(call: Call, keys_at: Tensor, queries_at: Tensor) -> Tensor:
 
 
 CALLS: dict[str, dict[str, Any]] = {
-    "gqa, cut blocks": {"heads": 6, "groups": 2, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE},
+    "gqa, cut blocks": {"heads": 4, "groups": 2, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE},
     "padding": {"heads": 3, "groups": 1, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE, "pad": True},
     "chunk on packed": {"heads": 6, "groups": 2, "queries": 150, "keys": 333, "sizes": (64, 96), "form": PACKED},
     "bf16, small blocks, window": {
@@ -59,8 +59,13 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("moved", ["queries", "both"])
-@pytest.mark.parametrize("name", CALLS)
+FAST = {("gqa, cut blocks", "queries"), ("gqa, cut blocks", "both"), ("padding", "queries")}
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [pytest.param(n, m, marks=[pytest.mark.slow] * ((n, m) not in FAST)) for n in CALLS for m in ("queries", "both")],
+)
 def test_kernel_and_reference_and_fp64(name: str, moved: str) -> None:
     """Random positions, many of them shared; some queries stand before every key, some behind all."""
     call = Call(**{"block": 128, **CALLS[name]})

@@ -110,10 +110,15 @@ def attend(call: Call, made: Tensor) -> tuple[Tensor, Tensor]:
     return out
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("name", "shared"), [(n, s) for n in CALLS for s in ([False, True] if "gqa" in n else [False])]
-)
+CASES = [
+    pytest.param(name, shared, causal, marks=[pytest.mark.slow] * (not causal and name != "gqa, cut blocks"))
+    for name in CALLS
+    for shared in ([False, True] if "gqa" in name else [False])
+    for causal in (True, False)
+]
+
+
+@pytest.mark.parametrize(("name", "shared", "causal"), CASES)
 def test_kernel_and_reference_and_fp64(name: str, shared: bool, causal: bool) -> None:
     call = Call(**{"block": 128, **CALLS[name]})
     call.rest = (*call.rest[:2], causal, -1)

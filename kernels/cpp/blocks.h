@@ -7,6 +7,7 @@ namespace ec {
 
 struct BlockArgs {
   AttendArgs attend;
+  ScoreArgs score;
   const int32_t* counts[2];   // partial and full: [B or 1, H or 1, nQ], the second may be null
   const int32_t* indices[2];  // [B or 1, H or 1, nQ, nK]
   int64_t stride[2];          // of counts over batch and head, in elements; 0 where one serves all
@@ -117,12 +118,13 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
     // Keys that stand elsewhere too may do so behind the length.
     return Visible<P>(at[first + i], moved ? std::numeric_limits<int64_t>::max() : length, 0);
   };
-  // Head h takes in n keys and their values, which v() gives; hide_some hides what query i does not see in its scores.
-  auto take = [&](int64_t h, int64_t n, auto&& v, auto&& hide_some) {
+  // Head h takes in n keys and their values, which v() gives; change_some makes query i's products its
+  // scores, and hides what it does not see.
+  auto take = [&](int64_t h, int64_t n, auto&& v, auto&& change_some) {
     const int64_t at = h * padded;
     multiply<float, wide.rows, wide.columns>(tokens, round_up(n, VL), D, q + at * DP, DP, key, BK, nullptr, s, BK);
     for (int64_t i = 0; i < tokens; ++i) {
-      hide_some(i, s + i * BK, seen_by(h, i));
+      change_some(i, s + i * BK, seen_by(h, i));
       alpha[at + i] = softmax_step(s + i * BK, n, scale, max[at + i], sum[at + i]);
     }
     multiply<float, deep.rows, deep.columns>(tokens, EP, n, s, BK, v(), EP, alpha + at, o + at * EP, EP);
@@ -152,6 +154,7 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
           return made;
         };
         take(h, n, v, [&](int64_t i, float* scores, Visible<P> seen) {
+          change_scores<P>(a, head, (first + i) * P::ratio + r + h, t, n, scores, moved ? positions + t : nullptr);
           if (mark == 2) return;
           const int64_t query_head = head % a.groups * P::ratio + r + h;
           if (b.allowed) hide_forbidden(b, head / a.groups, query_head, first + i, t, n, scores);
@@ -175,7 +178,8 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
       for (int64_t t = 0; t < count; t += BK, at += BK) {
         const int64_t n = least(BK, count - t);
         gather_tiles<P>(keys, values, at, n, key, BK, value);
-        take(h, n, [&] { return value; }, [&](int64_t, float* scores, Visible<P> seen) {
+        take(h, n, [&] { return value; }, [&](int64_t i, float* scores, Visible<P> seen) {
+          change_scores<P>(a, head, (first + i) * P::ratio + r + h, 0, n, scores, at);
           if (P::key_mask || at[0] < seen.first || at[n - 1] >= seen.last) hide_at<P>(scores, at, n, seen, mask);
         });
       }
