@@ -208,13 +208,20 @@ def _attend_blocks(
             check_ranges(ranges, query, n)
             tested = tested & tokens(ranges, n)
         lists = BlockLists(kv_num, kv_idx, full_num, full_idx, block)
-        keep = blocks.tokens(blocks.visited(kv_num, kv_idx), queries, n, block) & tested
+        over = blocks.tokens(lists.overflowed().unsqueeze(-1), queries, 1, block)
+        total = max(kv_idx.shape[3], blocks.count_blocks(n, block))
+        for counts in (kv_num, full_num):
+            if counts is not None and bool(((counts < 0) | (counts > total)).any()):
+                raise BlockError(f"a block list names a block that is not there; there are {total}.") from None
+        keep = (blocks.tokens(blocks.visited(kv_num, kv_idx, total), queries, n, block) | over) & tested
         if full_num is not None:
-            keep = keep | blocks.tokens(blocks.visited(full_num, full_idx), queries, n, block)
+            whole = blocks.tokens(blocks.visited(full_num, full_idx, total), queries, n, block)
+            keep = keep | whole & ~over
         if columns is not None and column_counts is not None:
             check_columns(columns, column_counts, span, queries, block)
             single = listed(columns, column_counts, n).repeat_interleave(span * block, 2)[:, :, :queries]
-            if bool((single & blocks.tokens(lists.keep(), queries, n, block)).any()):
+            single = single & ~over  # which are visited already
+            if bool((single & blocks.tokens(lists.keep(total), queries, n, block)).any()):
                 raise BlockError("a column lies in a block that is visited; its key would count twice.") from None
             keep = keep | single & tested
         key, value = quantize.load_side(keys, n, form, "key"), quantize.load_side(values, n, form, "value")
@@ -240,7 +247,7 @@ def check_lists(
     for what, counts, indices in (("kv", kv_num, kv_idx), ("full_kv", full_num, full_idx)):
         if counts is None or indices is None:
             continue
-        if counts.shape[2] != rows or indices.shape[:3] != counts.shape or indices.shape[3] < columns:
+        if counts.shape[2] != rows or indices.shape[:3] != counts.shape:
             raise BlockError(
                 f"{what}_num_blocks {tuple(counts.shape)} and {what}_indices {tuple(indices.shape)} do not list "
                 f"{rows} rows of up to {columns} blocks, as {queries} queries and {keys} keys, {block} a block, need."

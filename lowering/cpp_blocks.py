@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effcompile.kernels import block_ops, ops
-from effcompile.kernels.blocks import BlockError
+from effcompile.kernels.blocks import BlockError, count_blocks
 from effcompile.kernels.columns import check_both, check_columns
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
@@ -19,7 +19,7 @@ from effcompile.lowering import cpp
 from effcompile.lowering.cpp_arguments import attend_arguments, capacity_of, score_arguments
 
 # Fields of BlockArgs in kernels/cpp/blocks.h behind its AttendArgs and ScoreArgs.
-_LISTS = struct.Struct("=4q 2q 3q q 3q q 3q q 2q 2q").pack
+_LISTS = struct.Struct("=4q 2q 4q q 3q q 3q q 2q 2q").pack
 # ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
 _COLUMNS = struct.Struct("=2q 2q 2q").pack
 _POSITIONS = struct.Struct("=q 2q").pack
@@ -114,6 +114,7 @@ def attend_blocks(
             block,
             kv_num.shape[2],
             width,
+            max(width, count_blocks(keys, block)),
             *pairs,
             *runs,
             *stands,
@@ -126,7 +127,7 @@ def attend_blocks(
         raise CapacityError(f"the length, {keys}, is not within the capacity of the store.")
     if code == 2:
         single = f", or the columns do not ascend within {keys} keys, or one lies in a block that is visited"
-        text = f"a block list names a block that is not there; there are {kv_idx.shape[3]}"
+        text = f"a block list names a block that is not there; there are {max(width, count_blocks(keys, block))}"
         raise BlockError(f"{text}{'' if columns is None else single}.")
     return out, lse
 

@@ -9,9 +9,9 @@ struct BlockArgs {
   AttendArgs attend;
   ScoreArgs score;
   const int32_t* counts[2];   // partial and full: [B or 1, H or 1, nQ], the second may be null
-  const int32_t* indices[2];  // [B or 1, H or 1, nQ, nK]
+  const int32_t* indices[2];  // [B or 1, H or 1, nQ, room]
   int64_t stride[2];          // of counts over batch and head, in elements; 0 where one serves all
-  int64_t block, rows, columns;  // tokens in a block, nQ, nK
+  int64_t block, rows, room, columns;  // tokens in a block, nQ, length of a list, blocks that there may be
   const bool* allowed;           // [B or 1, H or 1, T, >= length] or null: which pairs of partial blocks may be
   int64_t allowed_stride[3];     // batch, head, query; 0 where one serves all
   const int32_t* ranges;         // [B or 1, H or 1, T, R, 2] or null: the keys of each query, in partial blocks
@@ -57,20 +57,27 @@ inline const T& behind(const BlockArgs& b) {
   return *reinterpret_cast<const T*>(&b + 1);
 }
 
-// Marks the blocks that `head` of `batch` lists for query block `row`: 1 partial, 2 full. False if a number is out of range.
+// Marks of a block.
+constexpr uint8_t PARTIAL = 1, FULL = 2, OVERFLOWED = 3;
+
+// Marks the blocks that `head` of `batch` lists for query block `row`; all as OVERFLOWED if a list did not fit. False if a
+// number is out of range.
 inline bool read_lists(const BlockArgs& a, int64_t batch, int64_t head, int64_t row, uint8_t* marks) {
   std::memset(marks, 0, a.columns);
+  bool over = false;
   for (int kind = 0; kind < 2; ++kind) {
     if (!a.counts[kind]) continue;
     const int64_t at = batch * a.stride[0] + head * a.stride[1] + row;
     const int64_t count = a.counts[kind][at];
     if (count < 0 || count > a.columns) return false;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t block = a.indices[kind][at * a.columns + i];
+    over |= count > a.room;
+    for (int64_t i = 0; i < least(count, a.room); ++i) {
+      const int64_t block = a.indices[kind][at * a.room + i];
       if (block < 0 || block >= a.columns) return false;
-      marks[block] = kind + 1;
+      marks[block] = kind ? FULL : PARTIAL;
     }
   }
+  if (over) std::memset(marks, OVERFLOWED, a.columns);
   return true;
 }
 
@@ -155,7 +162,7 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
         };
         take(h, n, v, [&](int64_t i, float* scores, Visible<P> seen) {
           change_scores<P>(a, head, (first + i) * P::ratio + r + h, t, n, scores, moved ? positions + t : nullptr);
-          if (mark == 2) return;
+          if (mark == FULL) return;
           const int64_t query_head = head % a.groups * P::ratio + r + h;
           if (b.allowed) hide_forbidden(b, head / a.groups, query_head, first + i, t, n, scores);
           if (b.ranges) hide_outside(b, head / a.groups, query_head, first + i, t, n, scores);
@@ -173,6 +180,7 @@ inline bool block_tile(const BlockArgs& b, int64_t head, int64_t r, int64_t head
       const int32_t* at;
       const int64_t query_head = head % a.groups * P::ratio + r + h;
       const uint8_t* mine = marks + h * b.columns;
+      if (b.columns && mine[0] == OVERFLOWED) continue;  // every column is visited already
       const auto& lists = behind<ColumnArgs>(b);
       if (!read_columns(lists, head / a.groups, query_head, row, mine, b.block, length, at, count)) return false;
       for (int64_t t = 0; t < count; t += BK, at += BK) {
