@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from effcompile.kernels.attention import merge_state
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.anchor_attention import AnchorAttention
@@ -88,6 +89,7 @@ else:
         "calibrate": "passes.calibrate",
         "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
+        "merge_state": "kernels.attention",
         "options_of": "passes.options",
         "remove": "passes.options",
         "sparse_attention": "passes.options",
@@ -142,6 +144,7 @@ __all__ = [
     "graph_kv",
     "graph_kv_layout",
     "inspect",
+    "merge_state",
     "options_of",
     "pbs_attn",
     "proxyattn",

@@ -21,11 +21,11 @@ from torch import fx, nn
 
 from effcompile import lowering
 from effcompile.kernels.form import Axis, Bits, KVForm
-from effcompile.kernels.program import Predicate, Program, ScoreParts, StoreProgram
+from effcompile.kernels.program import Predicate, Program, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.kernels.rope import rotary_of
 from effcompile.passes.base import Pass, Target
-from effcompile.passes.operands import parts_of, query_of
+from effcompile.passes.operands import parts_of, query_of, score_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, mixed_dtypes, not_this_store, unsupported
 from effcompile.patterns.attention import AttentionSite
@@ -212,7 +212,7 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
         assert store is not None
         stored, table = KVForm.parse(str(store.args[9])), store.kwargs.get("table")
         return fuse(site, DENSE, stored, lambda graph: fresh_store(graph, site), stored_table=table)
-    if parts := _score_parts(site).name or ("factors" if site.factors else ""):
+    if parts := score_of(site).name or ("factors" if site.factors else ""):
         return no("fresh-keys", f"the first call attends to its own keys, and SDPA has no such scores ({parts})")
     if site.spelling == "sdpa" and not site.mask_terms:
         return no(
@@ -257,13 +257,7 @@ def _program(site: AttentionSite, form: KVForm, table: Any = None) -> Program:
     phase = Program.phase_for(queries, site.ratio) if isinstance(queries, int) else "prefill"
     sizes = shape(site.query)[3], shape(site.value)[3]
     dtype, turned = value(site.query).dtype, _rotary(table)
-    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=_score_parts(site), rotary=turned)
-
-
-def _score_parts(site: AttentionSite) -> ScoreParts:
-    """What happens to the scores of a site with a proved mask."""
-    assert isinstance(site.mask, Mask)
-    return ScoreParts(site.softcap is not None, bool(site.mask.bias), site.sinks is not None)
+    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=score_of(site), rotary=turned)
 
 
 def fuse(
