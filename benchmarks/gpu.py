@@ -27,6 +27,7 @@ from effcompile.kernels.blocks import BLOCK
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program
 from effcompile.lowering import triton as lowering
+from effcompile.lowering import triton_blocks
 from effcompile.passes import base
 from effcompile.passes.sparse_prefill import SparsePrefill
 
@@ -193,14 +194,14 @@ def check_blocks(
     state = (key.to(device), None, None, value.to(device), None, None)
     rest = ("k16v16g32r128", size**-0.5, True, -1)
     length = torch.tensor(keys, device=device)
-    out, _ = lowering.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
+    out, _ = triton_blocks.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
     listed = blocks.tokens(lists.keep().cpu(), queries, keys, block)
     best = rounded_attention(query, key, value, size**-0.5, torch.float64, listed)
     low = rounded_attention(query, key, value, size**-0.5, dtype, listed)
     error = (out.cpu().double() - best).abs().max().item()
     budget = budget_of(query, key, value, best, (low.double() - best).abs().max().item())
     lists.kv_indices[0, 3, 1, 0] = 10**9
-    wrong, _ = lowering.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
+    wrong, _ = triton_blocks.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
     loud = bool(wrong[0, 3, block : 2 * block].isnan().all()) and int(wrong.isnan().any(-1).sum()) <= block
     return {"form": f"blocks of {block}", "dtype": str(dtype), "size": size, "queries": queries, "length": keys,
             "loud": loud, "max_error": error, "budget": budget, "ok": loud and error <= budget}  # fmt: skip
@@ -252,7 +253,7 @@ def sparse_rows(gemm: float, lengths: tuple[int, ...] = SPARSE, device: str = "c
         whole = 1e6 * call_cost(FORMS[0], 1, count, count).flops / gemm
 
         def attend(*lists: Any, q: Any = query, k: Any = key, v: Any = value, n: Any = length, r: Any = rest) -> Any:
-            return lowering.attend_blocks(q, k, None, None, v, None, None, n, None, *lists, *r)
+            return triton_blocks.attend_blocks(q, k, None, None, v, None, None, n, None, *lists, *r)
 
         def row(side: str, us: float, share: float, n: int = count, limit: float = whole) -> Row:
             return Row("sparse prefill", side, 1, n, n, us, share * limit)

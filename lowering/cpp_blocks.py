@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effcompile.kernels import block_ops, ops
 from effcompile.kernels.blocks import BlockError
-from effcompile.kernels.columns import check_columns, check_positions
+from effcompile.kernels.columns import check_columns, check_positions, steps_of
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import Predicate, Program
@@ -22,14 +22,6 @@ _LISTS = struct.Struct("=4q 2q 3q q 3q").pack
 # ColumnArgs and PositionArgs in kernels/cpp/columns.h, behind that.
 _COLUMNS = struct.Struct("=2q 2q 2q").pack
 _POSITIONS = struct.Struct("=q 2q").pack
-
-
-def _stride(counts: Tensor, batch: int, heads: int) -> tuple[int, int]:
-    """Elements from one batch entry, and from one head, to the next; 0 where one serves all."""
-    if counts.shape[0] not in (1, batch) or counts.shape[1] not in (1, heads):
-        raise BlockError(f"lists for {tuple(counts.shape[:2])} batch entries and heads; the call has {batch}, {heads}.")
-    per_head, per_entry = counts.shape[2], counts.shape[1] * counts.shape[2]
-    return (per_entry if counts.shape[0] > 1 else 0, per_head if counts.shape[1] > 1 else 0)
 
 
 def attend_blocks(
@@ -57,14 +49,15 @@ def attend_blocks(
     if not form.dense and block % form.group:
         raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
     predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
-    gathers, moved = columns is not None, key_positions is not None
+    gathers, moved, given = columns is not None, key_positions is not None, allowed is not None
     entry = cpp.bind(
-        ("attend_blocks", name, dtype, size, value_size, ratio, causal, window, key_mask is None, gathers, moved),
+        ("attend_blocks", name, dtype, size, value_size, ratio, predicate, gathers, moved, given),
         "attend_blocks",
         lambda: Program(
-            "prefill", form, predicate, dtype, ratio, size, value_size, blocks=True, columns=gathers, positions=moved
+            "prefill", form, predicate, dtype, ratio, size, value_size, blocks=True, columns=gathers, positions=moved,
+            given=given,
         ),
-    )
+    )  # fmt: skip
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
@@ -79,12 +72,12 @@ def attend_blocks(
     if columns is not None and column_counts is not None:
         check_columns(columns, column_counts, span, queries, block)
         columns, column_counts = columns.contiguous(), column_counts.contiguous()
-        step = _stride(column_counts, batch, heads)
+        step = steps_of(column_counts, batch, heads)
         more = _COLUMNS(columns.data_ptr(), column_counts.data_ptr(), *step, columns.shape[3], span)
     if key_positions is not None:
         check_positions(key_positions, batch, groups, keys)
         key_positions = key_positions.to(torch.int32).contiguous()
-        more = _POSITIONS(key_positions.data_ptr(), *_stride(key_positions, batch, groups))
+        more = _POSITIONS(key_positions.data_ptr(), *steps_of(key_positions, batch, groups))
     packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale)
     code = entry(
         packed
