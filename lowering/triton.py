@@ -95,6 +95,7 @@ _chip = functools.cache(chip_of)
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for what is none."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -138,6 +139,7 @@ def _buffers(state: tuple[Tensor | None, ...], name: str, table: Tensor | None) 
 
 
 def rotary(table: Tensor | None) -> int:
+    """Channels that a table of angles rotates; 0 without one."""
     return 0 if table is None else rotary_of(table)
 
 

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from test_block_devices import waits
-from test_paged_decode import generated
+from test_packed_masks import Fresh, packed_rows, prefix_by_row
+from test_paged_decode import Step, generated
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import effcompile as ec
 from effcompile import lowering
-from effcompile.kernels import block_ops, blocks, column_ops, page_ops
+from effcompile.kernels import block_ops, column_ops, page_ops, pages
 from effcompile.kernels.form import KVForm
 from effcompile.lowering import triton, triton_blocks
 from effcompile.lowering.triton_build import Built
-from effcompile.passes import base
+from effcompile.passes import base, report
 
 REFUSAL = lowering.refusal
 DENSE = KVForm(16, 16).name
@@ -31,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -123,7 +124,7 @@ def test_a_site_is_taken(name: str, no_inductor: list[Any], gpu: None) -> None:
     assert waits(lambda: graph(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs))) == []
 
 
-@pytest.mark.parametrize("name", ["quest", "delta"])
+@pytest.mark.parametrize("name", [pytest.param("quest", marks=pytest.mark.slow), "delta"])
 def test_steps_over_pages_are_taken(name: str, no_inductor: list[Any], gpu: None) -> None:
     options: dict[str, Any] = {"full_cache_layers": (0,), "recency": 32} if name == "delta" else {}
     method = getattr(ec, name)(token_budget=256, **options)
@@ -131,9 +132,28 @@ def test_steps_over_pages_are_taken(name: str, no_inductor: list[Any], gpu: None
     assert sum("attend_pages" in d.form for d in decided) == (2 if name == "delta" else 1)
 
 
-def test_blocks_of_a_block_mask_have_one_step() -> None:
-    """Half of the room of a list is where a search in it begins."""
-    for room in range(1, 200):
-        half = 1 << room.bit_length() >> 1
-        assert half <= room < 2 * half
-        assert blocks.count_blocks(room, 1) == room
+@pytest.mark.parametrize(
+    "form", [KVForm(16, 16), KVForm(4, 4, 32, 64), KVForm(8, 4, 16, 0, "token")], ids=lambda f: f.name
+)
+def test_mass_over_all_room_is_mass(form: KVForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a device sums it, which does not know the length: what lies behind it is NaN here."""
+    for hidden in (0, 100):
+        step = Step(form, 333, hidden=hidden).seen()
+        monkeypatch.setattr(pages, "_on_host", lambda length: True)
+        wanted = pages.mass(step, 32)
+        monkeypatch.setattr(pages, "_on_host", lambda length: False)
+        torch.testing.assert_close(pages.mass(step, 32), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rule", "form"), [(packed_rows, "seg"), (prefix_by_row, "pre")])
+def test_a_packed_first_call_is_taken(rule: Callable[..., Any], form: str, no_inductor: list[Any], gpu: None) -> None:
+    """SDPA would need a mask of all pairs; plain causal attention it does best."""
+    for made, ending in ((rule, f"causal_{form}"), (lambda i, j, ids: j <= i, "sdpa_causal")):
+        report._graphs.clear()
+        with torch.device("meta"):
+            model = Fresh(made)
+        model.compile(backend="effcompile")
+        with torch.no_grad(), torch.device("meta"):
+            model(*(meta(2, 4, 33, 16, dtype=torch.float32) for _ in range(3)), meta(2, 33, dtype=torch.int64))
+        (found,) = report.inspect(model).decisions
+        assert found.form.endswith(ending), found
