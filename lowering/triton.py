@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def _listed(program: Program) -> Program:
         paged = Predicate(key_mask=rule.key_mask)
         return Program("decode", program.form, paged, *sizes, rotary=program.rotary, blocks=True)
     plain = Predicate(rule.causal, rule.window, rule.key_mask)
-    more = {"columns": program.columns, "positions": program.positions, "given": program.given}
+    more: dict[str, Any] = {name: getattr(program, name) for name in ("columns", "positions", "given")}
     return Program("prefill", KVForm(16, 16), plain, *sizes, blocks=True, **more)
 
 
@@ -298,7 +299,7 @@ def attend(
 
 def launch_splits(
     built: Built, call: Call, splits: int, arguments: tuple[Any, ...], lists: tuple[Any, ...] = (),
-    merge: tuple[Any, ...] = (), **sizes: int,
+    merge: tuple[Any, ...] = (), sizes: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch a decode program whose keys fall into ``splits`` parts, and the merge of these; returns ``o`` and ``lse``.
 

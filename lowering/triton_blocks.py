@@ -80,9 +80,10 @@ def attend_blocks(
         allowed = row_major(allowed)
         parts = [allowed, *triton.steps_of(allowed)]
     if key_positions is not None:
-        if key_positions.ndim != 3 or key_positions.shape[2] != capacity or key_positions.is_floating_point():
-            given_as = f"{tuple(key_positions.shape)} in {key_positions.dtype}"
-            raise KernelUnavailable(f"key positions of {given_as} for a store with room for {capacity} tokens")
+        whole = key_positions.dtype in (torch.int32, torch.int64)
+        if key_positions.ndim != 3 or key_positions.shape[2] != capacity or not whole:
+            found = f"{tuple(key_positions.shape)} in {key_positions.dtype}"
+            raise KernelUnavailable(f"key positions of {found} for a store with room for {capacity} tokens")
         more = [key_positions.contiguous(), *steps_of(key_positions, batch, heads // ratio)]
     if columns is not None and column_counts is not None:
         check_columns(columns, column_counts, span, queries, block)
@@ -132,7 +133,7 @@ def attend_pages(query: Tensor, *args: Any, table: Tensor | None = None, **unkno
     sizes = page_tiles(built.blocks, page, form)
     splits = triton.splits_for(pairs, room * page, triton.multiprocessors(query.device))
     base_2 = scale * math.log2(math.e)
-    return triton.launch_splits(built, call, splits, (*call.operands, base_2), found, **sizes)
+    return triton.launch_splits(built, call, splits, (*call.operands, base_2), found, sizes=sizes)
 
 
 def page_tiles(cut: Blocks, page: int, form: KVForm) -> dict[str, int]:
