@@ -66,6 +66,17 @@ def check_columns(columns: Tensor, counts: Tensor, span: int, queries: int, bloc
         raise BlockError(f"columns and their counts are int32; these are {columns.dtype} and {counts.dtype}.")
 
 
+def steps_of(lists: Tensor, batch: int, heads: int) -> tuple[int, int]:
+    """Elements of ``lists`` ``[B or 1, H or 1, n]`` from one batch entry and head to the next; 0 where one is for all.
+
+    Raises :class:`BlockError` for lists of other batch entries or heads.
+    """
+    if lists.shape[0] not in (1, batch) or lists.shape[1] not in (1, heads):
+        raise BlockError(f"lists for {tuple(lists.shape[:2])} batch entries and heads; the call has {batch}, {heads}.")
+    per_head, per_entry = lists.shape[2], lists.shape[1] * lists.shape[2]
+    return (per_entry if lists.shape[0] > 1 else 0, per_head if lists.shape[1] > 1 else 0)
+
+
 def check_positions(
     positions: Tensor, batch: int, heads: int, tokens: int, what: str = "key", anywhere: bool = False
 ) -> None:

@@ -5,8 +5,8 @@ Page ``I`` holds the tokens ``[I * page, (I + 1) * page)``; ``nP = ceil(C / page
 share a key/value head.
 
 A list is int32 ``[B, G or 1, K]`` with counts ``[B, G or 1]``; 1 stands for all heads. Lists ascend, and what lies
-behind a count is not read. ``K`` is a number of the program, so no shape depends on data, and nothing here asks the
-host but :func:`mass`, which reads the keys that there are.
+behind a count is not read. ``K`` is a number of the program, so no shape depends on data, and nothing here waits for
+a device: on CPUs :func:`mass` reads the keys that there are, elsewhere all that there is room for.
 """
 
 from __future__ import annotations
@@ -104,17 +104,29 @@ def bounds(step: Step, page: int) -> Tensor:
     return most
 
 
+def _on_host(length: Tensor) -> bool:
+    """Whether asking for a number of ``length`` waits for nothing."""
+    return length.device.type == "cpu"
+
+
 def mass(step: Step, page: int) -> Tensor:
     """The softmax of the scores, its largest value over all query heads, summed in pages: fp32 ``[B, 1, nP]``.
 
     A sum over all pages lies between 1 and ``H`` (DELTA, section 3).
     """
-    n = int(step.length)
-    key = quantize.load_side(step.keys, n, step.form, "key", step.table).float()
+    if _on_host(step.length):
+        n = int(step.length)
+        key = quantize.load_side(step.keys, n, step.form, "key", step.table).float()
+        seen = torch.ones(n, dtype=torch.bool, device=key.device)
+    else:
+        n = step.capacity
+        key = quantize.load_room(step.keys, step.length, step.form, "key", step.table).float()
+        seen = torch.arange(n, device=key.device) < step.length
     query = (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (key.shape[1], -1))
-    logits = query @ key.mT
     if step.key_mask is not None:
-        logits = logits.masked_fill(~step.key_mask[:, None, None, :n], -torch.inf)
+        mask = step.key_mask[:, None, None, :n]
+        seen = seen & functional.pad(mask, (0, n - mask.shape[3]))
+    logits = (query @ key.mT).masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1) if step.lse is None else step.lse.reshape(logits.shape[:-1])
     # A row of a batch that sees no key has weights of exp(-inf - -inf); nothing of it is present, whatever they are.
     best = (logits - lse.unsqueeze(-1)).exp().amax((1, 2)).unsqueeze(1)

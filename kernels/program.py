@@ -94,8 +94,9 @@ class Program:
     part of a program: one compiled program serves every step. ``rotary`` is ``r``, the channels in which keys before
     RoPE are rotated, and 0 for other forms. With ``blocks`` it visits listed blocks only
     (:mod:`effcompile.kernels.blocks`; in decode :mod:`effcompile.kernels.pages`), whose size comes with the lists; a
-    prefill then has with ``columns`` single keys besides, or with ``positions`` keys that stand elsewhere than their
-    slots say (:mod:`effcompile.kernels.columns`).
+    prefill then has with ``columns`` single keys besides, with ``positions`` keys that stand elsewhere than their
+    slots say (:mod:`effcompile.kernels.columns`), or with ``given`` a mask of pairs, by which partial blocks are
+    tested too.
     """
 
     phase: Phase
@@ -110,6 +111,7 @@ class Program:
     blocks: bool = False
     columns: bool = False
     positions: bool = False
+    given: bool = False
 
     @property
     def name(self) -> str:
@@ -117,7 +119,7 @@ class Program:
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
         listed = "blocks" if self.phase == "prefill" else "pages"
         phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
-        parts = "_col" * self.columns + "_pos" * self.positions
+        parts = "_col" * self.columns + "_pos" * self.positions + "_given" * self.given
         rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
         return f"attend_{phase}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 

@@ -192,7 +192,8 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
     """The first call attends to the fresh keys and values, which are a full store of 16 bits.
 
     So on CPUs it is our prefill program, twice as fast as SDPA there. On GPUs SDPA's flash kernel is the best form of
-    plain causal attention, and arithmetic becomes that.
+    plain causal attention, and arithmetic becomes that; packed sequences and prefixes, which SDPA takes as a mask of
+    all pairs only, are our program there too.
     """
 
     def no(code: str, text: str) -> Reason:
@@ -207,7 +208,8 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
             "fresh-keys",
             f"the first call attends to its own keys, and its mask ({mask.predicate.name}) does not begin with them",
         )
-    if value(site.query).device.type == "cpu" and _serves_fresh(site, mask):
+    pairs = mask.predicate.segments or mask.predicate.prefix
+    if (pairs or value(site.query).device.type == "cpu") and _serves_fresh(site, mask):
         store = site.store
         assert store is not None
         stored, table = KVForm.parse(str(store.args[9])), store.kwargs.get("table")
@@ -236,12 +238,12 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
 
 
 def _serves_fresh(site: AttentionSite, mask: Mask) -> bool:
-    """Whether the C++ prefill program computes what the site does."""
+    """Whether the prefill program computes what the site does."""
     if unsupported(site) is not None or site.dropout:
         return False
     # A query that may see no key gets 0 from us, and a mean from a mask of large finite numbers.
     blind = mask.finite and mask.predicate.key_mask
-    return not blind and lowering.refusal(_program(site, DENSE), "cpu") is None
+    return not blind and lowering.refusal(_program(site, DENSE), value(site.query).device.type) is None
 
 
 def _rotary(table: Any) -> int:

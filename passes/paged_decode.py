@@ -134,7 +134,7 @@ class PagedDecode(Pass, abc.ABC):
             text = f"token_budget={self.token_budget} has room for all of a cache of {capacity} tokens"
             return no("budget-covers-cache", text)
         program, device = _program(site, load), value(site.query).device.type
-        if why := "no Triton program visits pages yet" if device != "cpu" else lowering.refusal(program, device):
+        if why := lowering.refusal(program, device):
             return no("not-supported", why)
         return made.serve(site, load, form)
 

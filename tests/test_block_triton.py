@@ -25,6 +25,7 @@ from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
 from effcompile.lowering import triton as lowering
+from effcompile.lowering import triton_blocks
 from effcompile.lowering.triton_aot import compile_ahead, resources
 from effcompile.lowering.triton_build import build
 
@@ -78,7 +79,7 @@ def made(case: dict[str, Any], density: float = 0.3) -> Call:
 
 def launch(call: Call) -> tuple[Tensor, Tensor]:
     lists = block_ops.of(call.lists)
-    return lowering.attend_blocks(call.query, *call.state, torch.tensor(call.keys), call.mask, *lists, *call.rest)
+    return triton_blocks.attend_blocks(call.query, *call.state, torch.tensor(call.keys), call.mask, *lists, *call.rest)
 
 
 def seen_by(call: Call) -> Tensor:
@@ -131,7 +132,7 @@ class TestInterpreted:
         keep = blocks.possible(keys, keys, block)
         listed = blocks.lists(keep[None, None], blocks.whole(keys, keys, block), block)
         zero, value = torch.zeros(1, 1, keys, 64), torch.eye(keys)[None, None]
-        out, _ = lowering.attend_blocks(zero, zero, None, None, value, None, None, torch.tensor(keys), None,
+        out, _ = triton_blocks.attend_blocks(zero, zero, None, None, value, None, None, torch.tensor(keys), None,
                                         *block_ops.of(listed), DENSE.name, 1.0, True, -1)  # fmt: skip
         share = torch.ones(keys, keys).tril() / torch.arange(1, keys + 1)[:, None]
         torch.testing.assert_close(out[0, 0], share, rtol=1e-6, atol=1e-8)
@@ -216,13 +217,13 @@ class TestInterpreted:
         lists = block_ops.of(call.lists)
         args = (call.query, *call.state, torch.tensor(call.keys), None, *lists, *call.rest)
         with pytest.raises(ops.KernelUnavailable, match="with key_position, token_mask"):
-            lowering.attend_blocks(*args, token_mask=call.query, key_position=call.query)
+            triton_blocks.attend_blocks(*args, token_mask=call.query, key_position=call.query)
         for changes, said in (
             ({0: call.query[:, :1].expand(2, -1, -1, -1)}, "1 query heads and batch 2"),
             ({8: torch.ones(1, 149, dtype=torch.bool)}, "a key mask of"),
         ):
             with pytest.raises(ops.KernelUnavailable, match=said):
-                lowering.attend_blocks(*(changes.get(i, x) for i, x in enumerate(args)))
+                triton_blocks.attend_blocks(*(changes.get(i, x) for i, x in enumerate(args)))
         form = KVForm(4, 4)
         with ops.reference_only():
             packed = Call(4, 2, 150, 150, (64, 64), form, 64)
@@ -296,7 +297,7 @@ class TestAhead:
         assert refused(predicate=Predicate(True, 100, True), key_size=80, value_size=256, ratio=7) is None
         assert "block lists with the parts of" in str(refused(form=KVForm(4, 4)))
         assert "block lists with the parts of" in str(refused(score=ScoreParts(sinks=True)))
-        assert "packed sequences" in str(refused(predicate=Predicate(segments=True)))
+        assert "block lists with the parts of" in str(refused(predicate=Predicate(segments=True)))
         assert "channels" in str(refused(key_size=300))
         assert "'mps'" in str(all_lowerings.refusal(program(), "mps"))
 
