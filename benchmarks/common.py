@@ -37,7 +37,8 @@ class Side:
     dynamic: bool | None = None
     bits: tuple[int, int] | None = None
     sparse: tuple[str, tuple[tuple[str, Any], ...]] | None = None
-    """A method for prompts, and its options."""
+    """A sparse method, and its options."""
+    group: int = 32
 
     def model(self) -> Any:
         """A model of this side. All share one set of weights, so that many can be held at a time."""
@@ -47,7 +48,7 @@ class Side:
         if self.bits:
             import effcompile as ec
 
-            ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1])(model)
+            ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1], group_size=self.group)(model)
         if self.sparse:
             import effcompile as ec
 
@@ -63,7 +64,8 @@ class Side:
         if self.bits:
             import effcompile as ec
 
-            return ec.Cache(model, capacity=tokens, key_bits=self.bits[0], value_bits=self.bits[1])
+            bits = {"key_bits": self.bits[0], "value_bits": self.bits[1], "group_size": self.group}
+            return ec.Cache(model, capacity=tokens, **bits)
         if self.static:
             return StaticCache(config=model.config, max_cache_len=tokens)
         return DynamicCache(config=model.config)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import decode
 import formats
+import paged
 import peers
 import prefill
 import quality
@@ -37,7 +38,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "lists": ("Attention over block lists", sparse.lists),
     "choices": ("What methods choose", sparse.choices),
     "loss": ("What methods lose", sparse.loss),
-    "pages": ("Decoding over pages", sparse.pages),
+    "pages": ("Decoding over pages", paged.run),
     "prompt": ("A long prompt, sparse", sparse.prompt),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
