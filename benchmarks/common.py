@@ -37,7 +37,8 @@ class Side:
     dynamic: bool | None = None
     bits: tuple[int, int] | None = None
     sparse: tuple[str, tuple[tuple[str, Any], ...]] | None = None
-    """A method for prompts, and its options."""
+    """A sparse method, and its options."""
+    group: int = 32
     plan: Any = None
     """A plan to compile with."""
 
@@ -49,7 +50,7 @@ class Side:
         if self.bits:
             import effcompile as ec
 
-            ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1])(model)
+            ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1], group_size=self.group)(model)
         if self.sparse:
             import effcompile as ec
 
@@ -66,7 +67,8 @@ class Side:
         if self.bits:
             import effcompile as ec
 
-            return ec.Cache(model, capacity=tokens, key_bits=self.bits[0], value_bits=self.bits[1])
+            bits = {"key_bits": self.bits[0], "value_bits": self.bits[1], "group_size": self.group}
+            return ec.Cache(model, capacity=tokens, **bits)
         if self.static:
             return StaticCache(config=model.config, max_cache_len=tokens)
         return DynamicCache(config=model.config)

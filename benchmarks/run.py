@@ -19,6 +19,7 @@ from pathlib import Path
 import carve
 import decode
 import formats
+import paged
 import peers
 import prefill
 import quality
@@ -40,7 +41,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "crossover": ("From which length methods gain", sparse.crossover),
     "loss": ("What methods lose", sparse.loss),
     "thresholds": ("Thresholds by layer", sparse.thresholds),
-    "pages": ("Decoding over pages", sparse.pages),
+    "pages": ("Decoding over pages", paged.run),
     "prompt": ("A long prompt, sparse", sparse.prompt),
     "carve": ("Feed-forward blocks that do less", carve.loss),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),

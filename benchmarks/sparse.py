@@ -62,11 +62,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": ("streaming", {}),
 }
 """Every method at its paper's default, and XAttention at more."""
-PAGED: dict[str, tuple[str, dict[str, Any]]] = {
-    "quest, 1,024 tokens": ("quest", {"token_budget": 1024}),
-    "delta, 1,024 tokens": ("delta", {"token_budget": 1024}),
-}
-
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -295,31 +290,6 @@ def _losses(tokens: int, settings: dict[str, tuple[str, dict[str, Any]]], goal: 
         density, kept = (statistics.mean(getattr(d, what) for d in seen) for what in ("density", "kept"))
         note = f"perplexity {found:.2f}, density {density:.2f}, keeps {kept:.3f} of the mass"
         rows.append(Measured(f"{name}: perplexity over dense", 100 * (found / plain - 1), " %", goal, False, note))
-    return rows
-
-
-def pages(quick: bool = False) -> list[Measured]:
-    """Perplexity of decoding that reads a fifth of the keys or less, one token a step."""
-    from effcompile import measure
-
-    tokens, steps = (1500, 16) if quick else (7000, 128)
-    text = _text(tokens)
-    rows, plain = [], 0.0
-    form = {"key_bits": 8, "value_bits": 8, "group_size": 16}
-    for name, (kind, options) in {"dense": ("", {}), **PAGED}.items():
-        say(f"decoding {steps} tokens behind {tokens - steps}: {name}")
-        with _without_inductor(), torch.no_grad():
-            model = _model(kind, options, **form)
-            model.compile(backend="effcompile")
-            cache = ec.Cache(model, tokens, **form)
-            found = measure.stepwise_perplexity(model, text, tokens - steps, cache)
-        if not kind:
-            plain = found
-            rows.append(Measured("8 bits, all keys: perplexity", found))
-            continue
-        done = sum(d.form.startswith(kind) for d in ec.inspect(model).decisions)
-        note = f"perplexity {found:.3f}, {done} of {model.config.num_hidden_layers} layers"
-        rows.append(Measured(f"{name}: perplexity over all keys", 100 * (found / plain - 1), " %", 1.0, False, note))
     return rows
 
 

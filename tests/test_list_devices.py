@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import effcompile as ec
 from effcompile import lowering
-from effcompile.kernels import block_ops, column_ops, page_ops, pages
+from effcompile.kernels import block_ops, column_ops, page_ops
 from effcompile.kernels.form import KVForm
 from effcompile.lowering import triton, triton_blocks
 from effcompile.lowering.triton_build import Built
@@ -138,11 +138,11 @@ def test_steps_over_pages_are_taken(name: str, no_inductor: list[Any], gpu: None
 def test_mass_over_all_room_is_mass(form: KVForm, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a device sums it, which does not know the length: what lies behind it is NaN here."""
     for hidden in (0, 100):
-        step = Step(form, 333, hidden=hidden).seen()
-        monkeypatch.setattr(pages, "_on_host", lambda length: True)
-        wanted = pages.mass(step, 32)
-        monkeypatch.setattr(pages, "_on_host", lambda length: False)
-        torch.testing.assert_close(pages.mass(step, 32), wanted, rtol=1e-5, atol=1e-7)
+        step = Step(form, 333, hidden=hidden)
+        monkeypatch.setattr(page_ops, "_on_host", lambda length: True)
+        wanted = step.mass(32)
+        monkeypatch.setattr(page_ops, "_on_host", lambda length: False)
+        torch.testing.assert_close(step.mass(32), wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("rule", "form"), [(packed_rows, "seg"), (prefix_by_row, "pre")])
