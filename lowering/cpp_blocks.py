@@ -63,9 +63,7 @@ def attend_blocks(
     entry = cpp.bind(
         ("attend_blocks", name, *sizes, causal, window, key_mask is None, gathers, moved, given),
         "attend_blocks",
-        lambda: Program(
-            "prefill", form, predicate, *sizes, blocks=True, columns=gathers, positions=moved, given=given
-        ),
+        lambda: Program("prefill", form, predicate, *sizes, blocks=True, columns=gathers, positions=moved, given=given),
     )
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, keys, block)
     if ratio * groups != heads or k0.shape[0] != batch:
