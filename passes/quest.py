@@ -110,7 +110,7 @@ class Quest(PagedDecode):
             return no(
                 "no-page-bounds",
                 f"a cache of {form.name} holds the least and the largest key of a page if it was made on a CPU, after "
-                "quest was put on the model as a decorator, ec.quest()(model), and this one was not; delta needs neither",
+                "quest was put on the model as a decorator, ec.quest()(model); this one was not. delta needs neither",
             )
         open_ = form.slots if bounds is None else self.page
         held = count_blocks(open_, self.page) + 1 + self.always[0]

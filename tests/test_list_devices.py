@@ -61,17 +61,21 @@ def test_choosing_pages_does_not_wait(name: str, form: KVForm) -> None:
     if name == "quest" and form.name != KVForm(8, 4).name:
         return
     keys = [meta(*shape, dtype=dtype) for shape, dtype in form.buffers("key", 2, 2, 2048, 64, torch.bfloat16)]
+    values = [meta(*shape, dtype=dtype) for shape, dtype in form.buffers("value", 2, 2, 2048, 64, torch.bfloat16)]
     table = meta(2, 128, 2, 32, 16, dtype=torch.float16) if form.pre else None
     made: Any = base.get(name)(**{"token_budget": 512}).for_store(form)  # type: ignore[attr-defined]
     method = block_ops.method_text(name, dataclasses.asdict(made))
-    args = (
-        meta(2, 8, 1, 64),
-        *keys,
-        *[None] * (3 - len(keys)),
-        meta(dtype=torch.int64),
-        meta(2, 2048, dtype=torch.bool),
-    )
-    assert waits(lambda: page_ops._select_pages(*args, method, form.name, 0.125, table=table)) == []
+    k, v = ([*side, *[None] * (3 - len(side))] for side in (keys, values))
+    query, length, mask = meta(2, 8, 1, 64), meta(dtype=torch.int64), meta(2, 2048, dtype=torch.bool)
+
+    def choose() -> None:
+        mass = None
+        if name == "delta":
+            weighed = page_ops._attend_mass(query, *k, *v, length, mask, made.page, form.name, 0.125, table=table)
+            mass = weighed[2]
+        page_ops._select_pages(query, *k, length, mask, method, form.name, 0.125, mass=mass)
+
+    assert waits(choose) == []
 
 
 def test_launching_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +131,7 @@ def test_a_site_is_taken(name: str, no_inductor: list[Any], gpu: None) -> None:
 @pytest.mark.parametrize("name", [pytest.param("quest", marks=pytest.mark.slow), "delta"])
 def test_steps_over_pages_are_taken(name: str, no_inductor: list[Any], gpu: None) -> None:
     options: dict[str, Any] = {"full_cache_layers": (0,), "recency": 32} if name == "delta" else {}
-    method = getattr(ec, name)(token_budget=256, **options)
+    method = getattr(ec, name)(token_budget=256, min_length=0, **options)
     _, decided = generated(ec.compress_kv(residual=32), method, layers=3)
     assert sum("attend_pages" in d.form for d in decided) == (2 if name == "delta" else 1)
 

@@ -28,7 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wina": {"sparsity": 0.4},
 }
 """Every method that is calibrated, at a setting that is not exact."""
-GATED = ("llama", "phi3", "gpt2", "opt")
+GATED = ("llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phi3", "opt")))
+"""Gated, fused, and two without a gate; linears in three spellings."""
 
 
 @pytest.fixture
