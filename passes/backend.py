@@ -107,6 +107,8 @@ def effcompile(
     )
     record.linears = linears
     report.record(record)
+    inputs = {node: n for n, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    weights = [(inputs[n], module, t) for _, made, _, _ in replaced for module, n, t in made.weights if n in inputs]
     clock.lap("report")
     patches = chosen.inductor_patches() | _cache_key(chosen)
     if check is not None:
@@ -117,7 +119,6 @@ def effcompile(
     clock.lap("inductor")
     if check is not None:
         compiled = _Verified(compiled, check, record)
-    weights = [pair for _, rewrite, _, _ in replaced for pair in rewrite.weights]
     return Fresh(compiled, weights) if weights else compiled
 
 

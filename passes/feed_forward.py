@@ -16,9 +16,9 @@ from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.weights import block_of, constant, originals, prepared
+from effcompile.passes.weights import block_of, constant, nodes_of, originals, prepared
 from effcompile.patterns.ffn import BlockParts, FeedForwardSite, describe
-from effcompile.patterns.walk import value
+from effcompile.patterns.walk import same_shape, shape, value
 from effcompile.runtime.plan import PlanError, Record, digest
 from effcompile.runtime.statistics import Samples, Statistic
 
@@ -95,10 +95,14 @@ class FeedForwardPass(Pass, abc.ABC):
         if len({value(n).dtype for n in (parts.input, *nodes, site.anchor)}) > 1:
             return no("mixed-dtypes", "this block reads and writes different dtypes, as under autocast")
 
+        if not same_shape(shape(parts.input)[:-1], shape(site.anchor)[:-1]):
+            return no("not-supported", "a view between the linears of this block folds or unfolds its rows")
+        weights = tuple((site.module, node, own[role]) for role, node in nodes_of(parts).items())
+
         def emit(graph: fx.Graph) -> fx.Node:
             return self.emit(Put(graph, parts, own, record.text), record)
 
-        return Rewrite(self.describes(record), emit, weights=tuple((site.module, t) for t in own.values()))
+        return Rewrite(self.describes(record), emit, weights=weights)
 
 
 def check_weights(record: Record, own: Mapping[str, Tensor]) -> None:

@@ -25,11 +25,12 @@ class Rewrite:
     tokens
         Tokens of a store that attention reads at most, if not all.
     weights
-        The user's tensors of which it has prepared others, each with the site's module: it holds while they stay.
+        The user's tensors of which it has prepared others, with the site's module and their nodes: it holds while they
+        stay.
     """
 
     form: str
     emit: Callable[[fx.Graph], fx.Node]
     programs: tuple[Program | StoreProgram, ...] = ()
     tokens: int | None = None
-    weights: tuple[tuple[str, Tensor], ...] = ()
+    weights: tuple[tuple[str, fx.Node, Tensor], ...] = ()

@@ -19,7 +19,7 @@ from effcompile.kernels.ffn import FeedForward
 from effcompile.patterns.ffn import BlockParts, Part
 from effcompile.patterns.linear import Linear
 from effcompile.patterns.walk import value
-from effcompile.runtime.plan import PlanError, version_of
+from effcompile.runtime.plan import PlanError, digest, version_of
 
 _PARAMETER = re.compile(r"_(?:parameters|buffers)\['[^']+'\]$")
 
@@ -47,21 +47,20 @@ def real(node: fx.Node) -> Tensor | None:
     return None if lifted is None else lifted[1]
 
 
-def originals(parts: BlockParts) -> dict[str, Tensor] | None:
-    """The user's tensors of a block by role, as they are; None if one of them is no parameter."""
+def nodes_of(parts: BlockParts) -> dict[str, fx.Node]:
+    """The nodes of a block's weights by role: ``up``, ``up_bias`` and so on."""
     linears = {"up": parts.up.linear, "down": parts.down}
     if parts.gate is not None:
         linears["gate"] = parts.gate.linear
-    found: dict[str, Tensor] = {}
-    for role, linear in linears.items():
-        for name, node in ((role, linear.weight), (f"{role}_bias", linear.bias)):
-            if node is None:
-                continue
-            tensor = real(node)
-            if tensor is None:
-                return None
-            found[name] = tensor
-    return found
+    both = {name: x for role, one in linears.items() for name, x in ((role, one.weight), (f"{role}_bias", one.bias))}
+    return {name: node for name, node in both.items() if node is not None}
+
+
+def originals(parts: BlockParts) -> dict[str, Tensor] | None:
+    """The user's tensors of a block by role, as they are; None if one of them is no parameter."""
+    found = {name: real(node) for name, node in nodes_of(parts).items()}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    return tensors if len(tensors) == len(found) else None
 
 
 def block_of(parts: BlockParts, tensors: Mapping[str, Tensor]) -> FeedForward:
@@ -117,18 +116,27 @@ def constant(graph: fx.Graph, tensor: Tensor, like: fx.Node) -> fx.Node:
 
 
 class Fresh:
-    """Compiled code that runs only while the originals of its prepared weights are as they were."""
+    """Compiled code that runs only with the weights that its prepared ones were made from.
 
-    def __init__(self, compiled: Callable[..., Any], weights: Sequence[tuple[str, Tensor]]) -> None:
+    The originals still are inputs of the code. A tensor that was written to or put in their place is read once more,
+    and refused if it is another: a copy of the model, whose code Dynamo may share, has equal ones.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], weights: Sequence[tuple[int, str, Tensor]]) -> None:
         self.compiled = compiled
-        self.weights = [(where, weakref.ref(t), version_of(t)) for where, t in weights]
+        self.weights = [(place, where, digest(t)) for place, where, t in weights]
+        self.seen = {place: (weakref.ref(t), version_of(t)) for place, _, t in weights}
 
     def __call__(self, *args: Any) -> Any:
-        for where, ref, version in self.weights:
-            tensor = ref()
-            if tensor is not None and version_of(tensor) != version:
+        for place, where, expected in self.weights:
+            ref, version = self.seen[place]
+            tensor = args[place]
+            if ref() is tensor and version_of(tensor) == version:
+                continue
+            if digest(tensor) != expected:
                 raise PlanError(
-                    f"{where}: its weights were written to after they were prepared for the compiled code. Calibrate "
-                    "again, call torch._dynamo.reset(), and compile with the new plan."
+                    f"{where}: its weights are not those that were prepared for the compiled code. Calibrate again, "
+                    "call torch._dynamo.reset(), and compile with the new plan."
                 )
+            self.seen[place] = weakref.ref(tensor), version_of(tensor)
         return self.compiled(*args)
