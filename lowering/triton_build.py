@@ -69,8 +69,11 @@ def blocks_for(program: Program, chip: str) -> Blocks:
     elif packed:
         blocks = Blocks(128, 32, 32, warps=8, stages=2)
     else:
-        # Of listed blocks every tile has an address of its own, for which sm_80 has no registers left.
-        tile = 32 if program.blocks and vendor_of(chip) == "cuda" else 64
+        # Of listed blocks every tile has an address of its own, and packed sequences and prefixes have numbers besides:
+        # for these sm_80 has no registers left.
+        rule = program.predicate
+        more = program.blocks or rule.segments or rule.prefix
+        tile = 32 if more and vendor_of(chip) == "cuda" else 64
         blocks = Blocks(64, tile, 64, warps=4, stages=2)
     if not packed:
         return blocks
