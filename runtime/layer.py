@@ -150,8 +150,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 buffers: list[Tensor | None] = [torch.zeros(s, dtype=d, device=self.length.device) for s, d in shapes]
                 state += buffers + [None] * (3 - len(buffers))
             if self.bounded:
-                size = batch, heads, self.capacity // self.unit, 2, key_size
-                self.bounds = torch.zeros(size, dtype=dtype, device=self.length.device)
+                shape = batch, heads, self.capacity // self.unit, 2, key_size
+                self.bounds = torch.zeros(shape, dtype=dtype, device=self.length.device)
         self.state = tuple(state)
         self.shape = (batch, heads, key_size, value_size)
         self.dtype, self.device = dtype, self.length.device
