@@ -137,6 +137,10 @@ class Program:
         return "decode" if queries * ratio <= DECODE_ROWS else "prefill"
 
 
+BY_MASS = Program.for_select(KVForm(), torch.float32, 1, 16, 16)
+"""Ranking pages by their mass. Nothing is read but that, so one program serves all."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoreProgram:
     """Quantise-and-append for one layer's store, as a choice of parts."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from effcompile.kernels import blocks, ops, page_ops
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
-from effcompile.kernels.program import DECODE_ROWS, Predicate, Program
+from effcompile.kernels.program import BY_MASS, DECODE_ROWS, Predicate, Program
 from effcompile.lowering import cpp
 from effcompile.lowering.cpp import Entry
 from effcompile.lowering.cpp_arguments import (
@@ -120,8 +120,8 @@ def select_pages(
     unit = None if bounds is None else capacity // bounds.shape[2]
 
     def make() -> Program:
-        if shared:  # nothing is read but the mass, so one program serves all
-            return Program.for_select(KVForm(), torch.float32, 1, 16, 16)
+        if shared:
+            return BY_MASS
         form = KVForm.parse(name)
         if unit is None and not form.bounds_keys:
             raise KernelUnavailable(f"a cache of {name}, which does not bound its keys")

@@ -16,6 +16,7 @@ from effcompile.kernels import pages
 from effcompile.kernels.block_ops import method_options
 from effcompile.kernels.blocks import count_blocks
 from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import BY_MASS
 from effcompile.kernels.reason import Reason
 from effcompile.passes.paged_decode import PagedDecode, hidden, place_of, program_of, select_pages
 from effcompile.passes.rewrite import Rewrite
@@ -154,7 +155,7 @@ class Delta(PagedDecode):
                 return out
 
             name = dataclasses.replace(program, blocks=False).name
-            return Rewrite(f"{self.name}_select_{name}", emit, self.programs(site, load))
+            return Rewrite(f"{self.name}_select_{name}", emit, (*self.programs(site, load), BY_MASS))
         chosen = self._earlier(site, load)
         if chosen is None:
             return no(

@@ -148,7 +148,8 @@ class Cache(cache_utils.Cache):
         chosen = parse(rules, default)
         check(chosen, model, full)
         forms = adapter.layer_forms(model, default, len(layers), chosen)
-        bounded = adapter.bounded_layers(model, full)
+        # Where no program reads pages, nobody would read their bounds, and noting them would wait for the device.
+        bounded = adapter.bounded_layers(model, full) if device.type == "cpu" else set()
         learned = learn(model, [i for i in full if forms[i].pre])
         self.angles = Angles.of(learned, self.capacity, device)
         for i in full:

@@ -151,8 +151,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 state += buffers + [None] * (3 - len(buffers))
             # Keeping them asks for the length, for which a GPU would have to be waited: quest says so there.
             if self.bounded and self.length.device.type == "cpu":
-                size = batch, heads, self.capacity // self.unit, 2, key_size
-                self.bounds = torch.zeros(size, dtype=dtype, device=self.length.device)
+                shape = batch, heads, self.capacity // self.unit, 2, key_size
+                self.bounds = torch.zeros(shape, dtype=dtype, device=self.length.device)
         self.state = tuple(state)
         self.shape = (batch, heads, key_size, value_size)
         self.dtype, self.device = dtype, self.length.device

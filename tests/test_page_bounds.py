@@ -21,7 +21,12 @@ from effcompile.kernels.form import KVForm
 from effcompile.passes.quest import Quest
 
 BOUND = torch.ops.effcompile.bound_store.default
-UNBOUNDED = [KVForm(16, 16, 16, 0), KVForm(16, 8, 32, 32), KVForm(8, "fp8", 16, 32, "token"), KVForm("fp8", 2, 16, 0)]
+UNBOUNDED = [
+    KVForm(16, 16, 16, 0),
+    KVForm(16, 8, 32, 32, "channel", "channel"),
+    KVForm(8, "fp8", 16, 32, "token"),
+    KVForm("fp8", 2, 16, 0),
+]
 ASKED = ec.quest(skip_layers=1)(copy.deepcopy(MODEL))
 
 
