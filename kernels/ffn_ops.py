@@ -146,7 +146,7 @@ def check_grouped(
     return groups
 
 
-def _middle(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+def middle(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """What goes into the down projection, from what comes out of up and gate."""
     act = ACTIVATIONS[activation]
     return act(up) if gate is None else act(gate) * up
@@ -179,7 +179,7 @@ def grouped_reference(
     """The meaning of ``grouped_ffn``: every neuron, and then those that count."""
     groups = check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation)
     gated = None if gate is None else F.linear(x, gate, gate_bias)
-    hidden = _middle(F.linear(x, up, up_bias), gated, activation).flatten(0, -2)
+    hidden = middle(F.linear(x, up, up_bias), gated, activation).flatten(0, -2)
     if chosen is None:
         hidden, down_t = hidden[:, :shared], down_t[:shared]
     else:
@@ -283,7 +283,7 @@ def column_ffn_reference(
     check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation)
     first, second, third = thresholds.unbind()
     gated = None if gate_t is None else column_linear_reference(x, gate_t, first, gate_scale, gate_bias)
-    hidden = _middle(column_linear_reference(x, up_t, second, up_scale, up_bias), gated, activation)
+    hidden = middle(column_linear_reference(x, up_t, second, up_scale, up_bias), gated, activation)
     return column_linear_reference(hidden, down_t, third, down_scale, down_bias)
 
 

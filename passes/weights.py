@@ -130,7 +130,7 @@ class Fresh:
     def __call__(self, *args: Any) -> Any:
         for place, where, expected in self.weights:
             ref, version = self.seen[place]
-            tensor = args[place]
+            tensor: Tensor = args[place]
             if ref() is tensor and version_of(tensor) == version:
                 continue
             if digest(tensor) != expected:

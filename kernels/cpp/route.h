@@ -84,11 +84,11 @@ inline int64_t route(const RouteArgs& a) {
       int32_t ids[ROWS];
       for (int64_t n = 0; n < ROWS; ++n) ids[n] = static_cast<int32_t>(g + n);
       const int64_t count = least(a.groups - g, ROWS);
-      const Rows<T> gate_rows = rows_of(gate, a.size, ids, count);
+      const Rows<T> gate_rows = rows_of(gate, a.size, ids, 1, count);
       dots(tokens, from, gate_rows, gate_rows, a.size, values);
       if (up) {
         std::copy_n(values, tokens * ROWS, gates);
-        const Rows<T> up_rows = rows_of(up, a.size, ids, count);
+        const Rows<T> up_rows = rows_of(up, a.size, ids, 1, count);
         dots(tokens, from, up_rows, up_rows, a.size, values);
         activate(a.activation, gates, values, tokens * ROWS);
       }

@@ -15,11 +15,11 @@ struct Rows {
   const T* at[ROWS];
 };
 
-// Those of `ids` in a matrix of `ld` columns; with fewer than ROWS the last stands for the missing ones.
+// Those of `ids`, `stride` apart, in a matrix of `ld` columns; with fewer than ROWS the last stands for missing ones.
 template <class T>
-inline Rows<T> rows_of(const T* matrix, int64_t ld, const int32_t* ids, int64_t count) {
+inline Rows<T> rows_of(const T* matrix, int64_t ld, const int32_t* ids, int64_t stride, int64_t count) {
   Rows<T> rows;
-  for (int64_t i = 0; i < ROWS; ++i) rows.at[i] = matrix + ids[least(i, count - 1)] * ld;
+  for (int64_t i = 0; i < ROWS; ++i) rows.at[i] = matrix + ids[least(i, count - 1) * stride] * ld;
   return rows;
 }
 

@@ -37,7 +37,7 @@ struct Kept {
 template <class Tag>
 inline Kept keep(const float* x, int64_t ld, int64_t rows, int64_t inputs, const float* scale, float threshold) {
   Kept k;
-  k.ld = inputs + ROWS;
+  k.ld = inputs;
   k.factor = scratch<Tag>((rows + 1) * k.ld);
   k.ids = reinterpret_cast<int32_t*>(k.factor + rows * k.ld);
   k.count = 0;
@@ -53,21 +53,27 @@ inline Kept keep(const float* x, int64_t ld, int64_t rows, int64_t inputs, const
     k.ids[k.count] = static_cast<int32_t>(i);
     k.count += any;
   }
-  for (int64_t m = 0; m < rows; ++m) std::fill_n(k.factor + m * k.ld + k.count, ROWS, 0.f);
   return k;
 }
 
 // y[m] += the kept rows of w, `size` columns of them.
 template <class T>
-inline void add_kept(const T* w, int64_t ld, int64_t size, const Kept& k, int64_t rows, float* y, int64_t ld_y) {
+inline void add_kept(const T* w, int64_t ld, int64_t size, const Kept& k, int64_t tokens, float* y, int64_t ld_y) {
   float* to[TOKENS];
-  for (int64_t m = 0; m < rows; ++m) to[m] = y + m * ld_y;
-  if (!k.count) return;
-  Rows<T> next = rows_of(w, ld, k.ids, k.count);
-  for (int64_t i = 0; i < k.count; i += ROWS) {
-    const Rows<T> now = next;
-    if (i + ROWS < k.count) next = rows_of(w, ld, k.ids + i + ROWS, k.count - i - ROWS);
-    add_rows(rows, to, k.factor + i, k.ld, now, next, size);
+  for (int64_t m = 0; m < tokens; ++m) to[m] = y + m * ld_y;
+  // As with segments of neurons: ROWS stretches of the list.
+  const int64_t steps = (k.count + ROWS - 1) / ROWS;
+  for (int64_t i = 0; i < steps; ++i) {
+    const auto rows = [&](int64_t of) {
+      return rows_of(w, ld, k.ids + of, steps, (k.count - of + steps - 1) / steps);
+    };
+    float factor[TOKENS * ROWS];
+    for (int64_t m = 0; m < tokens; ++m)
+      for (int64_t n = 0; n < ROWS; ++n) {
+        const int64_t at = i + n * steps;
+        factor[m * ROWS + n] = at < k.count ? k.factor[m * k.ld + at] : 0.f;
+      }
+    add_rows(tokens, to, factor, ROWS, rows(i), rows(least(i + 1, steps - 1)), size);
   }
 }
 
