@@ -101,9 +101,9 @@ def lists(keep: Tensor, full: Tensor | None, block: int, room: int | None = None
     >>> made.kv_num_blocks.tolist(), made.overflowed().tolist()
     ([[[2, 3]]], [[[False, True]]])
     """
-    chosen = [keep] if full is None else [keep & ~full, keep & full]
-    made = [x for each in chosen for x in _cut(*compact(each), room)]
-    return BlockLists(*made[:2], *(made[2:] or (None, None)), block)
+    if full is None:
+        return BlockLists(*_cut(*compact(keep), room), None, None, block)
+    return BlockLists(*_cut(*compact(keep & ~full), room), *_cut(*compact(keep & full), room), block)
 
 
 def _cut(counts: Tensor, indices: Tensor, room: int | None) -> tuple[Tensor, Tensor]:

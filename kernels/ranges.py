@@ -35,7 +35,8 @@ def window(queries: int, keys: int, tokens: int, sink: int = 0, *, device: torch
     start = (position - tokens + 1).clamp(min=0)
     head = start.clamp(max=sink)
     pairs = torch.zeros_like(head), head, start, position - start + 1
-    return torch.stack(pairs, -1).unflatten(-1, (2, 2)).int()[None, None]
+    made: Tensor = torch.stack(pairs, -1).unflatten(-1, (2, 2)).int()
+    return made[None, None]
 
 
 def sequences(lengths: Tensor, total: int) -> Tensor:
@@ -88,10 +89,10 @@ def of_blocks(ranges: Tensor, keys: int, block: int) -> tuple[Tensor, Tensor]:
     # A row that is not there sees nothing, and hides nothing either.
     there = torch.arange(rows.shape[2] * block, device=ranges.device).unflatten(0, (-1, block)) < ranges.shape[2]
     some, every = [], []
-    at_once = max(1, SLAB // max(1, rows[:, :, :1, :, 0].numel() // 2 * count))
+    at_once = max(1, SLAB // max(1, ranges.shape[0] * ranges.shape[1] * block * count))
     for first in range(0, rows.shape[2], at_once):
         start, length = rows[:, :, first : first + at_once].unsqueeze(-1).unbind(-2)
-        held = torch.zeros((), dtype=torch.int32, device=ranges.device)
+        held = torch.zeros(*start.shape[:4], count, dtype=torch.int32, device=ranges.device)
         for begins, long in zip(start.unbind(-2), length.unbind(-2), strict=True):
             last = torch.minimum(begins + long, begin + block)
             held = held + (last - torch.maximum(begins, begin)).clamp(min=0)

@@ -77,7 +77,8 @@ def attend_blocks(
     runs: tuple[int, ...] = (0, 0, 0, 0)
     if ranges is not None:
         check_ranges(ranges, query, keys)
-        ranges = ranges.contiguous()
+        # Without any there would be no address, which stands for no operand.
+        ranges = (ranges if ranges.shape[3] else ranges.new_zeros(*ranges.shape[:3], 1, 2)).contiguous()
         runs = (ranges.data_ptr(), *steps_of(ranges, batch, heads), ranges.shape[3])
     check_both(key_positions, query_positions, query.shape, groups, keys, key_mask is not None or bias is not None)
     stands: tuple[int, ...] = (0, 0, 0)

@@ -61,6 +61,19 @@ def test_as_pairs_and_as_blocks(seed: int, queries: int, keys: int, most: int, b
     ranges.check_ranges(back, torch.empty(2, 2, queries, 1), keys)
 
 
+def test_no_range_at_all() -> None:
+    made = ranges.of_mask(torch.zeros(1, 1, 150, 150, dtype=torch.bool))
+    assert made.shape == (1, 1, 150, 0, 2)
+    assert not any(x.any() for x in ranges.of_blocks(made, 150, 64))
+    call = Call(4, 2, 150, 150, (64, 64), DENSE, 64)
+    out, lse = ATTEND(
+        call.query, *call.state, torch.tensor(150), None, *block_ops.of(call.lists), *call.rest, ranges=made
+    )
+    seen = call.lists.full_kv_num_blocks.repeat_interleave(64, 2)[:, :, :150] > 0  # type: ignore[union-attr]
+    assert torch.equal(lse.isfinite(), seen)
+    assert not out[~seen].any()
+
+
 def test_blocks_of_ranges_need_no_map_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = some(2, 3, 333, 300)
     whole = ranges.of_blocks(made, 300, 32)
