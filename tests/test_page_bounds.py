@@ -68,7 +68,7 @@ class BoundedLives(Lives):
 
 
 def test_lives_of_a_cache_with_bounds() -> None:
-    _run(BoundedLives, 60)
+    _run(BoundedLives, 40)
 
 
 @pytest.mark.slow
@@ -114,8 +114,12 @@ def with_bounds(form: KVForm, dtype: torch.dtype, length: int, ratio: int = 3) -
     return call, bounds
 
 
-@pytest.mark.parametrize("form", UNBOUNDED, ids=lambda form: form.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+slow = pytest.mark.slow
+KINDS = [(UNBOUNDED[0], torch.float32), (UNBOUNDED[2], torch.bfloat16)]
+MORE = [(form, dtype) for form in UNBOUNDED for dtype in (torch.float32, torch.bfloat16) if (form, dtype) not in KINDS]
+
+
+@pytest.mark.parametrize(("form", "dtype"), [*KINDS, *(pytest.param(*kind, marks=slow) for kind in MORE)], ids=str)
 @pytest.mark.parametrize("length", [1, 15, 333, 1024])
 def test_pages_of_the_largest_bounds(form: KVForm, dtype: torch.dtype, length: int, no_fallback: None) -> None:
     call, bounds = with_bounds(form, dtype, length)
@@ -148,7 +152,11 @@ def test_the_operator_keeps_torchs_contract() -> None:
     assert bounds[:, :, 3].any()
 
 
-@pytest.mark.parametrize("cache", [{"key_bits": 16, "value_bits": 16}, {"key_bits": "fp8", "rope": "pre"}], ids=str)
+@pytest.mark.parametrize(
+    "cache",
+    [{"key_bits": 16, "value_bits": 16}, pytest.param({"key_bits": "fp8", "rope": "pre"}, marks=slow)],
+    ids=str,
+)
 def test_a_model_decodes_over_pages_of_such_a_cache(cache: dict[str, Any], no_inductor: Any, no_fallback: None) -> None:
     """With a budget for all tokens it is the model; with less, the lists are made of the bounds."""
     wanted, _ = generated(ec.compress_kv(residual=32, **cache), layers=3)

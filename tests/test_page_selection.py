@@ -31,6 +31,10 @@ pytestmark = pytest.mark.usefixtures("no_fallback")
 class Chosen(Paged):
     """One query on a store, and the ways in which pages are ranked for it."""
 
+    def __post_init__(self) -> None:
+        with ops.reference_only():  # kernels that append are another file's
+            super().__post_init__()
+
     def attend_mass(self, page: int) -> tuple[Tensor, Tensor, Tensor]:
         p = self.program
         length = torch.tensor(self.length)
@@ -92,7 +96,7 @@ WEIGHED: dict[str, tuple[Program, int, int]] = {
     "dense, bf16, one head a group": (program(DENSE, ratio=1, dtype=torch.bfloat16, sizes=(80, 96)), 333, 48),
     "4 bits, padding": (program(KVForm(4, 4), pad=True), 611, 64),
     "one token": (program(KVForm(8, 4, 16, 0), ratio=7, dtype=torch.bfloat16), 1, 16),
-    "keys per token, long": (program(KVForm(4, 4, 32, 32, key_axis="token"), ratio=4), 5001, 32),
+    "keys per token, long": (program(KVForm(3, 2, 32, 32, key_axis="token"), ratio=4), 5001, 32),
 }
 
 
@@ -134,7 +138,7 @@ def test_a_key_that_is_not_a_number_makes_its_row_unknown() -> None:
     assert listed(call.select(Delta(token_budget=96, recency=32), mass=mass))[0] == [0, 1, 2, 3, 17, 18]
 
 
-FORMS = [KVForm(8, 8, 16, 32), KVForm(4, 4), KVForm(3, 2, 32, 0), KVForm(2, 4, 16, 16)]
+FORMS = [KVForm(4, 4), KVForm(3, 2, 32, 0)]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
@@ -148,8 +152,7 @@ def test_pages_of_the_largest_bounds(form: KVForm, length: int, pad: bool) -> No
         assert_best(found, call.worth(method), method.for_store(form).count)
 
 
-@pytest.mark.parametrize("ratio", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("ratio", "dtype"), [(1, torch.bfloat16), (4, torch.float16)], ids=str)
 def test_bounds_in_other_dtypes_and_head_sizes(ratio: int, dtype: Any) -> None:
     call = Chosen(program(KVForm(8, 8, 16, 16), ratio=ratio, dtype=dtype, sizes=(80, 64)), 700, 1)
     method = Quest(token_budget=160)

@@ -60,27 +60,24 @@ class Step:
 
     def mass(self, page: int) -> Tensor:
         """What attention to all keys says of pages."""
-        length, rest = torch.tensor(self.length), (self.mask, page, self.form.name, SIZE**-0.5)
+        args = (self.query, *self.state, torch.tensor(self.length), self.mask, page, self.form.name, SIZE**-0.5)
         with ops.reference_only():
-            found: Tensor = torch.ops.effcompile.attend_mass(self.query, *self.state, length, *rest)[2]
-        return found
+            return torch.ops.effcompile.attend_mass(*args)[2]  # type: ignore[no-any-return]
 
     def select(self, method: PagedDecode) -> list[list[list[int]]]:
         """The pages that each head of each row is given."""
         method = method.for_store(self.form)
         text = method_text(method.name, dataclasses.asdict(method))
-        mass = self.mass(method.page) if method.shared else None
         listed, counts = SELECT(self.query, *self.state[:3], torch.tensor(self.length), self.mask, text, self.form.name,
-                                SIZE**-0.5, mass=mass)  # fmt: skip
+                                SIZE**-0.5, mass=self.mass(method.page) if method.shared else None)  # fmt: skip
         assert listed.dtype == counts.dtype == torch.int32
         return [
             [row[:n].tolist() for row, n in zip(rows, ns, strict=True)] for rows, ns in zip(listed, counts, strict=True)
         ]
 
     def seen(self, page: int = 32) -> pages.Step:
-        keys, _ = ops.split_state(tuple(self.state))
-        length, mass = torch.tensor(self.length), self.mass(page)
-        return pages.Step(self.query, keys, length, self.mask, self.form, SIZE**-0.5, mass)
+        keys, length = ops.split_state(tuple(self.state))[0], torch.tensor(self.length)
+        return pages.Step(self.query, keys, length, self.mask, self.form, SIZE**-0.5, self.mass(page))
 
     def logits(self) -> Tensor:
         """``[B, H, S]`` in fp64, hidden keys -inf."""
