@@ -24,7 +24,6 @@ from effcompile.kernels.form import KVForm
 from effcompile.passes import backend
 from effcompile.passes.backend_options import parse
 from effcompile.passes.delta import Delta
-from effcompile.passes.options import OptionError
 from effcompile.passes.paged_decode import PagedDecode
 from effcompile.passes.quest import Quest
 from effcompile.patterns.attention import find_attention
@@ -276,7 +275,7 @@ def test_full_layers() -> None:
     ],
 )
 def test_options_that_cannot_be_are_refused(make: Any, text: str) -> None:
-    with pytest.raises(OptionError, match=text):
+    with pytest.raises(ec.OptionError, match=text):
         make()
 
 
