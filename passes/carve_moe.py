@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
 from effcompile.kernels import ffn_ops
-from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.ffn import ACTIVATIONS, FeedForward
 from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found, Put, transposed
 from effcompile.runtime.plan import Record
 from effcompile.runtime.statistics import Statistic, TopMarkers
@@ -188,7 +188,7 @@ class CarveMoE(FeedForwardPass):
         def scores(x: Tensor) -> Tensor:
             logits = x.float() @ gate.float().t()
             if up is not None:
-                logits = ffn_ops.ACTIVATIONS[block.activation](logits) * (x.float() @ up.float().t())
+                logits = ACTIVATIONS[block.activation](logits) * (x.float() @ up.float().t())
             return ffn_ops.SCORES[self._arguments(block)[1]](logits)
 
         return scores
