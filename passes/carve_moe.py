@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
 from effcompile.kernels import ffn_ops
@@ -129,6 +128,9 @@ class CarveMoE(FeedForwardPass):
 
     def _groups(self, indices: Tensor, rates: Tensor, rest: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """The neurons of each group ``[routed, group]``, and the one that stands for each ``[routed]``."""
+        # Here, because importing it takes longer than importing all passes, and only calibration needs it.
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
         place = torch.full((rates.numel(),), -1).index_copy_(0, rest, torch.arange(rest.numel()))
         tokens = torch.arange(indices.shape[0])[:, None].expand_as(indices)
         own = place[indices]
