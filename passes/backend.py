@@ -87,9 +87,11 @@ def effcompile(
     before = report.Snapshot(graph)
     attention = find_attention(graph)
     blocks = find_feed_forward(graph)
+    # Before anything is rewritten: a layer is found by what its attention leads to.
+    kinds = _other_kinds(graph, attention, blocks)
     decisions, replaced = _rewrite(graph, chosen, attention, blocks)
     told = {decision.site for decision in decisions}
-    others = _others(graph, attention, blocks, [b for n, b in enumerate(blocks, len(attention)) if n in told])
+    others = _others(kinds, [block for n, block in enumerate(blocks, len(attention)) if n in told])
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
@@ -179,15 +181,16 @@ def _rewrite(
     return decisions, replaced
 
 
-def _others(
-    gm: fx.GraphModule,
-    attention: Sequence[AttentionSite | Unmatched],
-    feed_forward: Sequence[FeedForwardSite],
-    told: Sequence[Site],
-) -> list[report.Decision]:
-    """The sites of which nothing is ``told``, listed for those who want to know what a model is made of."""
+def _other_kinds(
+    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], feed_forward: Sequence[FeedForwardSite]
+) -> list[Site]:
+    """The sites of kinds beside attention."""
     blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
-    found: list[Site] = [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+    return [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+
+
+def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision]:
+    """Those of which nothing is ``told``, listed for those who want to know what a model is made of."""
     sites = [site for site in found if all(site is not one for one in told)]
     return [
         report.left(i, site, "", Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source))
