@@ -125,7 +125,8 @@ def test_queries_in_another_order_are_the_same_rows(shared: bool) -> None:
 def test_blocks_at_positions(seed: int, queries: int, keys: int, block: int, narrow: bool) -> None:
     torch.manual_seed(seed)
     kind = torch.int32 if narrow else torch.int64
-    keys_at, queries_at = (torch.randint(0, 50, (2, n, t), dtype=kind) for n, t in ((2, keys), (1, queries)))
+    # From below 0 on, so that what stands for a query that is not there must be lower than that.
+    keys_at, queries_at = (torch.randint(-30, 50, (2, n, t), dtype=kind) for n, t in ((2, keys), (1, queries)))
     # Low numbers first, so that whole blocks are seen.
     keys_at, queries_at = keys_at.sort(-1).values, queries_at.sort(-1).values + keys % 20
     seen = keys_at[:, :, None] <= queries_at[:, :, :, None]
