@@ -5,16 +5,13 @@ Calibrated on ``pydoc_data.topics`` from token 40,000 on, 8 texts of 2,048 token
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import math
 import statistics
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import EAGER, INDUCTOR_STATIC, OURS_16, Measured, Side, ratio_of_rounds, say, shared, spread
 from decode import rounds_of
+from formats import Distance
 from sparse import _without_inductor
 from torch import Tensor
 
@@ -43,23 +40,8 @@ SETTINGS: dict[str, Any] = {
     "wina 50 %": ec.wina(0.5),
     "carve_moe S1A1E8": ec.carve_moe(1, 1, 8),
 }
-"""What is calibrated, in one pass over the text each: two settings of one method cannot be in one plan."""
+"""What is calibrated, all in one pass over the text; each has a plan of its own."""
 GOALS = {"teal 25 %": 4.0, "wina 25 %": 4.0, "carve_moe S3A3E8": 45.0, "flap 25 %": 45.0}
-
-
-@dataclasses.dataclass
-class Damage:
-    """Against the dense model: sums over tokens of KL and surprise, in nats, and of equal first choices."""
-
-    kl: float = 0.0
-    nats: float = 0.0
-    same: int = 0
-    count: int = 0
-
-    @property
-    def perplexity(self) -> float:
-        """Of the text."""
-        return math.exp(self.nats / self.count)
 
 
 def batches(sequences: int = SEQUENCES, length: int = LENGTH) -> list[Tensor]:
@@ -81,24 +63,12 @@ def log_probabilities(model: Any, text: Tensor) -> Tensor:
     return found
 
 
-def damage(model: Any, dense: list[Tensor], measured: list[Tensor]) -> Damage:
+def damage(model: Any, dense: list[Tensor], measured: list[Tensor]) -> Distance:
     """How far a model is from ``dense``."""
-    found = Damage()
+    found = Distance()
     for text, theirs in zip(measured, dense, strict=True):
-        ours = log_probabilities(model, text)
-        found.kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-        found.nats += float(F.nll_loss(ours, text[0, 1:], reduction="sum"))
-        found.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        found.count += len(ours)
+        found.add(log_probabilities(model, text), theirs, text[0, 1:])
     return found
-
-
-def with_plan(plan: ec.Plan) -> Any:
-    """The model with a plan, on the weights that all share."""
-    original = shared()[0]
-    model = copy.deepcopy(original, {id(t): t for t in (*original.parameters(), *original.buffers())})
-    model.compile(backend="effcompile", options={"plan": plan})
-    return model
 
 
 def speed(quick: bool = False) -> list[Measured]:
@@ -134,7 +104,7 @@ def loss(quick: bool = False) -> list[Measured]:
     for name, plan in zip(SETTINGS, plans, strict=True):
         say(f"carve: {name}")
         with _without_inductor():
-            told = with_plan(plan)
+            told = Side(name, "effcompile", plan=plan).model()
             one = damage(told, dense, measured)
             done = [d for d in ec.inspect(told).decisions if d.kind == "ffn" and d.action == "rewritten"]
         if len(done) % model.config.num_hidden_layers or not done:

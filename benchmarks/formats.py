@@ -55,6 +55,18 @@ class Distance:
     same: int = 0
     count: int = 0
 
+    def add(self, ours: Tensor, theirs: Tensor, targets: Tensor) -> None:
+        """Take in ``[T, V]`` log probabilities of ours and of the dense model for the tokens ``targets`` ``[T]``."""
+        self.kl += float(kl_div(ours, theirs, reduction="sum", log_target=True))
+        self.nats += float(cross_entropy(ours, targets, reduction="sum"))
+        self.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        self.count += len(targets)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the text."""
+        return math.exp(self.nats / self.count)
+
 
 def log_probabilities(model: Any, cache: Any, text: Tensor) -> Iterator[Tensor]:
     """``[T, V]`` fp32 of the next token, for each call of :data:`CHUNK` tokens of ``text`` ``[1, T]``."""
@@ -72,13 +84,8 @@ def distance(model: Any, cache: Any, text: Tensor, dense: list[Tensor], found: D
     for index, (ours, theirs) in enumerate(zip(log_probabilities(model, cache, text), dense)):
         start = index * CHUNK
         targets = text[0, start + 1 : start + 1 + len(ours)]
-        ours, theirs = ours[: len(targets)], theirs[: len(targets)]
-        if index == 0:
-            continue
-        found.kl += float(kl_div(ours, theirs, reduction="sum", log_target=True))
-        found.nats += float(cross_entropy(ours, targets, reduction="sum"))
-        found.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        found.count += len(targets)
+        if index:
+            found.add(ours[: len(targets)], theirs[: len(targets)], targets)
 
 
 def run(quick: bool = False) -> list[Measured]:
@@ -100,7 +107,7 @@ def run(quick: bool = False) -> list[Measured]:
         for text, theirs in zip(texts, dense):
             distance(model, Cache(model, LENGTH, **form, residual=0), text, theirs, found)
         kl[name] = found.kl / found.count
-        perplexity[name] = math.exp(found.nats / found.count)
+        perplexity[name] = found.perplexity
         note = f"perplexity {perplexity[name]:.2f}, same first choice {found.same / found.count:.1%}"
         rows.append(Measured(f"{name}, KL to dense", 1e3 * found.kl / found.count, " mnat", note=note))
     # In 16 bits every token is what it was, so that is the dense perplexity of the same tokens.

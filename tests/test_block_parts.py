@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from cpp_calls import assert_within_budget
-from test_block_lists import ATTEND, Call
+from test_block_lists import ATTEND, FEW, Call
 from test_score_parts import BROADCAST
 from torch import Tensor, nn
 
@@ -25,15 +25,6 @@ from effcompile.lowering import cpp
 DENSE, PACKED = KVForm(16, 16), KVForm(4, 4)
 INF = float("inf")
 
-CALLS: dict[str, dict[str, Any]] = {
-    "gqa, cut blocks": {"heads": 6, "groups": 2, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE},
-    "padding": {"heads": 3, "groups": 1, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE, "pad": True},
-    "chunk on packed": {"heads": 6, "groups": 2, "queries": 150, "keys": 333, "sizes": (64, 96), "form": PACKED},
-    "bf16, small blocks": {
-        "heads": 8, "groups": 1, "queries": 150, "keys": 333, "sizes": (80, 80), "form": DENSE, "block": 32,
-        "dtype": torch.bfloat16,
-    },
-}  # fmt: skip
 PARTS = {
     "cap": ("softcap",),
     "bias": ("bias",),
@@ -97,11 +88,11 @@ FAST = {("gqa, cut blocks", "all"), ("bf16, small blocks", "all")}
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [pytest.param(n, p, marks=[pytest.mark.slow] * ((n, p) not in FAST)) for n in CALLS for p in PARTS],
+    [pytest.param(n, p, marks=[pytest.mark.slow] * ((n, p) not in FAST)) for n in FEW for p in PARTS],
 )
 def test_kernel_and_reference_and_fp64(name: str, parts: str) -> None:
-    call = Call(**{"block": 128, **CALLS[name]})
-    lead = BROADCAST[(list(CALLS).index(name) + list(PARTS).index(parts)) % len(BROADCAST)]
+    call = Call(**{"block": 128, **FEW[name]})
+    lead = BROADCAST[(list(FEW).index(name) + list(PARTS).index(parts)) % len(BROADCAST)]
     more = values(call, PARTS[parts], lead)
     seen = blocks.tokens(call.lists.keep(), call.queries, call.keys, call.block) & causal(call)
     check(call, block_ops.of(call.lists), more, exact(call, seen, more), name)

@@ -10,7 +10,8 @@ import torch
 from cpp_calls import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_block_lists import ATTEND, Call
+from test_block_lists import ATTEND, FEW, Call
+from test_block_lists import CALLS as EVERY
 from torch import Tensor
 
 from effcompile import merge_state
@@ -52,19 +53,7 @@ def exact(call: Call, keep: Tensor) -> tuple[Tensor, Tensor]:
     return scores.softmax(-1).nan_to_num(0) @ value, scores.logsumexp(-1)
 
 
-CALLS: dict[str, dict[str, Any]] = {
-    "gqa, cut blocks": {"heads": 6, "groups": 2, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE},
-    "padding": {"heads": 3, "groups": 1, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE, "pad": True},
-    "chunk on packed": {"heads": 6, "groups": 2, "queries": 150, "keys": 333, "sizes": (64, 96), "form": PACKED},
-    "bf16, small blocks": {
-        "heads": 8, "groups": 1, "queries": 150, "keys": 333, "sizes": (80, 80), "form": DENSE, "block": 32,
-        "dtype": torch.bfloat16,
-    },
-    "window": {
-        "heads": 4, "groups": 4, "queries": 257, "keys": 500, "sizes": (128, 128), "form": KVForm(8, 4, 32, 0),
-        "window": 200,
-    },
-}  # fmt: skip
+CALLS: dict[str, Any] = {**FEW, "window": EVERY["window, no residual"]}
 
 
 @pytest.mark.parametrize("split", ["random", "nothing first", "nothing after"])

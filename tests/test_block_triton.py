@@ -6,9 +6,6 @@ As in ``test_triton_kernels.py`` the interpreter needs a child process, which th
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,8 +13,9 @@ import torch
 from pairs import pairwise
 from test_block_lists import Call
 from test_triton_aot import SHARED
-from test_triton_kernels import attend, largest_score, name_of
+from test_triton_kernels import attend, name_of
 from torch import Tensor
+from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering as all_lowerings
 from effcompile.kernels import block_ops, blocks, ops
@@ -26,10 +24,8 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
 from effcompile.lowering import triton as lowering
 from effcompile.lowering import triton_blocks
-from effcompile.lowering.triton_aot import compile_ahead, resources
 from effcompile.lowering.triton_build import build
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DENSE = KVForm(16, 16)
 AXES: dict[str, list[Any]] = {
     "sizes": [(64, 64), (80, 80), (96, 64), (128, 128), (64, 256)],
@@ -47,21 +43,13 @@ PLAIN: dict[str, Any] = {"tokens": (150, 150), "sizes": (64, 64), "dtype": torch
                          "batch": 1, "rule": "causal", "shared": False, "groups": 1}  # fmt: skip
 
 
-def in_the_interpreter(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += options
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:]
-    assert " passed" in child.stdout
-
-
 def test_in_the_interpreter() -> None:
-    in_the_interpreter()
+    in_the_interpreter(__file__)
 
 
 @pytest.mark.slow
 def test_more_in_the_interpreter() -> None:
-    in_the_interpreter("-m", "slow")
+    in_the_interpreter(__file__, "-m", "slow")
 
 
 test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
@@ -108,23 +96,7 @@ class TestInterpreted:
 
     @staticmethod
     def check(call: Call, out: Tensor, lse: Tensor) -> None:
-        query, key, value, scale, dtype = call.query, call.key, call.value, call.rest[1], call.query.dtype
-        assert out.dtype == dtype
-        assert out.is_contiguous()
-        seen = seen_by(call)
-        best, best_lse = attend(query.double(), key.double(), value.double(), seen, scale, torch.float64)
-        low, low_lse = attend(query, key, value, seen, scale, dtype)
-        blind = best_lse.isinf()
-        assert torch.equal(lse.isinf(), blind)
-        assert out[blind].eq(0).all()
-        rounding = torch.finfo(dtype).eps * best.abs().max()
-        # Scores are summed, scaled to base 2 and shifted in fp32: each rounding moves a weight by as much of it.
-        shifting = 3 * 2.0**-24 * largest_score(query, key, scale) * value.double().abs().max()
-        assert (out.double() - best).abs().max() <= 2 * (low.double() - best).abs().max() + rounding + shifting
-        # The lse is fp32, whatever the dtype: what summing D products in fp32 may lose is added.
-        summing = query.shape[3] * 2.0**-23 * scale * (query.double().abs().amax() * key.double().abs().amax())
-        difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
-        assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
+        assert_within_budget(out, lse, call.query, call.key, call.value, seen_by(call), call.rest[1])
 
     def test_every_pair_is_counted_once(self) -> None:
         """Values that tell keys apart: with equal scores the output is the share of each key, and no key has two."""
@@ -237,9 +209,6 @@ def program(
     return Program("prefill", DENSE, rule or Predicate(), dtype, 4, *size, blocks=True)
 
 
-INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-
-
 AHEAD = [
     (program(), "sm_90", 128),
     (program((64, 64), rule=Predicate(key_mask=True)), "sm_90", 64),
@@ -255,34 +224,12 @@ AHEAD_AXES = {
 MORE_AHEAD = [(program(c["size"], c["dtype"], c["rule"]), c["chip"], c["block"]) for c in pairwise(**AHEAD_AXES)]
 
 
-def spill_budget(program: Program, rows: int) -> int:
-    """Bytes that a thread may spill: none for heads up to 128 in 16-bit types.
-
-    As elsewhere more for larger heads and fp32, and a few where tiles are small and the assembler makes room
-    for another program in a multiprocessor.
-    """
-    wide, single = max(program.key_size, program.value_size) > 128, program.dtype == torch.float32
-    return (1024 if wide else 320) if single else 256 if wide else 0 if rows >= 64 else 16
-
-
 class TestAhead:
     __test__ = not INTERPRETED
 
     @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
     def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        built = build(program, chip)
-        assert built.blocks is not None
-        cut = built.blocks.within(block)
-        binary = compile_ahead(built, program, chip, {"FULL": True, "BLOCK": block, "ROWS": cut.rows, "TILE": cut.tile})
-        used = resources(binary)
-        print(program.name, chip, block, cut, used)
-        assert used["shared"] <= SHARED[chip]
-        assert used["spilled"] <= spill_budget(program, cut.rows)
-        if program.dtype != torch.float32 and block >= 64:
-            assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
-            assert INSTRUCTION.get(chip, "mma.sync") in assembly
-            # Two tiles of keys and values are under way while one is used: the loop over a list is a pipeline.
-            assert chip == "gfx942" or "cp.async.wait_group" in assembly
+        assert_fits(program, chip, block)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))

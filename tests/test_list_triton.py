@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from pairs import pairwise
-from test_block_triton import INSTRUCTION, spill_budget
 from test_columns import Call
 from test_triton_aot import CHIPS, SHARED
 from test_triton_kernels import divides, empty, name_of, reference_store, tokens
 from torch import Tensor
-from triton_calls import INTERPRETED, assert_within_budget, in_the_interpreter
+from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering as all_lowerings
 from effcompile.kernels import attention, block_ops, blocks, columns, ops, pages, quantize
@@ -396,22 +395,7 @@ class TestAhead:
 
     @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
     def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        built = build(program, chip)
-        assert built.blocks is not None
-        cut = built.blocks.within(block)
-        sizes = {"FULL": True, "BLOCK": block, "TILE": cut.tile}
-        binary = compile_ahead(built, program, chip, sizes | {"ROWS": cut.rows})
-        used = resources(binary)
-        print(program.name, chip, block, cut, used)
-        assert used["shared"] <= SHARED[chip]
-        assert used["spilled"] <= spill_budget(program, cut.rows)
-        if program.dtype != torch.float32 and block >= 64:
-            assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
-            assert INSTRUCTION.get(chip, "mma.sync") in assembly
-            assert chip == "gfx942" or "cp.async.wait_group" in assembly
-        if program.columns:
-            used = resources(compile_ahead(built, program, chip, sizes, "check_"))
-            assert used["spilled"] == 0
+        assert_fits(program, chip, block)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))

@@ -10,7 +10,7 @@ import torch
 from cpp_calls import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_block_lists import ATTEND, Call
+from test_block_lists import ATTEND, FEW, Call
 from torch import Tensor
 
 import effcompile as ec
@@ -104,17 +104,6 @@ def test_packed_sequences() -> None:
     assert torch.equal(ranges.tokens(made, 90), wanted)
 
 
-CALLS: dict[str, dict[str, Any]] = {
-    "gqa, cut blocks": {"heads": 6, "groups": 2, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE},
-    "padding": {"heads": 3, "groups": 1, "queries": 300, "keys": 300, "sizes": (64, 64), "form": DENSE, "pad": True},
-    "chunk on packed": {"heads": 6, "groups": 2, "queries": 150, "keys": 333, "sizes": (64, 96), "form": PACKED},
-    "bf16, small blocks": {
-        "heads": 8, "groups": 1, "queries": 150, "keys": 333, "sizes": (80, 80), "form": DENSE, "block": 32,
-        "dtype": torch.bfloat16,
-    },
-}  # fmt: skip
-
-
 def attend(call: Call, made: Tensor) -> tuple[Tensor, Tensor]:
     lists = ranges.lists(made, call.keys, call.block, causal=call.rest[2], tested=call.mask is not None)
     out: tuple[Tensor, Tensor] = ATTEND(
@@ -125,7 +114,7 @@ def attend(call: Call, made: Tensor) -> tuple[Tensor, Tensor]:
 
 CASES = [
     pytest.param(name, shared, causal, marks=[pytest.mark.slow] * (not causal and name != "gqa, cut blocks"))
-    for name in CALLS
+    for name in FEW
     for shared in ([False, True] if "gqa" in name else [False])
     for causal in (True, False)
 ]
@@ -133,7 +122,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "shared", "causal"), CASES)
 def test_kernel_and_reference_and_fp64(name: str, shared: bool, causal: bool) -> None:
-    call = Call(**{"block": 128, **CALLS[name]})
+    call = Call(**{"block": 128, **FEW[name]})
     call.rest = (*call.rest[:2], causal, -1)
     lead = (1, 1) if shared else (2, call.query.shape[1])
     made = some(*lead, call.queries, call.keys)
