@@ -31,7 +31,11 @@ from effcompile.passes.quest import Quest
 
 EIGHT: dict[str, Any] = {"backend": "effcompile", "bits": (8, 8), "group": 16}
 ALL = Side("8 bits, all keys", **EIGHT)
-QUEST = Side("quest, 1,168 tokens", **EIGHT, sparse=("quest", (("token_budget", 1168), ("skip_layers", 1))))
+QUEST = Side(
+    "quest, 1,392 tokens",
+    **EIGHT,
+    sparse=("quest", (("token_budget", 1392), ("skip_layers", 0), ("radius", 0.5))),
+)
 DELTA = Side("delta, 768 tokens", **EIGHT, sparse=("delta", (("token_budget", 768), ("full_cache_layers", (0, 3, 12)))))
 """A fifth of 7,000 tokens on the average over layers."""
 LAYERS = 30

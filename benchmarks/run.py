@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import calibration
 import carve
 import decode
 import formats
@@ -44,6 +45,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "pages": ("Decoding over pages", paged.run),
     "prompt": ("A long prompt, sparse", sparse.prompt),
     "carve": ("Feed-forward blocks that do less", carve.loss),
+    "calibrate": ("What calibrating costs", calibration.run),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),

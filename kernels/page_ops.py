@@ -54,7 +54,7 @@ class Policy:
         ``scores`` has +inf there.
     shared
         Whether there is one list for all heads: then ``scores`` are ``step.mass`` but for infinities, else shares of
-        :func:`effcompile.kernels.pages.bounds`.
+        :func:`effcompile.kernels.pages.bounds`, with the option ``radius`` if there is one.
     """
 
     scores: Callable[..., Tensor]

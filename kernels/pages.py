@@ -126,12 +126,15 @@ def boxes(step: Step, page: int) -> tuple[Tensor, Tensor]:
     return least.amin(-1).mT, most.amax(-1).mT
 
 
-def bounds(step: Step, page: int) -> Tensor:
+def bounds(step: Step, page: int, radius: float = 1.0) -> Tensor:
     """The score that no key of a page exceeds, for each query head: fp32 ``[B, G, R, nP]``.
 
-    ``sum_d max(q_d * low_d, q_d * high_d)`` over :func:`boxes` (Quest, section 3.3).
+    ``sum_d max(q_d * low_d, q_d * high_d)`` over :func:`boxes` (Quest, section 3.3). With a ``radius`` below 1 the boxes
+    are so much smaller around their middles: no bound then, but nearer to the best score there is.
     """
     low, high = boxes(step, page)
+    if radius < 1:
+        low, high = low.lerp(high, (1 - radius) / 2), high.lerp(low, (1 - radius) / 2)
     query = (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (low.shape[1], -1))
     most: Tensor = query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT
     return most

@@ -26,7 +26,7 @@ from effcompile.lowering.cpp_arguments import (
 
 # Fields of PageArgs in kernels/cpp/pages.h, and of SelectArgs in kernels/cpp/select.h, behind their AttendArgs.
 _LISTS = struct.Struct("=2q 2q 2q q").pack
-_SELECT = struct.Struct("=4q 4q").pack
+_SELECT = struct.Struct("=4q 4q d").pack
 
 
 def _whole_groups(form: KVForm, page: int) -> None:
@@ -93,10 +93,11 @@ def attend_mass(query: Tensor, *args: Any, table: Tensor | None = None) -> tuple
 
 
 @functools.cache
-def _numbers(method: str) -> tuple[bool, int, int, tuple[int, int]]:
-    """Of a method: whether all heads share a list, tokens in a page, pages to take, and how many always are."""
+def _numbers(method: str) -> tuple[bool, int, int, tuple[int, int], float]:
+    """Of a method: whether heads share a list, tokens in a page, pages to take, how many always are, radius of boxes."""
     policy, options = page_ops.policy_of(method)
-    return policy.shared, options["page_size"], policy.count(**options), policy.always(**options)
+    count, always = policy.count(**options), policy.always(**options)
+    return policy.shared, options["page_size"], count, always, options.get("radius", 1.0)
 
 
 def select_pages(
@@ -114,7 +115,7 @@ def select_pages(
     bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::select_pages`` on CPUs. Arguments and results are the operator's."""
-    shared, page, count, always = _numbers(method)
+    shared, page, count, always, radius = _numbers(method)
     (batch, heads, _, size), groups, dtype = query.shape, k0.shape[1], query.dtype
     capacity, ratio = k0.shape[2] * (k0.shape[4] if k0.ndim == 5 else 1), heads // groups
     unit = None if bounds is None else capacity // bounds.shape[2]
@@ -167,7 +168,7 @@ def select_pages(
         scale,
     )
     results = listed.data_ptr(), counts.data_ptr()
-    if entry(packed + _SELECT(*pointers[3:], *results, width, page, *always)):
+    if entry(packed + _SELECT(*pointers[3:], *results, width, page, *always, radius)):
         raise CapacityError(f"the length, {int(length)}, is not within the capacity of the store.")
     return listed, counts
 

@@ -45,6 +45,9 @@ class Quest(PagedDecode):
     sink
         The first tokens that a query sees, in whole pages, which are always visited and count. The paper has none; a
         page with the first token is one that most heads give much weight to, and few bounds say so.
+    radius
+        How large the boxes are that pages are ranked by, around their middles: 1, the paper's, bounds the score from
+        above; but no key of a page is at its best in every channel, and 0.5 ranks pages better. From 0 to 1.
     skip_layers
         The first layers of the model, which attend to everything: attention is not sparse there (section 4.1).
 
@@ -56,6 +59,7 @@ class Quest(PagedDecode):
     """
 
     sink: int = 16
+    radius: float = 1.0
     skip_layers: int = 2
 
     name: ClassVar[str] = "quest"
@@ -70,6 +74,8 @@ class Quest(PagedDecode):
             raise ValueError(f"skip_layers={self.skip_layers!r}; expected a number of layers, 0 or more.")
         if self.sink < 0:
             raise ValueError(f"sink={self.sink!r}; expected a number of tokens, 0 or more.")
+        if not 0 <= self.radius <= 1:
+            raise ValueError(f"radius={self.radius!r}; expected a share from 0 to 1, which is the paper's.")
 
     @property
     def always(self) -> tuple[int, int]:
@@ -86,9 +92,9 @@ class Quest(PagedDecode):
 
     def scores(self, step: pages.Step) -> Tensor:
         """Logarithms of shares, ``[B, G, nP]``: +inf where tokens are not packed, -inf where no token can be seen."""
-        bound, present = pages.bounds(step, self.page), step.present(self.page)
+        bound, present = pages.bounds(step, self.page, self.radius), step.present(self.page)
         open_ = step.ends_after(self.page, torch.minimum(step.bounded, step.length - 1))
-        ranked, unknown = (present & ~open_).unsqueeze(2), ~(bound < torch.inf)
+        ranked, unknown = (present & ~open_).unsqueeze(2), ~bound.isfinite()
         share = bound.masked_fill(unknown | ~ranked, -torch.inf).log_softmax(-1)
         # What cannot be ranked is not dropped; without any page to rank, a softmax is NaN and not looked at.
         best = share.masked_fill(unknown, torch.finfo(torch.float32).max).amax(2)

@@ -144,10 +144,11 @@ FORMS = [KVForm(4, 4), KVForm(3, 2, 32, 0)]
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("length", [1, 31, 200, 501, 1024])
 @pytest.mark.parametrize("pad", [False, True])
-def test_pages_of_the_largest_bounds(form: KVForm, length: int, pad: bool) -> None:
+@pytest.mark.parametrize("radius", [0.5, 1])
+def test_pages_of_the_largest_bounds(form: KVForm, length: int, pad: bool, radius: float) -> None:
     call = Chosen(program(form, ratio=3, pad=pad), length, 1)
     for page in (form.group, 3 * form.group):
-        method = Quest(token_budget=5 * page + form.slots, page_size=page)
+        method = Quest(token_budget=5 * page + form.slots, page_size=page, radius=radius)
         found = call.select(method)
         assert_best(found, call.worth(method), method.for_store(form).count)
 
@@ -159,13 +160,14 @@ def test_bounds_in_other_dtypes_and_head_sizes(ratio: int, dtype: Any) -> None:
     assert_best(call.select(method), call.worth(method), 10)
 
 
-def test_what_has_no_bound_is_taken_first() -> None:
+@pytest.mark.parametrize("radius", [0.25, 1])
+def test_what_has_no_bound_is_taken_first(radius: float) -> None:
     """Behind what is always taken, as in the reference body; and a bound of a NaN spoils its own page alone."""
     call = Chosen(program(KVForm(4, 4)), 1000, 1)
     assert call.state[1] is not None
     call.state[1][0, 1, 2, 0, 5] = torch.nan
     call.state[1][1, 0, 9, 1, 3] = torch.inf
-    method = Quest(token_budget=8 * 32)
+    method = Quest(token_budget=8 * 32, radius=radius)
     found = listed(call.select(method))
     with ops.reference_only():
         assert found == listed(call.select(method))

@@ -15,6 +15,7 @@ struct SelectArgs {
   int32_t* counts;        // [B, G or 1]
   int64_t width, page;    // K, and the tokens in a page
   int64_t first, recent;  // how many of the first and of the newest pages are always listed
+  double radius;          // of the boxes that bounds are taken of, beside their own
 };
 
 // The least and the largest value of each channel of the keys in groups [from, to): low[DP], high[DP].
@@ -55,14 +56,16 @@ inline void rank_by_bounds(const SelectArgs& b, int64_t head, int64_t count, con
   const int64_t ld = round_up(most(1, count), VL);
   struct Work;
   float* q = scratch<Work>(P::ratio * 2 * DP + 2 * DP + (P::ratio + 1) * ld);
+  const auto near = static_cast<float>((1 + b.radius) / 2), far = static_cast<float>((1 - b.radius) / 2);
   float *low = q + P::ratio * 2 * DP, *high = low + DP, *weights = high + DP, *bound = weights + ld;
   for (int row = 0; row < P::ratio; ++row) {
     float *up = q + row * 2 * DP, *down = up + DP;
     read_query<P>(a, scale, head, row, up);
     for (int64_t d = 0; d < DP; d += VL) {
-      const Vec x = Vec::loadu(up + d);
-      at::vec::minimum(x, Vec(0.f)).store(down + d);
-      at::vec::maximum(x, Vec(0.f)).store(up + d);
+      const Vec x = Vec::loadu(up + d), below = at::vec::minimum(x, Vec(0.f)), above = at::vec::maximum(x, Vec(0.f));
+      // A smaller box around the same middle: each end is a mean of both.
+      (Vec(near) * below + Vec(far) * above).store(down + d);
+      (Vec(near) * above + Vec(far) * below).store(up + d);
     }
   }
   for (int64_t p = 0; p < count; ++p) {
@@ -81,13 +84,13 @@ inline void rank_by_bounds(const SelectArgs& b, int64_t head, int64_t count, con
   for (int64_t p = 0; p < count; ++p) worth[p] = -INF;
   for (int row = 0; row < P::ratio; ++row) {
     float *x = bound + row * ld, top = -INF, sum = 0.f;
-    for (int64_t p = 0; p < count; ++p) weights[p] = there[p] && x[p] < INF ? x[p] : -INF;
+    for (int64_t p = 0; p < count; ++p) weights[p] = there[p] && std::isfinite(x[p]) ? x[p] : -INF;
     softmax_step(weights, count, scale, top, sum);
     const auto factor = static_cast<float>(scale.scale), share = static_cast<float>(top * scale.scale + std::log(sum));
     // What cannot be ranked is not dropped.
     for (int64_t p = 0; p < count; ++p)
       if (there[p])
-        worth[p] = x[p] < INF ? std::max(worth[p], x[p] * factor - share) : std::numeric_limits<float>::max();
+        worth[p] = std::isfinite(x[p]) ? std::max(worth[p], x[p] * factor - share) : std::numeric_limits<float>::max();
   }
 }
 
