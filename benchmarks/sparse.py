@@ -7,6 +7,7 @@ alone, the choice included, unless a row says otherwise; all candidates of a sec
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import statistics
@@ -26,6 +27,7 @@ from common import (
     SIDES,
     SPARSE,
     Measured,
+    Side,
     Worker,
     ratio_of_rounds,
     say,
@@ -155,6 +157,26 @@ def lists(quick: bool = False) -> list[Measured]:
     return rows
 
 
+class Attention(torch.nn.Module):
+    """One layer's attention, for the back end to find."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``[B, H, T, E]``."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _layer(kind: str, options: dict[str, Any], heads: Heads) -> Callable[[], Any]:
+    """One layer of a prompt by a method, with all that its rewrite puts into the graph."""
+    layer = Attention()
+    ec.sparse_attention(kind, **options | {"min_length": 0})(layer)
+    layer.compile(backend="effcompile", dynamic=False)
+    layer(*heads)
+    made = ec.inspect(layer).decisions[-1]
+    if made.action != "rewritten" or not made.form.startswith(kind):
+        raise AssertionError(f"{kind}: {made}")
+    return lambda: layer(*heads)
+
+
 def crossover(quick: bool = False) -> list[Measured]:
     """The shortest prompt from which a method's attention, its choice included, is faster than over all keys."""
     lengths, rounds = ((512, 1024), 3) if quick else ((512, 1024, 1536, 2048, 3072, 4096, 6144, 8192), 7)
@@ -162,19 +184,14 @@ def crossover(quick: bool = False) -> list[Measured]:
     for tokens in lengths:
         say(f"crossover, {tokens} tokens")
         one = heads_of(tokens)[LAYERS[1]]
-        candidates: dict[str, Callable[[], Any]] = {"dense": lambda one=one: dense(one)}
-        for name, (kind, options) in SETTINGS.items():
-            method = base.get(kind)(min_length=0, **options)
-            if isinstance(method, SparsePrefill) and not (method.gathers or method.reorders):
-                candidates[name] = lambda one=one, method=method: attend(one, _chosen(method, one))
-        times = interleaved(candidates, rounds)
-        for name in candidates.keys() - {"dense"}:
+        # One class for all methods: each is a compilation of the same code.
+        with _without_inductor(), torch.no_grad(), torch._dynamo.config.patch(recompile_limit=4 * len(SETTINGS)):
+            made = {name: _layer(kind, options, one) for name, (kind, options) in SETTINGS.items()}
+            times = interleaved({"dense": lambda one=one: dense(one), **made}, rounds)
+        for name in SETTINGS:
             ratios.setdefault(name, {})[tokens] = _median(times[name], times["dense"])
     rows = []
-    for name in SETTINGS:
-        if name not in ratios:
-            continue
-        found = ratios[name]
+    for name, found in ratios.items():
         first = next((n for n in lengths if all(found[m] < 1 for m in lengths if m >= n)), None)
         note = "time over all keys: " + ", ".join(f"{n} {ratio:.2f}" for n, ratio in found.items())
         rows.append(Measured(f"{name}: faster from", math.inf if first is None else first, " tokens", note=note))
@@ -239,8 +256,24 @@ def _model(kind: str, options: dict[str, Any], **cache: Any) -> Any:
 
 
 def loss(quick: bool = False) -> list[Measured]:
-    """Perplexity of one prompt of natural text, and density, at each paper's default and at more."""
-    return _losses(1024 if quick else 4096, SETTINGS)
+    """Perplexity of one prompt of natural text, density, mass, pass keys and time, at each paper's default and more."""
+    tokens, rounds = (1024, 2) if quick else (4096, 3)
+    rows = _losses(tokens, SETTINGS)
+    heads = heads_of(tokens)
+    with _without_inductor(), torch.no_grad(), torch._dynamo.config.patch(recompile_limit=4 * len(SETTINGS)):
+        made = {n: [_layer(kind, options, h) for h in heads.values()] for n, (kind, options) in SETTINGS.items()}
+        sides: dict[str, Callable[[], Any]] = {n: lambda fs=fs: [f() for f in fs] for n, fs in made.items()}
+        times = interleaved({"dense": lambda: [dense(h) for h in heads.values()], **sides}, rounds)
+    for n, row in enumerate(rows[1:], 1):
+        name = row.what.removesuffix(": perplexity over dense")
+        kind, options = SETTINGS[name]
+        chosen = tuple({**options, "min_length": 0}.items())
+        side = Side(name, "effcompile", bits=(16, 16), sparse=(kind, chosen))
+        with _without_inductor():
+            (keys,) = quality.passkeys(side, (tokens,))
+        more = f"; {keys.value} of 4 pass keys, {_median(times[name], times['dense']):.2f} of the time of attention"
+        rows[n] = dataclasses.replace(row, note=row.note + more)
+    return rows
 
 
 def thresholds(quick: bool = False) -> list[Measured]:

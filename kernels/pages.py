@@ -129,8 +129,8 @@ def boxes(step: Step, page: int) -> tuple[Tensor, Tensor]:
 def bounds(step: Step, page: int, radius: float = 1.0) -> Tensor:
     """The score that no key of a page exceeds, for each query head: fp32 ``[B, G, R, nP]``.
 
-    ``sum_d max(q_d * low_d, q_d * high_d)`` over :func:`boxes` (Quest, section 3.3). With a ``radius`` below 1 the boxes
-    are so much smaller around their middles: no bound then, but nearer to the best score there is.
+    ``sum_d max(q_d * low_d, q_d * high_d)`` over :func:`boxes` (Quest, section 3.3). With a ``radius`` below 1 the
+    boxes are so much smaller around their middles: no bound then, but nearer to the best score there is.
     """
     low, high = boxes(step, page)
     if radius < 1:

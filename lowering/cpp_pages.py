@@ -94,7 +94,7 @@ def attend_mass(query: Tensor, *args: Any, table: Tensor | None = None) -> tuple
 
 @functools.cache
 def _numbers(method: str) -> tuple[bool, int, int, tuple[int, int], float]:
-    """Of a method: whether heads share a list, tokens in a page, pages to take, how many always are, radius of boxes."""
+    """Of a method: whether heads share a list, tokens in a page, pages, how many always are taken, radius of boxes."""
     policy, options = page_ops.policy_of(method)
     count, always = policy.count(**options), policy.always(**options)
     return policy.shared, options["page_size"], count, always, options.get("radius", 1.0)

@@ -44,6 +44,7 @@ class AnchorAttention(SparseColumns):
     anchors: the state that attention gives has their sum, and an anchor is the largest.
     """
 
+    min_length: int = 16384
     theta: float = 12.0
     step: int = 16
 

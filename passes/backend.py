@@ -69,6 +69,7 @@ def effcompile(
     chosen = choices.parse(options, mode)
     clock = _Clock()
     place = place_of(gm)
+    root = None if place is None else place.root
     notes: tuple[str, ...] = ()
     if place is not None:
         place.check(chosen)
@@ -80,9 +81,8 @@ def effcompile(
     if isinstance(graph, Reason):
         log.warning("compiled without rewriting: %s", graph)
         seen = [report.left(i, site, "", site.reason) for i, site in enumerate(hidden_attention(gm, graph))]
-        return _unchanged(
-            gm, example_inputs, chosen, report.GraphReport(gm, None, seen, chosen, clock.seconds, note=graph)
-        )
+        kept = report.GraphReport(gm, None, seen, chosen, clock.seconds, note=graph, root=root)
+        return _unchanged(gm, example_inputs, chosen, kept)
     clock.lap("normalise")
     before = report.Snapshot(graph)
     attention = find_attention(graph)
@@ -95,7 +95,7 @@ def effcompile(
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
-        kept = report.GraphReport(gm, before, decisions, chosen, clock.seconds, others=others, notes=notes)
+        kept = report.GraphReport(gm, before, decisions, chosen, clock.seconds, others=others, notes=notes, root=root)
         return _unchanged(gm, example_inputs, chosen, kept)
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
@@ -105,8 +105,9 @@ def effcompile(
     lowering.prebuild(programs, device)
     after = report.Snapshot(graph)
     record = report.GraphReport(
-        gm, before, decisions, chosen, clock.seconds, after=after, programs=programs, others=others, notes=notes
-    )
+        gm, before, decisions, chosen, clock.seconds, after=after, programs=programs, others=others, notes=notes,
+        root=root,
+    )  # fmt: skip
     record.linears = linears
     report.record(record)
     inputs = {node: n for n, node in enumerate(graph.graph.find_nodes(op="placeholder"))}

@@ -96,6 +96,7 @@ class Delta(PagedDecode):
     paper: ClassVar[str] = "DELTA (Findings of ACL 2026)"
     summary: ClassVar[str] = "decoding: a few layers choose pages of the cache for the layers after them"
     shared: ClassVar[bool] = True
+    gains_from: ClassVar[int] = 3
     limit: ClassVar[dict[str, Any]] = PagedDecode.limit
 
     def __post_init__(self) -> None:

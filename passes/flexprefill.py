@@ -41,6 +41,7 @@ class FlexPrefill(SparsePrefill):
     of a query-aware head; the paper, and this, keep it.
     """
 
+    min_length: int = 4096
     gamma: float = 0.95
     tau: float = 0.1
     min_budget: int = 1024

@@ -49,8 +49,8 @@ class PagedDecode(Pass, abc.ABC):
     page_size
         Tokens in a page, a multiple of the group in which the cache is packed. None: the smallest there is.
     min_length
-        Room in the cache, in tokens, below which everything is read. None: three times the budget, since a page that
-        is read by itself costs up to twice of what it costs among others, and choosing costs something too.
+        Room in the cache, in tokens, below which everything is read. None: :attr:`gains_from` times the budget, since
+        a page that is read by itself costs up to twice of what it costs among others, and choosing costs something too.
     """
 
     token_budget: int = 1024
@@ -62,6 +62,8 @@ class PagedDecode(Pass, abc.ABC):
     limit: ClassVar[dict[str, Any]] = {"token_budget": 1 << 30}
     shared: ClassVar[bool]
     """Whether all heads have one list of pages; else each key/value head has its own."""
+    gains_from: ClassVar[int]
+    """Budgets in a cache from which attention over pages was measured to be faster (docs/sparse_attention.md)."""
 
     def __post_init__(self) -> None:
         if self.token_budget < 1:
@@ -150,7 +152,7 @@ class PagedDecode(Pass, abc.ABC):
         if isinstance(capacity, int) and made.count >= blocks.count_blocks(capacity, made.page):
             text = f"token_budget={self.token_budget} has room for all of a cache of {capacity} tokens"
             return no("budget-covers-cache", text)
-        least = 3 * self.token_budget if self.min_length is None else self.min_length
+        least = self.gains_from * self.token_budget if self.min_length is None else self.min_length
         if isinstance(capacity, int) and capacity < least:
             text = f"a cache of {capacity} tokens is read faster than pages of it are chosen, below min_length={least}"
             return no("short-cache", text)

@@ -42,6 +42,7 @@ class PBSAttn(SparsePrefill):
     that it is causal for given lists only.
     """
 
+    min_length: int = 4096
     threshold: float = 0.9
     segment: int = 256
 

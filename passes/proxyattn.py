@@ -44,6 +44,7 @@ class ProxyAttn(SparsePrefill):
     share by the number of blocks before them, the sink and the diagonal are always visited, ties go to the lower block.
     """
 
+    min_length: int = 6144
     gamma: float = 0.95
     proxy_heads: int = 1
     stride: int = 4

@@ -66,6 +66,7 @@ class Quest(PagedDecode):
     paper: ClassVar[str] = "Quest (Tang et al., ICML 2024)"
     summary: ClassVar[str] = "decoding: pages of a packed cache, by a bound on the scores of their keys"
     shared: ClassVar[bool] = False
+    gains_from: ClassVar[int] = 5
     limit: ClassVar[dict[str, Any]] = PagedDecode.limit
 
     def __post_init__(self) -> None:

@@ -150,6 +150,8 @@ class GraphReport:
         Sites of kinds that no pass takes.
     notes
         Sentences about the user's rules, beside those on rules that name no module of this graph.
+    root
+        The module that is being compiled, where that is known: by its class a graph without a parameter is found.
     """
 
     def __init__(
@@ -165,7 +167,9 @@ class GraphReport:
         note: Reason | None = None,
         others: Sequence[Decision] = (),
         notes: Sequence[str] = (),
+        root: nn.Module | None = None,
     ) -> None:
+        self._type = type(root)
         self.decisions = tuple(decisions)
         self.others = tuple(others)
         self.options = options
@@ -210,7 +214,11 @@ class GraphReport:
         if any(id(t) in own for i in self.inputs if (t := i.tensor()) is not None):
             return True
         facts = {name: (tuple(t.shape), t.dtype) for name, t in named}
-        return compiled and bool(self.inputs) and all(facts.get(i.name) == (i.shape, i.dtype) for i in self.inputs)
+        return (
+            compiled
+            and (bool(self.inputs) or self._type is type(model))
+            and all(facts.get(i.name) == (i.shape, i.dtype) for i in self.inputs)
+        )
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

@@ -47,6 +47,7 @@ class VerticalSlash(SparseColumns):
     columns and 50 diagonals; here the options mean what they say.
     """
 
+    min_length: int = 16384
     vertical: int = 1000
     slash: int = 6096
 

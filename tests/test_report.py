@@ -362,3 +362,23 @@ def test_torch_logs_switches_the_channel_on(setting: str | None, info: bool, deb
         env["TORCH_LOGS"] = setting
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert ("an info line" in run.stderr, "a debug line" in run.stderr) == (info, debug)
+
+
+class Bare(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class Other(Bare):
+    pass
+
+
+def test_a_model_without_parameters_is_found_by_its_class() -> None:
+    x = torch.randn(1, 2, 40, 16)
+    compiled = [torch.compile(model(), backend="effcompile") for model in (Bare, Bare)]
+    other = torch.compile(Other(), backend="effcompile")
+    for model in compiled:
+        model(x)
+        assert [d.kind for d in inspect(model).decisions] == ["attention"]
+    assert not inspect(other).graphs
+    assert not inspect(Bare()).graphs
