@@ -8,7 +8,7 @@ from pathlib import Path
 
 import effcompile.kernels
 from effcompile.kernels.program import Program, StoreProgram
-from effcompile.lowering import cpp, cpp_blocks, cpp_ffn, cpp_linear, cpp_pages, triton  # noqa: F401
+from effcompile.lowering import cpp, cpp_blocks, cpp_ffn, cpp_linear, cpp_pages, triton, triton_ffn  # noqa: F401
 
 
 def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
