@@ -37,7 +37,10 @@ class Side:
     dynamic: bool | None = None
     bits: tuple[int, int] | None = None
     sparse: tuple[str, tuple[tuple[str, Any], ...]] | None = None
-    """A method for prompts, and its options."""
+    """A sparse method, and its options."""
+    group: int = 32
+    plan: Any = None
+    """A plan to compile with."""
 
     def model(self) -> Any:
         """A model of this side. All share one set of weights, so that many can be held at a time."""
@@ -47,13 +50,14 @@ class Side:
         if self.bits:
             import effcompile as ec
 
-            ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1])(model)
+            ec.compress_kv(key_bits=self.bits[0], value_bits=self.bits[1], group_size=self.group)(model)
         if self.sparse:
             import effcompile as ec
 
             ec.sparse_attention(self.sparse[0], **dict(self.sparse[1]))(model)
         if self.backend:
-            model.compile(backend=self.backend, dynamic=self.dynamic)
+            options = {} if self.plan is None else {"options": {"plan": self.plan}}
+            model.compile(backend=self.backend, dynamic=self.dynamic, **options)
         return model
 
     def cache(self, model: Any, tokens: int) -> Any:
@@ -63,7 +67,8 @@ class Side:
         if self.bits:
             import effcompile as ec
 
-            return ec.Cache(model, capacity=tokens, key_bits=self.bits[0], value_bits=self.bits[1])
+            bits = {"key_bits": self.bits[0], "value_bits": self.bits[1], "group_size": self.group}
+            return ec.Cache(model, capacity=tokens, **bits)
         if self.static:
             return StaticCache(config=model.config, max_cache_len=tokens)
         return DynamicCache(config=model.config)
@@ -76,10 +81,10 @@ OURS_16 = Side("effcompile 16 bits", "effcompile", bits=(16, 16))
 K8V8 = Side("effcompile K8V8", "effcompile", bits=(8, 8))
 K4V4 = Side("effcompile K4V4", "effcompile", bits=(4, 4))
 SPARSE = Side(
-    "effcompile xattention .95/8",
+    "effcompile xattention .98",
     "effcompile",
     bits=(16, 16),
-    sparse=("xattention", (("threshold", 0.95), ("stride", 8))),
+    sparse=("xattention", (("threshold", 0.98),)),
 )
 SIDES = {side.name: side for side in (EAGER, INDUCTOR_DYNAMIC, INDUCTOR_STATIC, OURS_16, K8V8, K4V4, SPARSE)}
 

@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_checks import FORMS, GROUPS, HEADS, PARTS, SIZE, check, local_tokens, random_lists
 from rich.console import Console
 from rich.table import Table
 
-from effcompile.kernels import attention, block_ops, blocks, cost, ops, quantize
+from effcompile.kernels import block_ops, blocks, cost
 from effcompile.kernels.blocks import BLOCK
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program
 from effcompile.lowering import triton as lowering
+from effcompile.lowering import triton_blocks
 from effcompile.passes import base
-from effcompile.passes.sparse_prefill import SparsePrefill
 
-HEADS, GROUPS, SIZE = 32, 8, 128
-FORMS = [KVForm(16, 16), KVForm(8, 8), KVForm(4, 4)]
 DECODE = [(batch, length) for batch in (1, 16) for length in (4096, 32768, 131072)]
 PREFILL = [(4096, 4096), (2048, 32768)]
 SPARSE, DENSITIES = (8192, 32768, 131072), (0.1, 0.25, 0.5, 1.0)
@@ -101,144 +100,6 @@ def gemm_rate() -> float:
     return float(2 * 8192**3 / (1e-6 * microseconds(lambda: a @ a)))
 
 
-def check(console: Console) -> list[dict[str, Any]]:
-    """Every kernel on this chip against the reference bodies on the CPU: stores bit for bit, attention by its error.
-
-    The bodies run on the CPU because a GPU divides by a Python number through its reciprocal, one bit away.
-    """
-    found = []
-    forms = [*FORMS, KVForm(4, 4, 16, 0), KVForm(8, 4, 32, 32), KVForm(4, 16), KVForm(16, 8)]
-    forms += [
-        KVForm("fp8", "fp8"),
-        KVForm(4, 4, 32, 32, "token", "channel"),
-        KVForm("fp8", 8, 16, 0, "token", "channel"),
-    ]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for form in forms:
-            for size, queries, length in ((128, 1, 500), (96, 3, 1000), (80, 65, 333), (64, 300, 700), (256, 1, 300)):
-                if form.value_bits != 16 and size % form.group:
-                    continue
-                found.append(check_one(form, dtype, size, queries, length))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for size, block, queries, keys in ((128, 128, 700, 700), (64, 64, 300, 1000), (96, 48, 500, 500)):
-            found.append(check_blocks(dtype, size, block, queries, keys))
-    found += [check_choice(name) for name in base.REGISTRY if issubclass(base.get(name), SparsePrefill)]
-    failed = [row for row in found if not row["ok"]]
-    console.print(f"checked {len(found)} programs against the reference: {len(found) - len(failed)} agree")
-    for row in failed:
-        console.print(f"[red]differs[/red] {row}")
-    return found
-
-
-def check_one(form: KVForm, dtype: torch.dtype, size: int, queries: int, length: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    capacity = 1024
-    host: list[torch.Tensor | None] = []
-    for kind in ("key", "value"):
-        shapes = form.buffers(kind, 2, 2, capacity, size, dtype)
-        host += [torch.zeros(s, dtype=d) for s, d in shapes] + [None] * (3 - len(shapes))
-    state = [None if t is None else t.cuda() for t in host]
-    key, value = (torch.randn(2, length, 2, size).to(dtype).transpose(1, 2) for _ in range(2))
-    query = torch.randn(2, queries, 8, size).to(dtype).transpose(1, 2)
-    at, op = 0, torch.ops.effcompile
-    for step in (length // 2, 1, length - length // 2 - 1):
-        new = (key[:, :, at : at + step], value[:, :, at : at + step])
-        with ops.reference_only():
-            op.kv_store(*host, torch.tensor(at), *new, form.name)
-        lowering.kv_store(*state, torch.tensor(at, device="cuda"), *(x.cuda() for x in new), form.name)
-        at += step
-    same = all(torch.equal(a, b.cpu()) for a, b in zip(host, state) if a is not None and b is not None)
-    here, there = torch.tensor(at), torch.tensor(at, device="cuda")
-    with ops.reference_only():
-        loaded = op.kv_load(*host, here, form.name)
-    same &= all(torch.equal(a, b.cpu()) for a, b in zip(loaded, lowering.kv_load(*state, there, form.name)))
-    out, _ = lowering.attend(query.cuda(), *state, there, None, form.name, size**-0.5, True, -1)
-    keys, values = ops.split_state(tuple(host))
-    k, v = quantize.load_side(keys, at, form, "key"), quantize.load_side(values, at, form, "value")
-    best = rounded_attention(query, k, v, size**-0.5, torch.float64)
-    low = rounded_attention(query, k, v, size**-0.5, dtype)
-    error = (out.cpu().double() - best).abs().max().item()
-    lost = (low.double() - best).abs().max().item()
-    budget = budget_of(query, k, v, best, lost)
-    return {"form": form.name, "dtype": str(dtype), "size": size, "queries": queries, "length": length,
-            "same_bits": same, "max_error": error, "budget": budget, "ok": same and error <= budget}  # fmt: skip
-
-
-def budget_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, best: torch.Tensor, lost: float) -> float:
-    """At most twice what PyTorch in the model's dtype loses, one rounding of the output, and of each fp32 score."""
-    score = query.double().norm(dim=-1).amax().item() * key.double().norm(dim=-1).amax().item()
-    score *= query.shape[-1] ** -0.5
-    rounding = torch.finfo(query.dtype).eps * best.abs().max().item()
-    return 2 * lost + rounding + 3 * 2.0**-24 * score * value.abs().max().item()
-
-
-def random_lists(heads: int, queries: int, keys: int, block: int, density: float, device: str) -> blocks.BlockLists:
-    """Lists of about ``density`` of the causal blocks, different in each head; the diagonal is always there."""
-    rows, columns = blocks.count_blocks(queries, block), blocks.count_blocks(keys, block)
-    keep = torch.rand(1, heads, rows, columns, device=device) < density
-    keep = (keep | blocks.own(queries, keys, block, device=device)) & blocks.possible(
-        queries, keys, block, device=device
-    )
-    return blocks.lists(keep, blocks.whole(queries, keys, block, device=device), block)
-
-
-def check_blocks(
-    dtype: torch.dtype, size: int, block: int, queries: int, keys: int, device: str = "cuda"
-) -> dict[str, Any]:
-    """The kernel over block lists against attention in fp64, and a wrong list, whose rows are NaN."""
-    torch.manual_seed(0)
-    key, value = (torch.randn(1, 2, keys, size).to(dtype) for _ in range(2))
-    query = torch.randn(1, queries, 8, size).to(dtype).transpose(1, 2)
-    lists = random_lists(8, queries, keys, block, 0.3, device)
-    state = (key.to(device), None, None, value.to(device), None, None)
-    rest = ("k16v16g32r128", size**-0.5, True, -1)
-    length = torch.tensor(keys, device=device)
-    out, _ = lowering.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
-    listed = blocks.tokens(lists.keep().cpu(), queries, keys, block)
-    best = rounded_attention(query, key, value, size**-0.5, torch.float64, listed)
-    low = rounded_attention(query, key, value, size**-0.5, dtype, listed)
-    error = (out.cpu().double() - best).abs().max().item()
-    budget = budget_of(query, key, value, best, (low.double() - best).abs().max().item())
-    lists.kv_indices[0, 3, 1, 0] = 10**9
-    wrong, _ = lowering.attend_blocks(query.to(device), *state, length, None, *block_ops.of(lists), *rest)
-    loud = bool(wrong[0, 3, block : 2 * block].isnan().all()) and int(wrong.isnan().any(-1).sum()) <= block
-    return {"form": f"blocks of {block}", "dtype": str(dtype), "size": size, "queries": queries, "length": keys,
-            "loud": loud, "max_error": error, "budget": budget, "ok": loud and error <= budget}  # fmt: skip
-
-
-def check_choice(name: str, device: str = "cuda") -> dict[str, Any]:
-    """A method chooses the same blocks as on the CPU, but for rounding, and nothing waits for the device."""
-    query, key, _ = local_tokens(1, 4096, device)
-    method = block_ops.method_text(name, dataclasses.asdict(base.get(name)()))
-    choose = torch.ops.effcompile.select_blocks.default
-    choose(query, key, None, method, SIZE**-0.5)
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        made = choose(query, key, None, method, SIZE**-0.5)
-        waited = ""
-    except RuntimeError as error:
-        waited = str(error)
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    if waited:
-        return {"form": f"choice of {name}", "waited": waited, "ok": False}
-    here = choose(query.cpu(), key.cpu(), None, method, SIZE**-0.5)
-    maps = [blocks.BlockLists(*lists, BLOCK).keep().cpu() for lists in (made, here)]
-    differ = (maps[0] != maps[1]).float().mean().item()
-    return {"form": f"choice of {name}", "blocks_that_differ": differ, "ok": differ < 0.01}
-
-
-def local_tokens(batch: int, count: int, device: str) -> list[torch.Tensor]:
-    """Queries, keys and values in bf16; queries attend to blocks of their own topic, near and far, most."""
-    parts = blocks.count_blocks(count, BLOCK)
-    topics = torch.randn(16, SIZE, device=device)
-    topic = topics[torch.randint(0, 16, (batch, 1, parts), device=device)].repeat_interleave(BLOCK, 2)[:, :, :count]
-    made = [torch.randn(batch, h, count, SIZE, device=device) for h in (HEADS, GROUPS, GROUPS)]
-    return [(x + 1.2 * topic * (i < 2)).bfloat16() for i, x in enumerate(made)]
-
-
 def sparse_rows(gemm: float, lengths: tuple[int, ...] = SPARSE, device: str = "cuda") -> list[Row]:
     """The kernel over random blocks of some densities, XAttention's choice and the kernel over it, and dense SDPA.
 
@@ -252,7 +113,7 @@ def sparse_rows(gemm: float, lengths: tuple[int, ...] = SPARSE, device: str = "c
         whole = 1e6 * call_cost(FORMS[0], 1, count, count).flops / gemm
 
         def attend(*lists: Any, q: Any = query, k: Any = key, v: Any = value, n: Any = length, r: Any = rest) -> Any:
-            return lowering.attend_blocks(q, k, None, None, v, None, None, n, None, *lists, *r)
+            return triton_blocks.attend_blocks(q, k, None, None, v, None, None, n, None, *lists, *r)
 
         def row(side: str, us: float, share: float, n: int = count, limit: float = whole) -> Row:
             return Row("sparse prefill", side, 1, n, n, us, share * limit)
@@ -289,23 +150,59 @@ def sparse_rows(gemm: float, lengths: tuple[int, ...] = SPARSE, device: str = "c
     return rows
 
 
-def rounded_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    listed: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention, with ``listed`` to these tokens only. Operands in ``dtype``, sums in fp32 (fp64 for fp64)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    ratio = query.shape[1] // key.shape[1]
-    q, k, v = (x.to(dtype).to(wide) for x in (query, key, value))
-    k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-    keep = attention.allowed(Predicate(), query.shape[2], key.shape[2], None, query.device)
-    keep = keep if listed is None else keep & listed
-    weight = (q @ k.mT * scale).masked_fill(~keep, float("-inf")).softmax(-1)
-    return (weight.to(dtype).to(wide) @ v).to(dtype)
+def other_rows(gemm: float, lengths: tuple[int, ...] = SPARSE[:2], device: str = "cuda") -> list[Row]:
+    """The parts besides blocks, a tenth of which are visited: single keys, keys in another order, a mask that is given.
+
+    The limit is the FLOPs of the visited pairs at the rate of a GEMM.
+    """
+    rows = []
+    for count in lengths:
+        query, key, value = local_tokens(1, count, device)
+        length = torch.tensor(count, device=device)
+        whole = 1e6 * call_cost(FORMS[0], 1, count, count).flops / gemm
+        lists = random_lists(HEADS, count, count, BLOCK, 0.1, device)
+        share = blocks.density(lists.keep(), count, count, BLOCK).mean().item()
+        # 256 single keys for each block of queries, in blocks that it does not visit; the first blocks have none.
+        room = ~lists.keep() & blocks.possible(count, count, BLOCK, device=device)
+        free = room.int().argsort(dim=-1, descending=True, stable=True)[..., :2].sort(-1).values
+        single = (free[..., None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(3).int().contiguous()
+        counts = (room.sum(-1) >= 2).int() * single.shape[3]
+        more = counts.float().mean().item() / (count / 2)
+        order = torch.arange(count, device=device).expand(1, GROUPS, -1).contiguous()
+        mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None, None]
+        tested = blocks.lists(lists.keep(), None, BLOCK)
+        cases = (
+            ("blocks", lists, {}, share),
+            ("blocks, 256 single keys", lists, {"columns": single, "column_counts": counts}, share + more),
+            ("blocks, all of them tested", tested, {}, share),
+            ("blocks, tested by positions", tested, {"key_positions": order}, share),
+            ("blocks, tested by a given mask", tested, {"allowed": mask}, share),
+        )
+        for side, listed, parts, part in cases:
+            args = (query, key, None, None, value, None, None, length, None, *block_ops.of(listed))
+            rest = (FORMS[0].name, SIZE**-0.5, True, -1)
+            us = microseconds(lambda a=(*args, *rest), p=parts: triton_blocks.attend_blocks(*a, **p))  # type: ignore[misc]
+            rows.append(Row("parts of lists", side, 1, count, count, us, part * whole))
+        del mask, query, key, value
+    return rows
+
+
+def page_rows(limit: float, device: str = "cuda") -> list[Row]:
+    """Decoding over a tenth of the pages of a store of 32k; the limit is the bytes of these at the rate of a copy."""
+    rows, count = [], 32768
+    query, length = (
+        torch.randn(1, HEADS, 1, SIZE, dtype=torch.bfloat16, device=device),
+        torch.tensor(count, device=device),
+    )
+    for form, page in ((FORMS[0], 16), (FORMS[0], 64), (FORMS[1], 32), (FORMS[2], 32), (FORMS[2], 128)):
+        state, taken = random_state(form, 1, count), count // page // 10
+        listed = torch.rand(1, GROUPS, count // page, device=device).argsort(-1)[..., :taken].sort(-1).values.int()
+        counts = torch.full((1, GROUPS), taken, dtype=torch.int32, device=device)
+        args = (query, *state, length, None, listed, counts, page, form.name, SIZE**-0.5)
+        us = microseconds(lambda a=args: triton_blocks.attend_pages(*a))  # type: ignore[misc]
+        floor = 1e6 * call_cost(form, 1, 1, taken * page).bytes / limit
+        rows.append(Row("decode, pages", f"{form.name}, pages of {page}", 1, 1, count, us, floor))
+    return rows
 
 
 def peers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> dict[str, Callable[[], Any]]:
@@ -417,14 +314,28 @@ def paper(console: Console) -> None:
                 constants = {"SPLITS": 66} if phase == "decode" else {}
                 r = resources(compile_ahead(build(program, chip), program, chip, constants))
                 used.add_row(f"{phase} {form.name}", chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
-    for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        program = Program("prefill", FORMS[0], Predicate(), torch.bfloat16, HEADS // GROUPS, SIZE, SIZE, blocks=True)
-        built = build(program, chip)
-        assert built.blocks is not None
-        cut = built.blocks.within(BLOCK)
-        constants = {"FULL": True, "BLOCK": BLOCK, "ROWS": cut.rows, "TILE": cut.tile}
-        r = resources(compile_ahead(built, program, chip, constants))
-        used.add_row(f"blocks of {BLOCK}", chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
+    for part in PARTS:
+        rule, more = Predicate(causal=part != "given"), {part: True} if part else {}
+        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            program = Program(
+                "prefill", FORMS[0], rule, torch.bfloat16, HEADS // GROUPS, SIZE, SIZE, blocks=True, **more
+            )
+            built = build(program, chip)
+            assert built.blocks is not None
+            cut = built.blocks.within(BLOCK)
+            constants = {"FULL": True, "BLOCK": BLOCK, "ROWS": cut.rows, "TILE": cut.tile}
+            r = resources(compile_ahead(built, program, chip, constants))
+            name = f"blocks of {BLOCK} {part}"
+            used.add_row(name, chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
+    for form, page in ((FORMS[0], 16), (FORMS[1], 32), (FORMS[2], 32)):
+        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            program = Program("decode", form, Predicate(), torch.bfloat16, HEADS // GROUPS, SIZE, SIZE, blocks=True)
+            built = build(program, chip)
+            assert built.blocks is not None
+            constants = triton_blocks.page_tiles(built.blocks, page, form) | {"SPLITS": 66}
+            r = resources(compile_ahead(built, program, chip, constants))
+            name = f"pages of {page} {form.name}"
+            used.add_row(name, chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
     console.print(used)
 
 
@@ -456,6 +367,8 @@ def main() -> int:
             rows += measure("prefill", 1, queries, keys, lambda c: 1e6 * c.flops / rates["gemm_flops_per_s"])
         rows += store_rows(rates["copy_bytes_per_s"])
         rows += sparse_rows(rates["gemm_flops_per_s"])
+        rows += other_rows(rates["gemm_flops_per_s"])
+        rows += page_rows(rates["copy_bytes_per_s"])
         show(console, rows)
     now = datetime.datetime.now(datetime.UTC)
     record = {

@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import carve
 import decode
 import formats
+import paged
 import peers
 import prefill
 import quality
@@ -36,9 +38,13 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "prefill": ("Prefill", prefill.run),
     "lists": ("Attention over block lists", sparse.lists),
     "choices": ("What methods choose", sparse.choices),
+    "crossover": ("From which length methods gain", sparse.crossover),
     "loss": ("What methods lose", sparse.loss),
-    "pages": ("Decoding over pages", sparse.pages),
+    "thresholds": ("Thresholds by layer", sparse.thresholds),
+    "pages": ("Decoding over pages", paged.run),
     "prompt": ("A long prompt, sparse", sparse.prompt),
+    "carve": ("Feed-forward blocks that do less", carve.loss),
+    "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),

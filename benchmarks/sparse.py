@@ -45,6 +45,8 @@ from effcompile.passes.sparse_prefill import SparsePrefill
 
 OPS = torch.ops.effcompile
 DENSE = KVForm(16, 16).name
+FITTED = 40_000
+"""The first token that thresholds are fitted on, far from those that are measured."""
 LAYERS = (5, 15, 25)
 """Layers whose queries and keys are looked at."""
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,11 +62,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": ("streaming", {}),
 }
 """Every method at its paper's default, and XAttention at more."""
-PAGED: dict[str, tuple[str, dict[str, Any]]] = {
-    "quest, 1,024 tokens": ("quest", {"token_budget": 1024}),
-    "delta, 1,024 tokens": ("delta", {"token_budget": 1024}),
-}
-
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -158,6 +155,32 @@ def lists(quick: bool = False) -> list[Measured]:
     return rows
 
 
+def crossover(quick: bool = False) -> list[Measured]:
+    """The shortest prompt from which a method's attention, its choice included, is faster than over all keys."""
+    lengths, rounds = ((512, 1024), 3) if quick else ((512, 1024, 1536, 2048, 3072, 4096, 6144, 8192), 7)
+    ratios: dict[str, dict[int, float]] = {}
+    for tokens in lengths:
+        say(f"crossover, {tokens} tokens")
+        one = heads_of(tokens)[LAYERS[1]]
+        candidates: dict[str, Callable[[], Any]] = {"dense": lambda one=one: dense(one)}
+        for name, (kind, options) in SETTINGS.items():
+            method = base.get(kind)(min_length=0, **options)
+            if isinstance(method, SparsePrefill) and not (method.gathers or method.reorders):
+                candidates[name] = lambda one=one, method=method: attend(one, _chosen(method, one))
+        times = interleaved(candidates, rounds)
+        for name in candidates.keys() - {"dense"}:
+            ratios.setdefault(name, {})[tokens] = _median(times[name], times["dense"])
+    rows = []
+    for name in SETTINGS:
+        if name not in ratios:
+            continue
+        found = ratios[name]
+        first = next((n for n in lengths if all(found[m] < 1 for m in lengths if m >= n)), None)
+        note = "time over all keys: " + ", ".join(f"{n} {ratio:.2f}" for n, ratio in found.items())
+        rows.append(Measured(f"{name}: faster from", math.inf if first is None else first, " tokens", note=note))
+    return rows
+
+
 def choices(quick: bool = False) -> list[Measured]:
     """Of methods that choose blocks: density, time with the choice over all keys, and mass against the best blocks."""
     tokens, rounds = (2048, 2) if quick else (7000, 3)
@@ -220,6 +243,32 @@ def loss(quick: bool = False) -> list[Measured]:
     return _losses(1024 if quick else 4096, SETTINGS)
 
 
+def thresholds(quick: bool = False) -> list[Measured]:
+    """XAttention with a threshold fitted to each layer, against one threshold that visits as many blocks."""
+    tokens = 1024 if quick else 4096
+    text, rows = _text(tokens), []
+    fitting = smollm2.topics(shared()[1])[:, FITTED : FITTED + tokens]
+    for share in (0.9, 0.95):
+        say(f"thresholds: fitting to {share}")
+        plan = ec.calibrate(shared()[0], [fitting], [ec.xattention(threshold=share, min_length=0)], progress=False)
+        found = {}
+        one_for_all = {"xattention": {"threshold": share, "min_length": 0}}
+        for name, options in {"one": one_for_all, "fitted": {"plan": plan}}.items():
+            say(f"thresholds: {name}")
+            with _without_inductor(), torch.no_grad():
+                model = _model("", {})
+                model.compile(backend="effcompile", options={"verify": True, **options})
+                logits = model(text, use_cache=False).logits[0, :-1].float()
+            seen = [d.density for d in ec.inspect(model).decisions if d.density is not None]
+            if len(seen) != model.config.num_hidden_layers:
+                raise AssertionError(f"{name} is at {len(seen)} layers")
+            found[name] = math.exp(F.cross_entropy(logits, text[0, 1:]).item()), statistics.mean(seen)
+        (one, dense), (fitted, fitted_dense) = found["one"], found["fitted"]
+        note = f"perplexity {fitted:.3f} at density {fitted_dense:.3f}, and {one:.3f} at {dense:.3f} with one threshold"
+        rows.append(Measured(f"fitted to {share}: perplexity over one threshold's", fitted / one, "", 1.0, False, note))
+    return rows
+
+
 def _losses(tokens: int, settings: dict[str, tuple[str, dict[str, Any]]], goal: float | None = None) -> list[Measured]:
     """Rows of perplexity over dense, with the density and the mass that ``verify`` reports."""
     text = _text(tokens)
@@ -241,31 +290,6 @@ def _losses(tokens: int, settings: dict[str, tuple[str, dict[str, Any]]], goal: 
         density, kept = (statistics.mean(getattr(d, what) for d in seen) for what in ("density", "kept"))
         note = f"perplexity {found:.2f}, density {density:.2f}, keeps {kept:.3f} of the mass"
         rows.append(Measured(f"{name}: perplexity over dense", 100 * (found / plain - 1), " %", goal, False, note))
-    return rows
-
-
-def pages(quick: bool = False) -> list[Measured]:
-    """Perplexity of decoding that reads a fifth of the keys or less, one token a step."""
-    from effcompile import measure
-
-    tokens, steps = (1500, 16) if quick else (7000, 128)
-    text = _text(tokens)
-    rows, plain = [], 0.0
-    form = {"key_bits": 8, "value_bits": 8, "group_size": 16}
-    for name, (kind, options) in {"dense": ("", {}), **PAGED}.items():
-        say(f"decoding {steps} tokens behind {tokens - steps}: {name}")
-        with _without_inductor(), torch.no_grad():
-            model = _model(kind, options, **form)
-            model.compile(backend="effcompile")
-            cache = ec.Cache(model, tokens, **form)
-            found = measure.stepwise_perplexity(model, text, tokens - steps, cache)
-        if not kind:
-            plain = found
-            rows.append(Measured("8 bits, all keys: perplexity", found))
-            continue
-        done = sum(d.form.startswith(kind) for d in ec.inspect(model).decisions)
-        note = f"perplexity {found:.3f}, {done} of {model.config.num_hidden_layers} layers"
-        rows.append(Measured(f"{name}: perplexity over all keys", 100 * (found / plain - 1), " %", 1.0, False, note))
     return rows
 
 

@@ -15,12 +15,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from effcompile.kernels.attention import merge_state
     from effcompile.kernels.form import FormError
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.anchor_attention import AnchorAttention
     from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
+    from effcompile.passes.calibrate import CalibrationError, calibrate
+    from effcompile.passes.carve_moe import CarveMoE
     from effcompile.passes.compress_kv import CompressKV
     from effcompile.passes.delta import Delta
+    from effcompile.passes.flap import Flap
     from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
     from effcompile.passes.layout import Chunk, Layout
@@ -38,14 +42,19 @@ if TYPE_CHECKING:
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
+    from effcompile.passes.teal import Teal
     from effcompile.passes.vertical_slash import VerticalSlash
+    from effcompile.passes.wina import Wina
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
+    from effcompile.runtime.plan import Plan, PlanError
 
     anchor_attention = decorator(AnchorAttention)
     blockrank = decorator(BlockRank)
+    carve_moe = decorator(CarveMoE)
     compress_kv = decorator(CompressKV)
     delta = decorator(Delta)
+    flap = decorator(Flap)
     flexprefill = decorator(FlexPrefill)
     graph_kv = decorator(GraphKV)
     pbs_attn = decorator(PBSAttn)
@@ -53,7 +62,9 @@ if TYPE_CHECKING:
     quest = decorator(Quest)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
+    teal = decorator(Teal)
     vertical_slash = decorator(VerticalSlash)
+    wina = decorator(Wina)
     xattention = decorator(XAttention)
     __version__: str
 else:
@@ -61,6 +72,7 @@ else:
     _HOMES = {
         "Cache": "runtime.cache",
         "CacheError": "runtime.cache",
+        "CalibrationError": "passes.calibrate",
         "CapacityError": "kernels.ops",
         "Chunk": "passes.layout",
         "DecorationError": "passes.options",
@@ -69,11 +81,15 @@ else:
         "InspectError": "passes.report",
         "Layout": "passes.layout",
         "OptionError": "passes.options",
+        "Plan": "runtime.plan",
+        "PlanError": "runtime.plan",
         "Report": "passes.report",
         "blockrank_layout": "passes.blockrank",
         "blockrank_scores": "passes.blockrank",
+        "calibrate": "passes.calibrate",
         "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
+        "merge_state": "kernels.attention",
         "options_of": "passes.options",
         "remove": "passes.options",
         "sparse_attention": "passes.options",
@@ -102,6 +118,7 @@ else:
 __all__ = [
     "Cache",
     "CacheError",
+    "CalibrationError",
     "CapacityError",
     "Chunk",
     "DecorationError",
@@ -110,18 +127,24 @@ __all__ = [
     "InspectError",
     "Layout",
     "OptionError",
+    "Plan",
+    "PlanError",
     "Report",
     "__version__",
     "anchor_attention",
     "blockrank",
     "blockrank_layout",
     "blockrank_scores",
+    "calibrate",
+    "carve_moe",
     "compress_kv",
     "delta",
+    "flap",
     "flexprefill",
     "graph_kv",
     "graph_kv_layout",
     "inspect",
+    "merge_state",
     "options_of",
     "pbs_attn",
     "proxyattn",
@@ -130,6 +153,8 @@ __all__ = [
     "sliding_window",
     "sparse_attention",
     "streaming",
+    "teal",
     "vertical_slash",
+    "wina",
     "xattention",
 ]

@@ -94,6 +94,53 @@ def inspect(
         print(report.diff())
 
 
+plans = typer.Typer(no_args_is_help=True, help="Look at plans that calibration has made.")
+app.add_typer(plans, name="plan")
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a plan, as Plan.save writes it.")]
+
+
+def _plan(folder: Path) -> Any:
+    from effcompile.runtime.plan import Plan, PlanError
+
+    try:
+        return Plan.load(folder)
+    except (PlanError, FileNotFoundError) as problem:
+        Console(stderr=True).print(Text(str(problem), "red"))
+        raise typer.Exit(2) from None
+
+
+@plans.command()
+def show(folder: Folder, as_json: AsJson = False) -> None:
+    """Every record of a plan: module, pass, options, and what was measured while calibrating."""
+    plan = _plan(folder)
+    if as_json:
+        print(json.dumps({"made": plan.made, "records": [json.loads(record.text) for record in plan]}, indent=1))
+        return
+    table = Table("module", "pass", "options", "measured", "tensors")
+    for r in plan:
+        table.add_row(
+            r.module,
+            r.method,
+            ", ".join(f"{name}={value!r}" for name, value in r.options.items()),
+            "\n".join(f"{name} {x:.4g}" for name, x in r.numbers.items()),
+            "\n".join(f"{name} {tuple(t.shape)}" for name, t in r.tensors.items()),
+        )
+    console = Console()
+    console.print(table)
+    console.print(Text(", ".join(f"{name}: {value}" for name, value in plan.made.items()), "dim"))
+
+
+@plans.command()
+def diff(one: Folder, other: Folder) -> None:
+    """What is different in two plans; ends with 1 if anything is."""
+    first, second = _plan(one), _plan(other)
+    lines = first.diff(second)
+    for line in lines:
+        print(line)
+    raise typer.Exit(1 if lines else 0)
+
+
 class _LoadError(Exception):
     """The model could not be read; the text says why."""
 

@@ -79,3 +79,35 @@ def attend(
     weights = (scores - torch.where(lse.isinf(), torch.zeros_like(lse), lse).unsqueeze(-1)).exp()
     out = torch.einsum("bgrts,bgse->bgrte", weights, value.float())
     return out.reshape(batch, heads, rows, -1).to(query.dtype), lse.reshape(batch, heads, rows)
+
+
+def merge_state(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from attention over each.
+
+    Milakov and Gimelshein (2018), section 3: softmax is associative in this form, so any split of the keys in any
+    order gives the whole. Elementwise, in fp32; a row that saw no key on one side, 0 and -inf, is the other side.
+
+    Parameters
+    ----------
+    out, other
+        ``[B, H, T, E]``, as ``attend`` and ``attend_blocks`` give them.
+    lse, other_lse
+        ``[B, H, T]`` fp32. Sinks belong to one of the two calls only, as their mass would count twice.
+
+    Returns
+    -------
+    tuple
+        ``out`` in the dtype of the first, and ``lse`` in fp32.
+
+    >>> one, two = (torch.full((1, 1, 1, 2), x) for x in (1.0, 3.0))
+    >>> same, nothing = torch.zeros(1, 1, 1), torch.full((1, 1, 1), -torch.inf)
+    >>> merge_state(one, same, two, same)[0].flatten().tolist()
+    [2.0, 2.0]
+    >>> merge_state(one, same, torch.zeros_like(two), nothing)[0].flatten().tolist()
+    [1.0, 1.0]
+    """
+    # Equal ones, which two infinities are as well, have no difference that says more.
+    apart = torch.where(lse == other_lse, 0.0, lse - other_lse)
+    first, second = (x.sigmoid().unsqueeze(-1) for x in (apart, -apart))
+    merged = out.float() * first + other.float() * second
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)

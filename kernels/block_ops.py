@@ -5,6 +5,15 @@ As in :mod:`effcompile.kernels.ops`, an operator means its reference body. ``sel
 a store holds, dequantised; ``attend_blocks`` is ``attend`` over the listed blocks only
 (:mod:`effcompile.kernels.blocks`). ``mask_blocks`` lists the blocks of a mask that somebody gave; with the mask as
 ``allowed``, bool ``[B or 1, H or 1, T, >= S]``, ``attend_blocks`` then tests the pairs of partial blocks by it.
+So it does by ``ranges``, int32 ``[B or 1, H or 1, T, R, 2]``: the keys of each query
+(:mod:`effcompile.kernels.ranges`).
+
+The parts of a score, ``softcap``, ``bias`` and ``sinks``, are those of ``attend``. A bias has a number for each token:
+it is looked up by key positions. A number for each key times one for each head is a bias ``[B or 1, H, 1, S]``.
+
+With the state of attention to other keys, ``before_out`` ``[B, H, T, E]`` and ``before_lse`` fp32 ``[B, H, T]``, the
+result is that of both together, as :func:`effcompile.kernels.attention.merge_state` gives it. ``attend`` has no such
+argument: merging its result costs next to nothing beside it. Sinks belong to one of the two.
 """
 
 from __future__ import annotations
@@ -18,9 +27,10 @@ from torch import Tensor
 
 from effcompile.kernels import attention, blocks, observe, ops, quantize
 from effcompile.kernels.blocks import BlockError, BlockLists
-from effcompile.kernels.columns import blocks_at, check_columns, check_positions, listed
+from effcompile.kernels.columns import bias_at, blocks_at, check_both, check_columns, listed, visible_at
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
+from effcompile.kernels.ranges import check_ranges, tokens
 
 ops.library.define(
     "select_blocks(Tensor query, Tensor key, Tensor? key_mask, str method, float scale, *, "
@@ -34,7 +44,9 @@ ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int block, str form, float scale, "
     "bool causal, int window, *, Tensor? key_positions=None, Tensor? columns=None, Tensor? column_counts=None, "
-    "int span=1, Tensor? allowed=None) -> (Tensor, Tensor)"
+    "int span=1, Tensor? allowed=None, Tensor? before_out=None, Tensor? before_lse=None, "
+    "Tensor? ranges=None, Tensor? query_positions=None, "
+    "float? softcap=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 ops.library.define("mask_blocks(Tensor mask, int block) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -156,13 +168,23 @@ def _attend_blocks(
     column_counts: Tensor | None = None,
     span: int = 1,
     allowed: Tensor | None = None,
+    before_out: Tensor | None = None,
+    before_lse: Tensor | None = None,
+    ranges: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    **parts: Any,
 ) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     if (columns is None) != (column_counts is None) or (columns is not None and key_positions is not None):
         raise BlockError("columns come with their counts, and not together with key positions.")
-    if allowed is not None and (columns is not None or key_positions is not None):
-        raise BlockError("a mask of pairs, allowed, is for blocks alone: neither columns nor key positions go with it.")
+    if (allowed is not None or ranges is not None) and (columns is not None or key_positions is not None):
+        given = "a mask of pairs, allowed, is" if ranges is None else "ranges are"
+        raise BlockError(f"{given} for blocks alone: neither columns nor key positions go with it.")
     more = {"key_positions": key_positions, "columns": columns, "column_counts": column_counts, "allowed": allowed}
+    more |= {"ranges": ranges, "query_positions": query_positions} | parts
+    if before_out is not None or before_lse is not None:
+        check_before(before_out, before_lse, query, _fake_attend_blocks(query, *args)[0].shape)
+        more |= {"before_out": before_out, "before_lse": before_lse}
     try:
         result: tuple[Tensor, Tensor] = ops.launch(
             "attend_blocks", query.device.type, query, *args, **more, span=None if columns is None else span
@@ -171,36 +193,44 @@ def _attend_blocks(
     except ops.KernelUnavailable:
         form, n, queries = KVForm.parse(name), int(length), query.shape[2]
         predicate = Predicate(causal, window if window >= 0 else None, key_mask is not None)
-        tested = attention.allowed(predicate, queries, n, key_mask, query.device)
         keys, values = ops.split_state(tuple(state))
         check_lists(kv_num, kv_idx, full_num, full_idx, queries, n, block)
-        if key_positions is not None:
-            tested = _by_position(tested, key_positions, query, keys[0].shape[1], n)
+        if key_positions is None and query_positions is None:
+            tested = attention.allowed(predicate, queries, n, key_mask, query.device)
+        else:
+            groups, by_token = keys[0].shape[1], key_mask is not None or parts.get("bias") is not None
+            check_both(key_positions, query_positions, query.shape, groups, n, by_token)
+            tested = visible_at(predicate, query.shape, groups, n, key_mask, key_positions, query_positions)
         if allowed is not None:
             check_allowed(allowed, query, n)
             tested = tested & allowed[..., :n]
+        if ranges is not None:
+            check_ranges(ranges, query, n)
+            tested = tested & tokens(ranges, n)
         lists = BlockLists(kv_num, kv_idx, full_num, full_idx, block)
-        keep = blocks.tokens(blocks.visited(kv_num, kv_idx), queries, n, block) & tested
+        over = blocks.tokens(lists.overflowed().unsqueeze(-1), queries, 1, block)
+        total = max(kv_idx.shape[3], blocks.count_blocks(n, block))
+        for counts in (kv_num, full_num):
+            if counts is not None and bool(((counts < 0) | (counts > total)).any()):
+                raise BlockError(f"a block list names a block that is not there; there are {total}.") from None
+        keep = (blocks.tokens(blocks.visited(kv_num, kv_idx, total), queries, n, block) | over) & tested
         if full_num is not None:
-            keep = keep | blocks.tokens(blocks.visited(full_num, full_idx), queries, n, block)
+            whole = blocks.tokens(blocks.visited(full_num, full_idx, total), queries, n, block)
+            keep = keep | whole & ~over
         if columns is not None and column_counts is not None:
             check_columns(columns, column_counts, span, queries, block)
             single = listed(columns, column_counts, n).repeat_interleave(span * block, 2)[:, :, :queries]
-            if bool((single & blocks.tokens(lists.keep(), queries, n, block)).any()):
+            single = single & ~over  # which are visited already
+            if bool((single & blocks.tokens(lists.keep(total), queries, n, block)).any()):
                 raise BlockError("a column lies in a block that is visited; its key would count twice.") from None
             keep = keep | single & tested
         key, value = quantize.load_side(keys, n, form, "key"), quantize.load_side(values, n, form, "value")
-        out, lse = attention.attend(query, key, value, keep, scale)
+        if key_positions is not None and parts.get("bias") is not None:
+            parts["bias"] = bias_at(parts["bias"], key_positions, query.shape, keys[0].shape[1])
+        out, lse = attention.attend(query, key, value, keep, scale, **parts)
+        if before_out is not None and before_lse is not None:
+            out, lse = attention.merge_state(out, lse, before_out, before_lse)
         return out.contiguous(), lse.contiguous()
-
-
-def _by_position(tested: Tensor, positions: Tensor, query: Tensor, groups: int, keys: int) -> Tensor:
-    """What the predicate says of tokens, ``[B or 1, 1, T, S]``, by the slots that hold them: ``[B, H, T, S]``."""
-    batch, heads, queries, _ = query.shape
-    check_positions(positions, batch, groups, keys)
-    at = positions.long().expand(batch, groups, -1).repeat_interleave(heads // groups, 1)
-    shape = (batch, heads, queries, keys)
-    return tested.expand(shape).gather(-1, at.unsqueeze(2).expand(shape))
 
 
 def check_lists(
@@ -217,7 +247,7 @@ def check_lists(
     for what, counts, indices in (("kv", kv_num, kv_idx), ("full_kv", full_num, full_idx)):
         if counts is None or indices is None:
             continue
-        if counts.shape[2] != rows or indices.shape[:3] != counts.shape or indices.shape[3] < columns:
+        if counts.shape[2] != rows or indices.shape[:3] != counts.shape:
             raise BlockError(
                 f"{what}_num_blocks {tuple(counts.shape)} and {what}_indices {tuple(indices.shape)} do not list "
                 f"{rows} rows of up to {columns} blocks, as {queries} queries and {keys} keys, {block} a block, need."
@@ -233,6 +263,19 @@ def check_allowed(allowed: Tensor, query: Tensor, keys: int) -> None:
             f"allowed is {allowed.dtype} of {sizes}; expected bool of [B or 1, H or 1, T, S] with {keys} keys and "
             f"queries of {tuple(query.shape[:3])}."
         )
+
+
+def check_before(out: Tensor | None, lse: Tensor | None, query: Tensor, shape: torch.Size) -> None:
+    """Raise :class:`BlockError` unless both are there and are a result of attention for this query. Looks at shapes."""
+    if out is None or lse is None:
+        raise BlockError("the state of earlier attention is two tensors, before_out and before_lse; one is missing.")
+    if out.shape != shape or lse.shape != shape[:3] or out.dtype not in (query.dtype, torch.float32):
+        raise BlockError(
+            f"before_out is {out.dtype} of {tuple(out.shape)}, before_lse of {tuple(lse.shape)}; expected "
+            f"{query.dtype} or fp32 of {tuple(shape)} and of {tuple(shape[:3])}."
+        )
+    if lse.dtype is not torch.float32:
+        raise BlockError(f"before_lse is {lse.dtype}; expected fp32.")
 
 
 def layout_of(
@@ -297,4 +340,5 @@ def _everything(query: Tensor, *args: Any, **more: Any) -> observe.Arguments:
     return (query, *state, length, key_mask, *of(made), name, scale, causal, window), more
 
 
-observe.register(torch.ops.effcompile.attend_blocks.default, _everything)
+_MASS = ("bias", "sinks", "before_out", "before_lse")
+observe.register(torch.ops.effcompile.attend_blocks.default, _everything, _MASS)

@@ -7,6 +7,10 @@ query ``i`` stands at position ``S - T + i``.
 The four tensors are those of PyTorch's ``BlockMask``, with its names. A *full* block needs no test of any pair in it,
 a *partial* one is tested against the predicate. Lists ascend, and have room for every block, so that shapes do not
 depend on data; what lies behind a count is not read. Batch and heads may be 1, which stands for all.
+
+Lists may have room for fewer blocks, ``[B, H, nQ, room]``, where memory is short. A count is that of the blocks which
+were chosen, whether they fit or not: where it is greater than the room the list has *overflowed*, nothing of its row is
+read, and the row visits every block, tested. So an overflow costs time and is never wrong.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ class BlockLists:
     Parameters
     ----------
     kv_num_blocks, kv_indices
-        Partial blocks: int32 ``[B or 1, H or 1, nQ]`` and ``[B or 1, H or 1, nQ, nK]``.
+        Partial blocks: int32 ``[B or 1, H or 1, nQ]`` and ``[B or 1, H or 1, nQ, nK]``, or of less room.
     full_kv_num_blocks, full_kv_indices
         Full blocks, of the same shapes, or ``None`` if there is none.
     block
@@ -54,12 +58,19 @@ class BlockLists:
     full_kv_indices: Tensor | None
     block: int
 
-    def keep(self) -> Tensor:
-        """Whether a block is visited: bool ``[B or 1, H or 1, nQ, nK]``."""
-        keep = visited(self.kv_num_blocks, self.kv_indices)
+    def keep(self, total: int | None = None) -> Tensor:
+        """Whether a block is visited: bool ``[B or 1, H or 1, nQ, nK]``; lists of less room need ``total``, ``nK``."""
+        keep = visited(self.kv_num_blocks, self.kv_indices, total)
         if self.full_kv_num_blocks is not None and self.full_kv_indices is not None:
-            keep = keep | visited(self.full_kv_num_blocks, self.full_kv_indices)
-        return keep
+            keep = keep | visited(self.full_kv_num_blocks, self.full_kv_indices, total)
+        return keep | self.overflowed().unsqueeze(-1)
+
+    def overflowed(self) -> Tensor:
+        """Whether a row of lists did not fit, and visits every block: bool ``[B or 1, H or 1, nQ]``."""
+        over = self.kv_num_blocks > self.kv_indices.shape[-1]
+        if self.full_kv_num_blocks is not None and self.full_kv_indices is not None:
+            over = over | (self.full_kv_num_blocks > self.full_kv_indices.shape[-1])
+        return over
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +92,22 @@ def visited(counts: Tensor, indices: Tensor, total: int | None = None) -> Tensor
     return keep.scatter(-1, padded, True)[..., :width]
 
 
-def lists(keep: Tensor, full: Tensor | None, block: int) -> BlockLists:
-    """Lists of the blocks in ``keep``, bool ``[B or 1, H or 1, nQ, nK]``, of which those in ``full`` need no test."""
+def lists(keep: Tensor, full: Tensor | None, block: int, room: int | None = None) -> BlockLists:
+    """Lists of the blocks in ``keep``, bool ``[B or 1, H or 1, nQ, nK]``, of which those in ``full`` need no test.
+
+    ``room`` is the length of each list, which may overflow; by default as many as there are blocks.
+
+    >>> made = lists(torch.tensor([[[[True, False, True], [True, True, True]]]]), None, 128, room=2)
+    >>> made.kv_num_blocks.tolist(), made.overflowed().tolist()
+    ([[[2, 3]]], [[[False, True]]])
+    """
     if full is None:
-        return BlockLists(*compact(keep), None, None, block)
-    return BlockLists(*compact(keep & ~full), *compact(keep & full), block)
+        return BlockLists(*_cut(*compact(keep), room), None, None, block)
+    return BlockLists(*_cut(*compact(keep & ~full), room), *_cut(*compact(keep & full), room), block)
+
+
+def _cut(counts: Tensor, indices: Tensor, room: int | None) -> tuple[Tensor, Tensor]:
+    return counts, indices if room is None else indices[..., :room].contiguous()
 
 
 def possible(queries: int, keys: int, block: int, *, causal: bool = True, device: Any = None) -> Tensor:

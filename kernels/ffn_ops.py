@@ -47,14 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effcompile.kernels import ops
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-"""By the names of the functions in PyTorch; ``gelu_tanh`` is ``gelu`` with ``approximate="tanh"``."""
+from effcompile.kernels.ffn import ACTIVATIONS
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),

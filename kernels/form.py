@@ -205,6 +205,11 @@ class KVForm:
         return self.rope != "post"
 
     @property
+    def bounds_keys(self) -> bool:
+        """Whether scale and zero of a group of packed keys are the ends of a channel of them, as attention reads it."""
+        return self.bits("key") != 16 and self.key_axis == "channel" and not self.pre and not self.fp8("key")
+
+    @property
     def slots(self) -> int:
         """``W``, the ring slots of a packed side's tail."""
         return self.residual + self.group

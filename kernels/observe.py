@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_everything: dict[Any, Callable[..., Arguments]] = {}
+_everything: dict[Any, tuple[Callable[..., Arguments], tuple[str, ...]]] = {}
 
 
-def register(operator: Any, everything: Callable[..., Arguments]) -> None:
+def register(operator: Any, everything: Callable[..., Arguments], mass: tuple[str, ...] = ()) -> None:
     """Let ``everything(*args, **kwargs)`` give the arguments with which ``operator`` visits all keys it may see.
 
-    The operator's first argument is the query, its second result the lse, fp32 ``[B, H, T]``.
+    The operator's first argument is the query, its second result the lse, fp32 ``[B, H, T]``. ``mass`` names keyword
+    arguments that give mass to a query of zeros or take it, and are left out where keys are counted.
     """
-    _everything[operator] = everything
+    _everything[operator] = everything, mass
 
 
 def is_sparse(operator: Any) -> bool:
@@ -34,15 +35,16 @@ def observe(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lse: T
     """Density and kept mass of one call whose result had this ``lse``: fp64 ``[2]``.
 
     Density is the pairs of query and key that were visited over those that may see each other; kept mass is the mean
-    over rows that may see a key. Three more calls of the operator, two of them dense.
+    over rows that may see a key; what a sink takes counts as kept. Three more calls of the operator, two of them dense.
     """
-    all_args, all_kwargs = _everything[operator](*args, **kwargs)
+    everything, mass = _everything[operator]
+    all_args, all_kwargs = everything(*args, **kwargs)
     dense = operator(*all_args, **all_kwargs)[1].double()
     there = dense.isfinite()
     kept = (lse.double() - dense)[there].exp().mean()
     zeros = torch.zeros_like(args[0])
     seen, possible = (
-        operator(zeros, *rest, **more)[1].double().exp().sum()
+        operator(zeros, *rest, **{k: v for k, v in more.items() if k not in mass})[1].double().exp().sum()
         for rest, more in ((args[1:], kwargs), (all_args[1:], all_kwargs))
     )
     return torch.stack([seen / possible, kept])

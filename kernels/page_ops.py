@@ -2,7 +2,9 @@
 
 As in :mod:`effcompile.kernels.block_ops`: ``select_pages`` runs the policy that its ``method`` names, ``attend_pages``
 is ``attend`` over the listed pages only (:mod:`effcompile.kernels.pages`). The store may have any form; tokens that
-are not packed yet are read where they are listed, as all others.
+are not packed yet are read where they are listed, as all others. ``attend_mass`` is ``attend`` of one query, which also
+says what each page was worth to it; a method that chooses by that gives it to ``select_pages``. ``bound_store`` comes
+before the ``kv_store`` of the same keys, for forms that do not bound keys themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from effcompile.kernels.program import Predicate
 _KEYS = "Tensor k0, Tensor? k1, Tensor? k2"
 ops.library.define(
     f"select_pages(Tensor query, {_KEYS}, Tensor length, Tensor? key_mask, str method, str form, float scale, *, "
-    "Tensor? table=None, Tensor? lse=None) -> (Tensor, Tensor)"
+    "Tensor? mass=None, Tensor? bounds=None) -> (Tensor, Tensor)"
+)
+ops.library.define("bound_store(Tensor(a!) bounds, Tensor rows, Tensor length, Tensor key, int unit) -> ()")
+ops.library.define(
+    f"attend_mass(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, int page, str form, float scale, *, "
+    "Tensor? table=None) -> (Tensor, Tensor, Tensor)"
 )
 ops.library.define(
     f"attend_pages(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor pages, Tensor page_counts, "
@@ -42,12 +49,17 @@ class Policy:
         wants them.
     count
         ``count(**options)``: pages to take.
+    always
+        ``always(**options)``: how many of the first and of the newest pages that the query sees are always taken;
+        ``scores`` has +inf there.
     shared
-        Whether there is one list for all heads.
+        Whether there is one list for all heads: then ``scores`` are ``step.mass`` but for infinities, else shares of
+        :func:`effcompile.kernels.pages.bounds`.
     """
 
     scores: Callable[..., Tensor]
     count: Callable[..., int]
+    always: Callable[..., tuple[int, int]]
     shared: bool
 
 
@@ -59,7 +71,8 @@ def register_policy(name: str, policy: Policy) -> None:
     _policies[name] = policy
 
 
-def _policy_of(method: str) -> tuple[Policy, dict[str, Any]]:
+def policy_of(method: str) -> tuple[Policy, dict[str, Any]]:
+    """The policy that ``method`` names, and its options."""
     name, options = method_options(method)
     if name not in _policies:
         raise BlockError(f"no method {name!r} selects pages; import effcompile.passes first.")
@@ -77,18 +90,25 @@ def _select_pages(
     form: str,
     scale: float,
     *,
-    table: Tensor | None = None,
-    lse: Tensor | None = None,
+    mass: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    policy, options = _policy_of(method)
-    keys = [t for t in (k0, k1, k2) if t is not None]
-    step = pages.Step(query, keys, length, key_mask, KVForm.parse(form), scale, table, lse)
-    return pages.take(policy.scores(step, **options), policy.count(**options))
+    policy, options = policy_of(method)
+    if policy.shared and mass is None:
+        raise BlockError(f"{method} ranks pages by the mass that attend_mass found, and none is given.")
+    args = query, k0, k1, k2, length, key_mask, method, form, scale
+    try:
+        result: tuple[Tensor, Tensor] = ops.launch("select_pages", query.device.type, *args, mass=mass, bounds=bounds)
+        return result
+    except ops.KernelUnavailable:
+        keys = [t for t in (k0, k1, k2) if t is not None]
+        step = pages.Step(query, keys, length, key_mask, KVForm.parse(form), scale, mass, bounds)
+        return pages.take(policy.scores(step, **options), policy.count(**options))
 
 
 def _fake_select_pages(query: Tensor, k0: Tensor, *args: Any, **extra: Any) -> tuple[Tensor, Tensor]:
     *_, method, form, _scale = args
-    policy, options = _policy_of(method)
+    policy, options = policy_of(method)
     total = blocks.count_blocks(k0.shape[2] * KVForm.parse(form).span("key"), options["page_size"])
     heads = 1 if policy.shared else k0.shape[1]
     count = min(policy.count(**options), total)
@@ -140,7 +160,7 @@ def _attend_pages(query: Tensor, *args: Any, table: Tensor | None = None) -> tup
 
 
 def _fake_attend_pages(query: Tensor, *args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    *state, _length, _mask, _pages, _counts, _page, name, _scale = args
+    state, name = args[:6], args[-2]
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]
     return (
@@ -149,7 +169,50 @@ def _fake_attend_pages(query: Tensor, *args: Any, table: Tensor | None = None) -
     )
 
 
+def _bound_store(bounds: Tensor, rows: Tensor, length: Tensor, key: Tensor, unit: int) -> None:
+    # Once in `unit` steps a few operations of PyTorch, else none: no kernel of ours would gain.
+    pages.store_bounds(bounds, rows, int(length), key, unit)
+
+
+def _on_host(length: Tensor) -> bool:
+    """Whether asking for the number waits for nothing."""
+    return length.device.type == "cpu"
+
+
+def _attend_mass(query: Tensor, *args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    *state, length, key_mask, page, name, scale = args
+    try:
+        result: tuple[Tensor, Tensor, Tensor] = ops.launch("attend_mass", query.device.type, query, *args, table=table)
+        return result
+    except ops.KernelUnavailable:
+        form = KVForm.parse(name)
+        keys, values = ops.split_state(tuple(state))
+        capacity = ops.capacity_of(keys, form)
+        if not _on_host(length):
+            # The length stays where it is: the kernel attends, and all that there is room for is weighed.
+            whole = (*state, length, key_mask, name, scale, True, -1)
+            out, lse = torch.ops.effcompile.attend(query, *whole, table=table)
+            key = quantize.load_room(keys, length, form, "key", table)
+            there = torch.arange(capacity, device=key.device) < length
+            return out, lse, pages.mass(query, key, key_mask, scale, page, capacity, there)
+        n = int(length)
+        key = quantize.load_side(keys, n, form, "key", table)
+        value = quantize.load_side(values, n, form, "value")
+        keep = attention.allowed(Predicate(key_mask=key_mask is not None), 1, n, key_mask, query.device)
+        out, lse = attention.attend(query, key, value, keep, scale)
+        worth = pages.mass(query, key, key_mask, scale, page, capacity)
+        return out.contiguous(), lse.contiguous(), worth
+
+
+def _fake_attend_mass(query: Tensor, *args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    *state, _length, _mask, page, name, _scale = args
+    total = blocks.count_blocks(state[0].shape[2] * KVForm.parse(name).span("key"), page)
+    return (*_fake_attend_pages(query, *args), query.new_empty(query.shape[0], 1, total, dtype=torch.float32))
+
+
 for _name, _body, _fake in (
+    ("bound_store", _bound_store, lambda *args: None),
+    ("attend_mass", _attend_mass, _fake_attend_mass),
     ("select_pages", _select_pages, _fake_select_pages),
     ("attend_pages", _attend_pages, _fake_attend_pages),
 ):

@@ -6,7 +6,7 @@ share a key/value head.
 
 A list is int32 ``[B, G or 1, K]`` with counts ``[B, G or 1]``; 1 stands for all heads. Lists ascend, and what lies
 behind a count is not read. ``K`` is a number of the program, so no shape depends on data, and nothing here asks the
-host but :func:`mass`, which reads the keys that there are.
+host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from effcompile.kernels import quantize
 from effcompile.kernels.blocks import count_blocks
 from effcompile.kernels.form import KVForm
 
@@ -41,10 +40,11 @@ class Step:
         Bool ``[B or 1, C or more]``, False where padding hides a key, or None.
     scale
         Of the scores.
-    table
-        The angles, if keys are kept before RoPE.
-    lse
-        Of this query's attention to all keys, fp32 ``[B, H, 1]``, where that is known.
+    mass
+        What attention to all keys found each page to be worth (:func:`mass`), fp32 ``[B, 1, nP]``, where that is known.
+    bounds
+        The least and the largest of each channel of the keys in every unit of ``u`` tokens that is whole, in the
+        model's dtype ``[B, G, C/u, 2, D]``, where the cache keeps them; ``u`` divides pages.
     """
 
     query: Tensor
@@ -53,8 +53,16 @@ class Step:
     key_mask: Tensor | None
     form: KVForm
     scale: float
-    table: Tensor | None = None
-    lse: Tensor | None = None
+    mass: Tensor | None = None
+    bounds: Tensor | None = None
+
+    @property
+    def bounded(self) -> Tensor:
+        """The first tokens whose keys have bounds: int64 0-d. On the device, as the length is."""
+        if self.bounds is not None:
+            unit = self.capacity // self.bounds.shape[2]
+            return self.length // unit * unit
+        return (self.length - self.form.residual).clamp(min=0) // self.form.group * self.form.group
 
     @property
     def capacity(self) -> int:
@@ -80,17 +88,42 @@ def _paged(x: Tensor, page: int, fill: float) -> Tensor:
     return whole.reshape(*x.shape[:-1], -1, page)
 
 
+def unit_of(form: KVForm) -> int:
+    """``u``, the tokens whose keys a cache of ``form`` keeps bounds for: what pages are multiples of."""
+    return PAGE if form.dense else form.group
+
+
+def store_bounds(bounds: Tensor, rows: Tensor, length: int, key: Tensor, unit: int) -> None:
+    """Note in place the least and the largest of each channel in every unit that ``key`` makes whole.
+
+    ``bounds`` ``[B, G, C/u, 2, D]``; ``key`` ``[B, G, T, D]``, which comes behind ``length`` tokens. ``rows`` is what
+    the store holds in the model's dtype before it takes ``key``: all keys, or the ring of the newest. So a unit's
+    bounds follow from its tokens alone, however they came and whatever was removed meanwhile: while a unit is not whole
+    nothing is kept of it but the tokens, which no crop takes from the ring (``CompressedLayer.removable``).
+    """
+    first, stop = length // unit, min((length + key.shape[2]) // unit, bounds.shape[2])
+    if stop <= first:
+        return
+    old = torch.arange(first * unit, length, device=key.device) % rows.shape[2]
+    whole = torch.cat([rows[:, :, old], key[:, :, : stop * unit - length]], 2).unflatten(2, (-1, unit))
+    bounds[:, :, first:stop] = torch.stack([whole.amin(3), whole.amax(3)], 3)
+
+
 def boxes(step: Step, page: int) -> tuple[Tensor, Tensor]:
     """The least and the largest of each channel of the keys in each page: fp32 ``[B, G, nP, D]``, two of them.
 
     Keys that are quantised along tokens carry them: of a group they are the zero, and the zero and all levels of the
-    scale. They hold for the keys as attention reads them; in pages that are not packed yet they mean nothing.
+    scale. They hold for the keys as attention reads them. :attr:`Step.bounds` hold for the keys as they were given.
+    Behind :attr:`Step.bounded` they mean nothing.
     """
-    scale, zero = step.keys[1].float().unbind(3)
-    ends = zero, scale * (2 ** step.form.bits("key") - 1) + zero
-    groups = page // step.form.group
-    low, high = (_paged(x.mT, groups, fill) for x, fill in zip(ends, (torch.inf, -torch.inf)))
-    return low.amin(-1).mT, high.amax(-1).mT
+    if step.bounds is not None:
+        low, high = step.bounds.float().unbind(3)
+    else:
+        scale, low = step.keys[1].float().unbind(3)
+        high = scale * (2 ** step.form.bits("key") - 1) + low
+    units = page * low.shape[2] // step.capacity
+    least, most = (_paged(x.mT, units, fill) for x, fill in ((low, torch.inf), (high, -torch.inf)))
+    return least.amin(-1).mT, most.amax(-1).mT
 
 
 def bounds(step: Step, page: int) -> Tensor:
@@ -104,21 +137,32 @@ def bounds(step: Step, page: int) -> Tensor:
     return most
 
 
-def mass(step: Step, page: int) -> Tensor:
+def mass(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    page: int,
+    capacity: int,
+    there: Tensor | None = None,
+) -> Tensor:
     """The softmax of the scores, its largest value over all query heads, summed in pages: fp32 ``[B, 1, nP]``.
 
-    A sum over all pages lies between 1 and ``H`` (DELTA, section 3).
+    ``query`` ``[B, H, 1, D]``, ``key`` ``[B, G, S, D]``, ``key_mask`` as in :class:`Step`; ``there`` bool ``[S]``, for
+    keys that are room only in part. A sum over all pages lies between 1 and ``H`` (DELTA, section 3).
     """
-    n = int(step.length)
-    key = quantize.load_side(step.keys, n, step.form, "key", step.table).float()
-    query = (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (key.shape[1], -1))
-    logits = query @ key.mT
-    if step.key_mask is not None:
-        logits = logits.masked_fill(~step.key_mask[:, None, None, :n], -torch.inf)
-    lse = logits.logsumexp(-1) if step.lse is None else step.lse.reshape(logits.shape[:-1])
-    # A row of a batch that sees no key has weights of exp(-inf - -inf); nothing of it is present, whatever they are.
-    best = (logits - lse.unsqueeze(-1)).exp().amax((1, 2)).unsqueeze(1)
-    return _paged(functional.pad(best, (0, step.capacity - n)), page, 0).sum(-1)
+    tokens = key.shape[2]
+    grouped = (query.float() * scale).flatten(1, 2).unflatten(1, (key.shape[1], -1))
+    logits = grouped @ key.float().mT
+    if there is not None:
+        logits = logits.masked_fill(~there, -torch.inf)
+    if key_mask is not None:
+        mask = key_mask[:, None, None, :tokens]
+        logits = logits.masked_fill(~functional.pad(mask, (0, tokens - mask.shape[3])), -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    # A row of a batch that sees no key has weights of 0.
+    best = (logits - lse.masked_fill(lse == -torch.inf, 0)).exp().amax((1, 2)).unsqueeze(1)
+    return _paged(functional.pad(best, (0, capacity - tokens)), page, 0).sum(-1)
 
 
 def take(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

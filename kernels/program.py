@@ -9,7 +9,7 @@ import torch
 
 from effcompile.kernels.form import KVForm
 
-Phase = Literal["decode", "prefill"]
+Phase = Literal["decode", "prefill", "select"]
 
 DECODE_ROWS = 16
 """Query rows per key/value head up to which the decode skeleton is used (rows = query length x heads per group)."""
@@ -94,8 +94,10 @@ class Program:
     part of a program: one compiled program serves every step. ``rotary`` is ``r``, the channels in which keys before
     RoPE are rotated, and 0 for other forms. With ``blocks`` it visits listed blocks only
     (:mod:`effcompile.kernels.blocks`; in decode :mod:`effcompile.kernels.pages`), whose size comes with the lists; a
-    prefill then has with ``columns`` single keys besides, or with ``positions`` keys that stand elsewhere than their
-    slots say (:mod:`effcompile.kernels.columns`).
+    prefill then has with ``columns`` single keys besides, with ``positions`` keys that stand elsewhere than their
+    slots say (:mod:`effcompile.kernels.columns`), or with ``given`` a mask of pairs, by which partial blocks are
+    tested too. The phase ``select`` makes such lists for a decode: of the form it knows what says where a page's keys
+    end (:func:`for_select`).
     """
 
     phase: Phase
@@ -110,6 +112,7 @@ class Program:
     blocks: bool = False
     columns: bool = False
     positions: bool = False
+    given: bool = False
 
     @property
     def name(self) -> str:
@@ -117,14 +120,25 @@ class Program:
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
         listed = "blocks" if self.phase == "prefill" else "pages"
         phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
-        parts = "_col" * self.columns + "_pos" * self.positions
+        parts = "_col" * self.columns + "_pos" * self.positions + "_given" * self.given
         rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
-        return f"attend_{phase}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
+        verb = "select" if self.phase == "select" else f"attend_{phase}"
+        return f"{verb}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
+
+    @classmethod
+    def for_select(cls, form: KVForm, dtype: torch.dtype, ratio: int, size: int, unit: int | None) -> Program:
+        """Ranking pages by bounds: those of groups that are packed per channel, or of every ``unit`` tokens."""
+        ends = form if unit is None else KVForm(16, 16, unit, 0)
+        return cls("select", ends, Predicate(), dtype, ratio, size, size)
 
     @staticmethod
     def phase_for(queries: int, ratio: int) -> Phase:
         """Decode while the rows that share a key/value head are few, else prefill."""
         return "decode" if queries * ratio <= DECODE_ROWS else "prefill"
+
+
+BY_MASS = Program.for_select(KVForm(), torch.float32, 1, 16, 16)
+"""Ranking pages by their mass. Nothing is read but that, so one program serves all."""
 
 
 @dataclasses.dataclass(frozen=True)

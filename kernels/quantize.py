@@ -6,6 +6,8 @@ these functions; they never define behaviour. Layouts are in :mod:`effcompile.ke
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -140,3 +142,14 @@ def load_side(state: list[Tensor], length: int, form: KVForm, kind: Kind, table:
         body = dequantize(q, *scales[:, :, :stop].unsqueeze(5).unbind(3)).flatten(3)
     slots = torch.arange(stop, length, device=tail.device) % form.slots
     return torch.cat([body, tail[:, :, slots].float()], dim=2)
+
+
+def load_room(state: list[Tensor], length: Tensor, form: KVForm, kind: Kind, table: Tensor | None = None) -> Tensor:
+    """As :func:`load_side`, of a length that stays on its device: ``[B, G, C, D]``, anything from ``length`` on."""
+    if form.bits(kind) == 16:
+        return state[0]
+    capacity, tail = state[0].shape[2] * form.span(kind), state[2]
+    packed = (length - form.residual).clamp(min=0) // form.group * form.group
+    token = torch.arange(capacity, device=tail.device)
+    body = load_side(state, capacity, dataclasses.replace(form, residual=0), kind, table)
+    return torch.where((token < packed)[:, None], body, tail[:, :, token % form.slots].float())

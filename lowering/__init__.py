@@ -8,7 +8,16 @@ from pathlib import Path
 
 import effcompile.kernels
 from effcompile.kernels.program import Program, StoreProgram
-from effcompile.lowering import cpp, cpp_blocks, cpp_ffn, cpp_linear, cpp_pages, triton, triton_ffn  # noqa: F401
+from effcompile.lowering import (  # noqa: F401
+    cpp,
+    cpp_blocks,
+    cpp_ffn,
+    cpp_linear,
+    cpp_pages,
+    triton,
+    triton_blocks,
+    triton_ffn,
+)
 
 
 def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
@@ -26,10 +35,7 @@ def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
         return cpp.refusal(program)
     if device_type != "cuda":
         return f"no kernels are generated for {device_type!r}"
-    if isinstance(program, Program) and (program.columns or program.positions):
-        return "no Triton program reads single keys, or keys in another order, yet"
-    rules = isinstance(program, Program) and (program.predicate.segments or program.predicate.prefix)
-    return triton.UNSERVED if rules else triton.refusal(program)
+    return triton.refusal(program)
 
 
 @functools.cache

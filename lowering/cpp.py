@@ -93,7 +93,9 @@ def source(program: AnyProgram) -> str:
         if program.blocks and program.phase == "prefill":
             header, entries = "blocks.h", {"attend_blocks": ("BlockArgs", "attend_blocks")}
         elif program.blocks:
-            header, entries = "pages.h", {"attend_pages": ("PageArgs", "attend_pages")}
+            header, entries = "pages.h", {name: ("PageArgs", name) for name in ("attend_pages", "attend_mass")}
+        elif program.phase == "select":
+            entries = {"select_pages": ("SelectArgs", "select_pages")}
         more = {"gathered_columns": program.columns, "key_positions": program.positions}
     else:
         header, entries = "store.h", {"kv_store": ("StoreArgs", "append"), "kv_load": ("LoadArgs", "read")}
@@ -151,8 +153,8 @@ def build(program: AnyProgram) -> Kernel:
     entries = {}
     names: tuple[str, ...] = ("kv_store", "kv_load")
     if isinstance(program, Program):
-        listed = "attend_blocks" if program.phase == "prefill" else "attend_pages"
-        names = (listed if program.blocks else "attend",)
+        listed = ("attend_blocks",) if program.phase == "prefill" else ("attend_pages", "attend_mass")
+        names = listed if program.blocks else ("select_pages" if program.phase == "select" else "attend",)
     for name in names:
         entry = getattr(loaded, name)
         entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64

@@ -37,7 +37,8 @@ _GROUPED = struct.Struct("=4q 3q 3q 9q").pack
 _ROUTE = struct.Struct("=9q 8q d q").pack
 _COLUMN = struct.Struct("=6q 4q").pack
 _COLUMN_FFN = struct.Struct("=q 3q q 3q 3q q 5q").pack
-_ACTIVATIONS = {name: i for i, name in enumerate(ffn_ops.ACTIVATIONS)}
+WITH_KERNELS = ("silu", "gelu", "gelu_tanh", "relu")
+"""Those that have a kernel, in the order of ``kernels/cpp/rows.h``."""
 
 GROUPED_ROWS = 64
 """Tokens up to which a group's weights are read row by row rather than multiplied by ATen."""
@@ -79,6 +80,12 @@ def _built(library: str, dtype: torch.dtype) -> dict[str, Callable[[bytes], int]
     for entry in entries.values():
         entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64
     return entries
+
+
+def _activation(name: str) -> int:
+    if name not in WITH_KERNELS:
+        raise KernelUnavailable(f"an FFN with {name} ({', '.join(WITH_KERNELS)} have C++ kernels)")
+    return WITH_KERNELS.index(name)
 
 
 def _entry(op: str, dtype: torch.dtype) -> Callable[[bytes], int]:
@@ -147,7 +154,7 @@ def grouped_ffn(
             neurons,
             shared,
             width,
-            _ACTIVATIONS[activation],
+            _activation(activation),
             *((0, 0) if chosen is None else chosen.shape),
             torch.get_num_threads(),
         )
@@ -196,7 +203,7 @@ def route(
             top_k,
             list(ffn_ops.SCORES).index(score),
             ffn_ops.WEIGHTS.index(weigh),
-            _ACTIVATIONS[activation],
+            _activation(activation),
             threshold is not None,
             threshold or 0.0,
             threads,
@@ -271,7 +278,7 @@ def column_ffn(
             rows,
             size,
             neurons,
-            _ACTIVATIONS[activation],
+            _activation(activation),
             torch.get_num_threads(),
         )
     )

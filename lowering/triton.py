@@ -1,4 +1,4 @@
-"""GPU launchers of ``effcompile::attend``, ``attend_blocks``, ``kv_store`` and ``kv_load``: generated Triton kernels.
+"""GPU launchers of ``effcompile::attend``, ``kv_store`` and ``kv_load``: generated Triton kernels.
 
 A launch makes no decision that depends on data, reads nothing back, and allocates sizes that follow from shapes alone,
 so every operator can be recorded in a CUDA graph. The length stays on the device; a write past the capacity is dropped
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from effcompile.kernels import block_ops, ops
+from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, ScoreParts, StoreProgram
@@ -22,7 +24,6 @@ from effcompile.kernels.rope import rotary_of, table_shape
 from effcompile.lowering.triton_build import Built, build, chip_of
 from effcompile.lowering.triton_side import sides_of
 
-UNSERVED = "packed sequences and prefixes have no GPU kernel"
 WAVES = 4
 """Decode programs per multiprocessor to aim at: enough to hide latency, few enough that the merge stays small."""
 MAX_SPLITS = 128
@@ -32,11 +33,13 @@ SPLIT_KEYS = 256
 
 def refusal(program: Program | StoreProgram) -> str | None:
     """Why no Triton kernel can serve ``program``; None where that is not known to be so."""
-    listed = isinstance(program, Program) and program.blocks
-    if not program.form.pre and not listed:
+    if isinstance(program, Program):
+        if program.blocks and program != _listed(program):
+            return f"no GPU kernel visits block lists with the parts of {program.name}"
+        if program.predicate.prefix and program.predicate.window is not None:
+            return "no GPU kernel has a prefix and a window"
+    if not program.form.pre and not (isinstance(program, Program) and program.blocks):
         return None
-    if isinstance(program, Program) and listed and program != _listed(program):
-        return f"no GPU kernel visits block lists with the parts of {program.name}"
     try:
         sides_of(program, "cuda")
     except (FormError, KernelUnavailable) as error:
@@ -45,25 +48,31 @@ def refusal(program: Program | StoreProgram) -> str | None:
 
 
 def _listed(program: Program) -> Program:
-    """A program over block lists with those parts of ``program`` that a kernel has."""
-    rule, form = program.predicate, KVForm(16, 16)
+    """A program over lists with those parts of ``program`` that a kernel has."""
+    rule, sizes = program.predicate, (program.dtype, program.ratio, program.key_size, program.value_size)
+    if program.phase == "decode":
+        paged = Predicate(key_mask=rule.key_mask)
+        return Program("decode", program.form, paged, *sizes, rotary=program.rotary, blocks=True)
     plain = Predicate(rule.causal, rule.window, rule.key_mask)
-    sizes = program.dtype, program.ratio, program.key_size, program.value_size
-    return Program("prefill", form, plain, *sizes, blocks=True)
+    more: dict[str, Any] = {name: getattr(program, name) for name in ("columns", "positions", "given")}
+    return Program("prefill", KVForm(16, 16), plain, *sizes, blocks=True, **more)
 
 
 @functools.cache
-def _attend_program(
-    phase: Phase, name: str, causal: bool, window: int, masked: bool, ratio: int, key_size: int, value_size: int,
-    dtype: torch.dtype, device: torch.device, score: ScoreParts, rotary: int, listed: bool = False,
+def attend_program(
+    phase: Phase, name: str, causal: bool, window: int, rules: tuple[bool, bool, bool], ratio: int, key_size: int,
+    value_size: int, dtype: torch.dtype, device: torch.device, score: ScoreParts, rotary: int,
+    lists: tuple[str, ...] = (),
 ) -> Built:  # fmt: skip
+    """The kernels of attention with these parts, ``lists`` being the names of those that are about lists."""
     if dtype not in DTYPES:
         raise KernelUnavailable(f"no GPU kernel for {dtype}")
-    predicate = Predicate(causal, window if window >= 0 else None, masked)
+    predicate = Predicate(causal, window if window >= 0 else None, *rules)
     try:
         form = KVForm.parse(name)
-        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score, rotary, listed)
-        if listed and (why := refusal(program)):
+        more = dict.fromkeys(lists, True)
+        program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score, rotary, **more)
+        if why := refusal(program):
             raise KernelUnavailable(why)
         return build(program, _chip(device))
     except FormError as error:
@@ -86,7 +95,8 @@ _chip = functools.cache(chip_of)
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for what is none."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -129,7 +139,8 @@ def _buffers(state: tuple[Tensor | None, ...], name: str, table: Tensor | None) 
     return found
 
 
-def _rotary(table: Tensor | None) -> int:
+def rotary(table: Tensor | None) -> int:
+    """Channels that a table of angles rotates; 0 without one."""
     return 0 if table is None else rotary_of(table)
 
 
@@ -149,15 +160,31 @@ def _sizes(state: tuple[Tensor | None, ...], form: KVForm) -> tuple[Tensor, Tens
     return key, value, k0.shape[2] * form.span("key")
 
 
-def _row_major(x: Tensor) -> Tensor:
+def row_major(x: Tensor) -> Tensor:
     """``x`` with channels next to each other; heads and tokens may stand in any order."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _rows_of(what: str, x: Tensor, batch: int, capacity: int | None = None) -> tuple[Tensor, int]:
+    """Whole numbers for each row of the batch, or one for all, as int64, and their stride over the batch."""
+    # How many keys there are is known on the device alone.
+    fits = x.ndim == (1 if capacity is None else 2) and x.shape[0] in (1, batch)
+    if not fits or (capacity is not None and x.shape[1] < capacity):
+        raise KernelUnavailable(f"{what} of {tuple(x.shape)} for batch {batch}, and room for {capacity or 'any'} keys")
+    x = x.to(torch.int64).contiguous()
+    return x, x.stride(0) if x.shape[0] > 1 else 0
+
+
 def _part_values(
-    query: Tensor, capacity: int, softcap: float | None, bias: Tensor | None, sinks: Tensor | None
+    query: Tensor,
+    capacity: int,
+    softcap: float | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    segments: Tensor | None,
+    prefix: Tensor | None,
 ) -> list[Any]:
-    """The kernel's arguments for score parts, as :func:`triton_source.part_arguments` names them."""
+    """The kernel's arguments for its parts, as :func:`triton_tile.part_arguments` names them."""
     values: list[Any] = [] if softcap is None else [softcap * math.log2(math.e)]
     if bias is not None:
         fits = bias.ndim == 4 and all(n in (1, full) for n, full in zip(bias.shape, query.shape[:3]))
@@ -166,16 +193,25 @@ def _part_values(
             raise KernelUnavailable(
                 f"a bias of {tuple(bias.shape)} for queries {tuple(query.shape)} and {capacity} keys"
             )
-        bias = _row_major(bias.float())
-        values += [bias, *(0 if n == 1 else stride for n, stride in zip(bias.shape, bias.stride()[:3]))]
+        bias = row_major(bias.float())
+        values += [bias, *steps_of(bias)]
     if sinks is not None:
         if sinks.shape != query.shape[1:2]:
             raise KernelUnavailable(f"sinks of {tuple(sinks.shape)} for {query.shape[1]} heads")
         values.append(sinks.float().contiguous())
+    if prefix is not None:
+        values += _rows_of("a prefix", prefix, query.shape[0])
+    if segments is not None:
+        values += _rows_of("segments", segments, query.shape[0], capacity)
     return values
 
 
-class _Call(NamedTuple):
+def steps_of(x: Tensor) -> list[int]:
+    """Strides of a batch, heads and queries, 0 where one stands for all."""
+    return [0 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride())]
+
+
+class Call(NamedTuple):
     """A call of attention: the kernel's arguments up to the scale, and what its launch goes by."""
 
     operands: tuple[Any, ...]
@@ -186,15 +222,16 @@ class _Call(NamedTuple):
     capacity: int
 
 
-def _call(
+def call_of(
     query: Tensor,
-    state: tuple[Tensor | None, ...],
+    state: Sequence[Tensor | None],
     length: Tensor,
     key_mask: Tensor | None,
     name: str,
     table: Tensor | None = None,
-) -> _Call:
+) -> Call:
     """The arguments that every attention kernel has, in the order of ``triton_source.ATTEND_TAIL``."""
+    state = tuple(state)
     buffers = _buffers(state, name, table)
     key, value, capacity = _sizes(state, _form(name))
     if key.dtype != query.dtype or value.dtype != query.dtype:
@@ -204,18 +241,18 @@ def _call(
     ratio = heads // groups
     if heads != ratio * groups or batch != key.shape[0]:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(key.shape[:2])}")
-    query = _row_major(query)
+    query = row_major(query)
     out = query.new_empty(batch, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     mask_stride = 0
     if key_mask is not None:
-        key_mask = _row_major(key_mask)
+        key_mask = row_major(key_mask)
         mask_stride = key_mask.stride(0) if key_mask.shape[0] > 1 else 0
     operands = (
         query, *buffers, length, lse if key_mask is None else key_mask, out, lse, queries, groups, capacity,
         query.stride(0), query.stride(1), query.stride(2), mask_stride,
     )  # fmt: skip
-    return _Call(operands, out, lse, ratio, batch * groups, capacity)
+    return Call(operands, out, lse, ratio, batch * groups, capacity)
 
 
 def attend(
@@ -229,83 +266,58 @@ def attend(
     prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
-    if segments is not None or prefix is not None:
-        raise KernelUnavailable(UNSERVED)
     *state, length, key_mask, name, scale, causal, window = args
-    (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, tuple(state), length, key_mask, name, table)
+    (query, *_), out, lse, ratio, pairs, capacity = call = call_of(query, state, length, key_mask, name, table)
     queries, phase = query.shape[2], Program.phase_for(query.shape[2], ratio)
     parts = ScoreParts(softcap is not None, bias is not None, sinks is not None)
-    built = _attend_program(
+    built = attend_program(
         phase,
         name,
         causal,
         window,
-        key_mask is not None,
+        (key_mask is not None, segments is not None, prefix is not None),
         ratio,
         query.shape[3],
         out.shape[3],
         query.dtype,
         query.device,
         parts,
-        _rotary(table),
+        rotary(table),
     )
     assert built.blocks is not None
     # A capped score is divided by the cap first, and gets its base from it.
     base_2 = scale * math.log2(math.e) if softcap is None else scale / softcap
-    common = (*call.operands, base_2, *_part_values(query, capacity, softcap, bias, sinks))
-    options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
+    common = (*call.operands, base_2, *_part_values(query, capacity, softcap, bias, sinks, segments, prefix))
     if phase == "prefill":
+        options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
         built.launch("", pairs * -(-queries * ratio // built.block), *common, **options)
         return out, lse
-    splits = splits_for(pairs, capacity, _multiprocessors(query.device))
-    rows = pairs * queries * ratio
+    splits = splits_for(pairs, capacity, multiprocessors(query.device))
+    more = () if sinks is None else (sinks.float().contiguous(), out.shape[1] // ratio)
+    return launch_splits(built, call, splits, common, merge=more)
+
+
+def launch_splits(
+    built: Built, call: Call, splits: int, arguments: tuple[Any, ...], lists: tuple[Any, ...] = (),
+    merge: tuple[Any, ...] = (), sizes: Mapping[str, int] = types.MappingProxyType({}),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch a decode program whose keys fall into ``splits`` parts, and the merge of these; returns ``o`` and ``lse``.
+
+    ``arguments`` stand before the results, ``lists`` behind them; ``merge`` are further arguments of the merge.
+    """
+    (query, *_), out, lse = call.operands, call.out, call.lse
+    assert built.blocks is not None
+    options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
     if splits == 1:
-        built.launch("", pairs, *common, out, lse, SPLITS=1, **options)
+        built.launch("", call.pairs, *arguments, out, lse, *lists, **sizes, SPLITS=1, **options)
         return out, lse
+    rows = lse.numel()
     part_out = query.new_empty(rows * splits, out.shape[3], dtype=torch.float32)
     part_lse = query.new_empty(rows * splits, dtype=torch.float32)
-    built.launch("", pairs * splits, *common, part_out, part_lse, SPLITS=splits, **options)
+    built.launch("", call.pairs * splits, *arguments, part_out, part_lse, *lists, **sizes, SPLITS=splits, **options)
     padded = 1 << (splits - 1).bit_length()
-    more = () if sinks is None else (sinks.float().contiguous(), out.shape[1] // ratio)
-    built.launch(
-        "merge_", rows, part_out, part_lse, out, lse, queries, *more, SPLITS=splits, PADDED=padded, num_warps=4
-    )
-    return out, lse
-
-
-def attend_blocks(query: Tensor, *args: Any, **unknown: Any) -> tuple[Tensor, Tensor]:
-    """Launch ``effcompile::attend_blocks``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32.
-
-    What the lists say stays on the device. A row whose list names a block that is not there, or counts more blocks than
-    there are, is NaN; nothing is read outside the tensors.
-
-    Raises
-    ------
-    BlockError
-        If the lists are of other dtypes or shapes than the call.
-    """
-    if unknown:
-        raise KernelUnavailable(f"no GPU kernel visits block lists with {', '.join(sorted(unknown))}")
-    *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
-    (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, tuple(state), length, key_mask, name)
-    batch, heads, queries, size = query.shape
-    if key_mask is not None and (key_mask.shape[0] not in (1, batch) or key_mask.shape[1] < capacity):
-        raise KernelUnavailable(f"a key mask of {tuple(key_mask.shape)} for batch {batch} and {capacity} tokens")
-    built = _attend_program(
-        "prefill", name, causal, window, key_mask is not None, ratio, size, out.shape[3], query.dtype, query.device,
-        ScoreParts(), 0, True,
-    )  # fmt: skip
-    assert built.blocks is not None
-    layout = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
-    # How many keys there are is known on the device alone; lists that end before them are noticed there.
-    block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, layout[2] * block, block)
-    lists = [(kv_num if t is None else t).contiguous() for t in (kv_num, kv_idx, full_num, full_idx)]
-    cut = built.blocks.within(block)
-    built.launch(
-        "", pairs * ratio * -(-queries // cut.rows), *call.operands, scale * math.log2(math.e), *lists, *layout,
-        FULL=full_num is not None, BLOCK=block, ROWS=cut.rows, TILE=cut.tile,
-        num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
+    merged = (part_out, part_lse, out, lse, query.shape[2], *merge)
+    built.launch("merge_", rows, *merged, SPLITS=splits, PADDED=padded, num_warps=4)
     return out, lse
 
 
@@ -322,8 +334,8 @@ def kv_store(*args: Any, table: Tensor | None = None) -> None:
     key_like, value_like, capacity = _sizes(state, form)
     if key.dtype != key_like.dtype or value.dtype != value_like.dtype:
         raise KernelUnavailable(f"new tokens are {key.dtype} and {value.dtype}, but the cache holds {key_like.dtype}")
-    built = _store_program(name, key.dtype, key.shape[3], value.shape[3], key.device, _rotary(table))
-    key, value = _row_major(key), _row_major(value)
+    built = _store_program(name, key.dtype, key.shape[3], value.shape[3], key.device, rotary(table))
+    key, value = row_major(key), row_major(value)
     batch, groups, tokens, _ = key.shape
     common = (
         *buffers, length, key, value, tokens, groups, capacity,
@@ -346,9 +358,7 @@ def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     key_like, value_like, capacity = _sizes(state, form)
     if key_like.dtype != value_like.dtype:
         raise KernelUnavailable(f"keys are {key_like.dtype}, but values are {value_like.dtype}")
-    built = _store_program(
-        name, key_like.dtype, key_like.shape[3], value_like.shape[3], key_like.device, _rotary(table)
-    )
+    built = _store_program(name, key_like.dtype, key_like.shape[3], value_like.shape[3], key_like.device, rotary(table))
     batch, groups = key_like.shape[:2]
     key = key_like.new_empty(batch, groups, capacity, key_like.shape[3])
     value = value_like.new_empty(batch, groups, capacity, value_like.shape[3])
@@ -358,5 +368,5 @@ def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-for _launcher in (attend, attend_blocks, kv_store, kv_load):
+for _launcher in (attend, kv_store, kv_load):
     ops.register_launcher(_launcher.__name__, "cuda", _launcher)

@@ -25,6 +25,15 @@ OPERANDS = {
     "kv_idx": "*i32",
     "full_num": "*i32",
     "full_idx": "*i32",
+    "column_num": "*i32",
+    "column_idx": "*i32",
+    "wrong": "*i8",
+    "token_of": "*i64",
+    "allowed": "*i1",
+    "segments": "*i64",
+    "prefix": "*i64",
+    "pages": "*i32",
+    "page_num": "*i32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -65,7 +74,7 @@ def compile_ahead(
     }
     target = GPUTarget("hip", chip, 64) if vendor_of(chip) == "hip" else GPUTarget("cuda", int(chip[3:]), 32)
     cut = built.blocks if built.blocks is None or "BLOCK" not in constants else built.blocks.within(constants["BLOCK"])
-    options = {} if cut is None else {"num_warps": cut.warps, "num_stages": cut.stages}
+    options = {} if cut is None or prefix else {"num_warps": cut.warps, "num_stages": cut.stages}
     return triton.compile(ASTSource(kernel, types, constants, aligned), target=target, options=options)
 
 

@@ -54,14 +54,18 @@ def blocks_for(program: Program, chip: str) -> Blocks:
         # Keys before RoPE are in registers twice, with their angles: half a tile.
         tile = 32 if single or (wide and not packed) else 64 if wide or packed < 2 or program.rotary else 128
         ring = 32 if wide or single else 64
-        stages = 2 if single or (packed and not warpgroups) else 3
+        # Tiles of pages come by addresses of their own, which a pipeline of gfx942 keeps beside them.
+        listed = program.blocks and vendor_of(chip) == "hip"
+        stages = 2 if single or listed or (packed and not warpgroups) else 3
         blocks = Blocks(16, tile, ring, warps=8 if wide and single else 4, stages=stages)
     elif single:
         blocks = Blocks(32, 32, 32, warps=8 if wide else 4, stages=1)
     elif wide:
         blocks = Blocks(128 if warpgroups else 64, 32, 32, warps=8, stages=2)
     elif warpgroups:
-        blocks = Blocks(128, 64, 64, warps=8, stages=2 if packed else 3)
+        # Single keys, and keys in another order, take addresses or tokens for each key: sm_100 has no registers left.
+        tile = 32 if (program.columns or program.positions) and chip != "sm_90" else 64
+        blocks = Blocks(128, tile, 64, warps=8, stages=2 if packed else 3)
     elif packed and vendor_of(chip) == "hip" and (max(keys.parts, values.parts) > 1 or program.rotary):
         # Eight warps have half the registers each, which does not hold what a word of several codes becomes, nor keys
         # before RoPE with their angles.
@@ -69,8 +73,11 @@ def blocks_for(program: Program, chip: str) -> Blocks:
     elif packed:
         blocks = Blocks(128, 32, 32, warps=8, stages=2)
     else:
-        # Of listed blocks every tile has an address of its own, for which sm_80 has no registers left.
-        tile = 32 if program.blocks and vendor_of(chip) == "cuda" else 64
+        # Of listed blocks every tile has an address of its own, and packed sequences and prefixes have numbers besides:
+        # for these sm_80 has no registers left.
+        rule = program.predicate
+        more = program.blocks or rule.segments or rule.prefix
+        tile = 32 if more and vendor_of(chip) == "cuda" else 64
         blocks = Blocks(64, tile, 64, warps=4, stages=2)
     if not packed:
         return blocks

@@ -217,6 +217,12 @@ class Side:
                 lines.append(f"{k} = turn_adjacent({k}, table, start, stop, {self.rotary}, {first}, {cut}")
         return lines
 
+    def gathered(self) -> list[str]:
+        """Lines that load the tokens ``key`` of a dense side as far as ``keep`` says."""
+        letter = self.kind[0]
+        tile = f"load_rows({letter}0, key.to(tl.int64), keep, {self.size}, {self.cut(0)})"
+        return [f"{letter} = " + (f"tl.trans({tile})" if self.kind == "key" else tile)]
+
     def ring(self) -> list[str]:
         """Lines that load tokens ``start ..`` below ``stop`` of the tail (of the dense buffer, if there is no tail)."""
         if self.bits == 16:
@@ -256,7 +262,7 @@ def indent(lines: Sequence[str], by: int = 4) -> list[str]:
     return [" " * by + line if line else line for line in lines]
 
 
-BLOCK_PARTS = ("count_within", "tile_at")
+BLOCK_PARTS = ("check_columns", "count_within", "tile_at", "tokens_of")
 LOAD_PARTS = (
     "dense_tile",
     "keys_4",

@@ -41,7 +41,7 @@ class AnchorAttention(SparseColumns):
     and its queries are not dense. Super-blocks are counted from the first slot, so that padding which is not whole
     super-blocks changes which queries share their columns. The lists have room for every key, which costs
     ``S * S / (step * block_size)`` numbers for each head. Logits in the window are computed twice, once for the
-    anchors, since attention neither takes nor gives a state.
+    anchors: the state that attention gives has their sum, and an anchor is the largest.
     """
 
     theta: float = 12.0

@@ -24,12 +24,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from effcompile import kernels, lowering
 from effcompile.kernels import observe
 from effcompile.kernels.reason import Reason
+from effcompile.passes import backend_options as choices
 from effcompile.passes import base, report
-from effcompile.passes import options as choices
 from effcompile.passes.decision import Seen
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
+from effcompile.passes.weights import Fresh
 from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
 from effcompile.patterns.ffn import FeedForwardSite, find_feed_forward
 from effcompile.patterns.layers import find_layers
@@ -57,7 +58,7 @@ def effcompile(
         As in ``torch.compile``; passed on to Inductor.
     options
         ``rules`` (module pattern -> pass -> options), a pass name -> options for all sites, ``verify``, and
-        ``inductor`` (settings of Inductor). See :func:`effcompile.passes.options.parse`.
+        ``inductor`` (settings of Inductor). See :func:`effcompile.passes.backend_options.parse`.
 
     Raises
     ------
@@ -71,6 +72,8 @@ def effcompile(
     notes: tuple[str, ...] = ()
     if place is not None:
         place.check(chosen)
+        if chosen.plan is not None:
+            place.check_plan(chosen.plan)
         place.complete(gm)
         notes = place.shared(chosen)
     graph = normalize(gm, example_inputs)
@@ -83,8 +86,12 @@ def effcompile(
     clock.lap("normalise")
     before = report.Snapshot(graph)
     attention = find_attention(graph)
-    others = _others(graph, attention)
-    decisions, replaced = _rewrite(graph, chosen, attention)
+    blocks = find_feed_forward(graph)
+    # Before anything is rewritten: a layer is found by what its attention leads to.
+    kinds = _other_kinds(graph, attention, blocks)
+    decisions, replaced = _rewrite(graph, chosen, attention, blocks)
+    told = {decision.site for decision in decisions}
+    others = _others(kinds, [block for n, block in enumerate(blocks, len(attention)) if n in told])
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
@@ -102,6 +109,8 @@ def effcompile(
     )
     record.linears = linears
     report.record(record)
+    inputs = {node: n for n, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    weights = [(inputs[n], module, t) for _, made, _, _ in replaced for module, n, t in made.weights if n in inputs]
     clock.lap("report")
     patches = chosen.inductor_patches() | _cache_key(chosen)
     if check is not None:
@@ -110,7 +119,9 @@ def effcompile(
     made: Any = compile_fx(graph, list(example_inputs), config_patches=patches)
     compiled = report.attach(record, made)
     clock.lap("inductor")
-    return compiled if check is None else _Verified(compiled, check, record)
+    if check is not None:
+        compiled = _Verified(compiled, check, record)
+    return Fresh(compiled, weights) if weights else compiled
 
 
 def _unchanged(
@@ -125,23 +136,27 @@ def _unchanged(
 _DEFAULT = "compress_kv"
 """The pass that tells about a site of which nobody asked anything."""
 
-Replaced = list[tuple[AttentionSite, Rewrite, fx.Node, fx.Node]]
+Replaced = list[tuple[Site, Rewrite, fx.Node, fx.Node]]
 
 
 def _rewrite(
-    gm: fx.GraphModule, chosen: choices.BackendOptions, attention: Sequence[AttentionSite | Unmatched]
+    gm: fx.GraphModule,
+    chosen: choices.BackendOptions,
+    attention: Sequence[AttentionSite | Unmatched],
+    blocks: Sequence[FeedForwardSite] = (),
 ) -> tuple[list[report.Decision], Replaced]:
-    """Ask every pass about every site, and put the replacements in; the old nodes stay until :func:`_clean`."""
+    """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
-    for index, site in enumerate(attention):
+    kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
+    for index, site in enumerate([*attention, *blocks]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
         taken = ""
         answers = {}
-        for name in base.REGISTRY:
-            resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen)
+        for name in [name for name, kind in kinds.items() if kind == site.kind]:
+            resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
             answers[name] = _ask(name, resolved, site)
         asked = any(rule for _, rule in answers.values())
         for name, (answer, rule) in answers.items():
@@ -153,37 +168,46 @@ def _rewrite(
                 decisions.append(report.left(index, site, rule, answer))
                 continue
             taken = name
-            with gm.graph.inserting_before(site.output):
+            old = site.output
+            with gm.graph.inserting_before(old):
                 new = answer.emit(gm.graph)
-            for key, item in site.output.meta.items():
+            for key, item in old.meta.items():
                 new.meta.setdefault(key, item)
-            site.output.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
-            replaced.append((site, answer, site.output, new))
+            old.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
+            replaced.append((site, answer, old, new))
             decisions.append(report.rewritten(index, site, rule, answer))
     gm.graph.lint()
     gm.recompile()
     return decisions, replaced
 
 
-def _others(gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched]) -> list[report.Decision]:
-    """The sites of kinds that no pass takes, listed for those who want to know what a model is made of."""
-    blocks: list[FeedForwardSite | ExpertsSite] = [*find_feed_forward(gm), *find_experts(gm)]
-    sites: list[Site] = [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+def _other_kinds(
+    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], feed_forward: Sequence[FeedForwardSite]
+) -> list[Site]:
+    """The sites of kinds beside attention."""
+    blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
+    return [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+
+
+def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision]:
+    """Those of which nothing is ``told``, listed for those who want to know what a model is made of."""
+    sites = [site for site in found if all(site is not one for one in told)]
     return [
         report.left(i, site, "", Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source))
         for i, site in enumerate(sites)
     ]
 
 
-def _ask(name: str, resolved: choices.Resolved, site: AttentionSite) -> tuple[Rewrite | Reason, str]:
+def _ask(name: str, resolved: choices.Resolved, site: Any) -> tuple[Rewrite | Reason, str]:
     """One pass's answer for one site, and the choice of the user that led to it."""
     method = base.get(name)
     if resolved.options is None and resolved.rule:
         return Reason("switched-off", f"{name} is switched off here by {resolved.rule}", site.source), resolved.rule
     if resolved.options is not None:
+        site.record = resolved.record
         return resolved.options.match(site), resolved.rule
     # Nobody asked by name, but a compressed cache may have been passed: its form is the choice.
-    if name == _DEFAULT and site.store is not None:
+    if name == _DEFAULT and site.kind == "attention" and site.store is not None:
         return method().match(site), "ec.Cache"
     return Reason("not-asked", f"no decorator, rule or option asks for {name} here", site.source), ""
 

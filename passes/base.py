@@ -32,6 +32,10 @@ REGISTRY: dict[str, str] = {
     "vertical_slash": "effcompile.passes.vertical_slash:VerticalSlash",
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
+    "carve_moe": "effcompile.passes.carve_moe:CarveMoE",
+    "flap": "effcompile.passes.flap:Flap",
+    "teal": "effcompile.passes.teal:Teal",
+    "wina": "effcompile.passes.wina:Wina",
 }
 """Every pass: its name, and where its class is. A class is imported when it is first asked for."""
 
@@ -56,6 +60,8 @@ class Pass:
     """One line for tables."""
     phases: ClassVar[tuple[str, ...]]
     """Where it works: ``("prefill", "decode")`` or one of them."""
+    site_kind: ClassVar[str] = "attention"
+    """The kind of sites it is asked about."""
     limit: ClassVar[Mapping[str, Any]] = {}
     """The option values at which the pass is exact; the conformance test compares with eager there."""
 

@@ -21,11 +21,11 @@ from torch import fx, nn
 
 from effcompile import lowering
 from effcompile.kernels.form import Axis, Bits, KVForm
-from effcompile.kernels.program import Predicate, Program, ScoreParts, StoreProgram
+from effcompile.kernels.program import Predicate, Program, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.kernels.rope import rotary_of
 from effcompile.passes.base import Pass, Target
-from effcompile.passes.operands import parts_of, query_of
+from effcompile.passes.operands import parts_of, query_of, score_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, mixed_dtypes, not_this_store, unsupported
 from effcompile.patterns.attention import AttentionSite
@@ -192,7 +192,8 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
     """The first call attends to the fresh keys and values, which are a full store of 16 bits.
 
     So on CPUs it is our prefill program, twice as fast as SDPA there. On GPUs SDPA's flash kernel is the best form of
-    plain causal attention, and arithmetic becomes that.
+    plain causal attention, and arithmetic becomes that; packed sequences and prefixes, which SDPA takes as a mask of
+    all pairs only, are our program there too.
     """
 
     def no(code: str, text: str) -> Reason:
@@ -207,12 +208,13 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
             "fresh-keys",
             f"the first call attends to its own keys, and its mask ({mask.predicate.name}) does not begin with them",
         )
-    if value(site.query).device.type == "cpu" and _serves_fresh(site, mask):
+    pairs = mask.predicate.segments or mask.predicate.prefix
+    if (pairs or value(site.query).device.type == "cpu") and _serves_fresh(site, mask):
         store = site.store
         assert store is not None
         stored, table = KVForm.parse(str(store.args[9])), store.kwargs.get("table")
         return fuse(site, DENSE, stored, lambda graph: fresh_store(graph, site), stored_table=table)
-    if parts := _score_parts(site).name or ("factors" if site.factors else ""):
+    if parts := score_of(site).name or ("factors" if site.factors else ""):
         return no("fresh-keys", f"the first call attends to its own keys, and SDPA has no such scores ({parts})")
     if site.spelling == "sdpa" and not site.mask_terms:
         return no(
@@ -236,12 +238,12 @@ def _fresh(site: AttentionSite) -> Rewrite | Reason:
 
 
 def _serves_fresh(site: AttentionSite, mask: Mask) -> bool:
-    """Whether the C++ prefill program computes what the site does."""
+    """Whether the prefill program computes what the site does."""
     if unsupported(site) is not None or site.dropout:
         return False
     # A query that may see no key gets 0 from us, and a mean from a mask of large finite numbers.
     blind = mask.finite and mask.predicate.key_mask
-    return not blind and lowering.refusal(_program(site, DENSE), "cpu") is None
+    return not blind and lowering.refusal(_program(site, DENSE), value(site.query).device.type) is None
 
 
 def _rotary(table: Any) -> int:
@@ -257,13 +259,7 @@ def _program(site: AttentionSite, form: KVForm, table: Any = None) -> Program:
     phase = Program.phase_for(queries, site.ratio) if isinstance(queries, int) else "prefill"
     sizes = shape(site.query)[3], shape(site.value)[3]
     dtype, turned = value(site.query).dtype, _rotary(table)
-    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=_score_parts(site), rotary=turned)
-
-
-def _score_parts(site: AttentionSite) -> ScoreParts:
-    """What happens to the scores of a site with a proved mask."""
-    assert isinstance(site.mask, Mask)
-    return ScoreParts(site.softcap is not None, bool(site.mask.bias), site.sinks is not None)
+    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=score_of(site), rotary=turned)
 
 
 def fuse(

@@ -14,7 +14,7 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program
 from effcompile.kernels.reason import Reason
 from effcompile.kernels.rope import rotary_of
-from effcompile.passes.options import clean_path
+from effcompile.passes.backend_options import clean_path
 
 Which = Literal["before", "after"]
 
@@ -39,7 +39,7 @@ class Decision:
     site, kind, module, source
         Number of the site in its graph, what it is, the module it is in, and the user's line.
     rule
-        The user's choice that led here (:class:`~effcompile.passes.options.Resolved`), or ``""``.
+        The user's choice that led here (:class:`~effcompile.passes.backend_options.Resolved`), or ``""``.
     action, form, reason
         ``"rewritten"`` and the name of what stands there now, or ``"left"`` and why.
     before, after
@@ -146,6 +146,9 @@ def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
 
 def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     """The decision to put ``rewrite`` in the place of ``site``."""
+    if not hasattr(site, "query"):
+        place = clean_path(site.module)
+        return Decision(index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source)
     common = _common(index, site, rule)
     program = next((p for p in rewrite.programs if isinstance(p, Program)), None)
     item = site.query.meta["val"].element_size()

@@ -16,15 +16,46 @@ from effcompile.kernels import pages
 from effcompile.kernels.block_ops import method_options
 from effcompile.kernels.blocks import count_blocks
 from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import BY_MASS
 from effcompile.kernels.reason import Reason
-from effcompile.passes import compress_kv
-from effcompile.passes.paged_decode import PagedDecode, place_of, select_pages
+from effcompile.passes.paged_decode import PagedDecode, hidden, place_of, program_of, select_pages
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.walk import operand, root, same_size, shape, strip_copies
 
 PAPERS = (0, 1, 2, 14, 22), 28
 """The paper's layers of full attention, and of how many."""
+
+
+def placement(kept: Tensor, count: int) -> tuple[int, ...]:
+    """The ``count`` layers of full attention that keep most, for ``full_cache_layers``.
+
+    ``kept`` ``[L, L]``: at ``[s, l]``, ``s < l``, the share of its softmax that layer ``l`` keeps with the pages that
+    layer ``s`` chooses, on a text like those that will be read; other entries are not looked at. Layer 0 is always one,
+    since no layer chooses for it. By dynamic programming over the last layer that selects, so no other placement keeps
+    more in all layers together; what a layer loses is taken as it is while the layers before it lose nothing. (The
+    paper looks at how much attention changes from a layer to the next; its code lists layers that were found so.)
+
+    >>> kept = torch.ones(4, 4)
+    >>> kept[0, 2:] = kept[1, 2:] = 0.5  # the last two layers look elsewhere than the first two
+    >>> placement(kept, 2)
+    (0, 2)
+    """
+    layers = len(kept)
+    if kept.shape != (layers, layers) or not 1 <= count <= layers:
+        raise ValueError(f"kept is {tuple(kept.shape)} and count {count}; expected [L, L] and 1 to L layers.")
+    lost = (1 - kept.double()).triu(1).cumsum(1)
+    # best[l]: what layers before l lose, and the full ones among them, if so many are full.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for _ in range(count):
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (before, chosen) in best.items():
+            for end in range(start + 1, layers + 1):
+                total = before + float(lost[start, end - 1])
+                if end not in found or total < found[end][0]:
+                    found[end] = total, (*chosen, start)
+        best = found
+    return best[layers][1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +76,8 @@ class Delta(PagedDecode):
     full_cache_layers
         Layers that attend to everything, by number among those with a compressed cache. None: 0, 1, 2, and those in
         the middle and at 22/28 of the model, as in the paper's model of 28 layers. The paper places the last three by
-        how much attention changes from a layer to the next; which they are matters more than how many.
+        how much attention changes from a layer to the next; which they are matters more than how many:
+        :func:`placement` finds them from what layers keep with each other's pages.
 
     Notes
     -----
@@ -86,11 +118,16 @@ class Delta(PagedDecode):
         scaled = {i if i <= 2 else i * layers // PAPERS[1] for i in PAPERS[0]}
         return tuple(sorted(i for i in scaled if i < layers))
 
+    @property
+    def always(self) -> tuple[int, int]:
+        """``recency`` in whole pages; what comes first is there by its mass, if it matters."""
+        return 0, min(count_blocks(self.recency, self.page), self.count)
+
     def scores(self, step: pages.Step) -> Tensor:
         """Mass, ``[B, 1, nP]``: +inf for the newest pages, -inf where no token can be seen."""
-        newest = min(count_blocks(self.recency, self.page), self.count)
-        near = step.ends_after(self.page, step.length - 1 - (newest - 1) * self.page)
-        worth = torch.where(near, torch.inf, pages.mass(step, self.page))
+        assert step.mass is not None
+        near = step.ends_after(self.page, step.length - 1 - (self.always[1] - 1) * self.page)
+        worth = torch.where(near, torch.inf, step.mass)
         return torch.where(step.present(self.page), worth, -torch.inf)
 
     def serve(self, site: AttentionSite, load: fx.Node, form: KVForm) -> Rewrite | Reason:
@@ -106,17 +143,19 @@ class Delta(PagedDecode):
         if layer in full:
             if layer + 1 in full or layer + 1 == layers:
                 return no("dense-layer", f"layer {layer} of {layers} attends to everything (full_cache_layers={full})")
-            dense = compress_kv.match(site)
-            if isinstance(dense, Reason):
-                return dense
+            program = program_of(site, load)
 
             def emit(graph: fx.Graph) -> fx.Node:
-                out = dense.emit(graph)
-                lse = graph.call_function(operator.getitem, (out.args[0], 1))
-                self.select(graph, site, load, lse)
+                given = (site.query, *load.args[:7], hidden(graph, site), self.page, load.args[7], site.scale)
+                table = {k: v for k, v in load.kwargs.items() if k == "table"}
+                call = graph.call_function(torch.ops.effcompile.attend_mass.default, given, table)
+                call.meta.update(site.output.meta)
+                out, mass = (graph.call_function(operator.getitem, (call, i)) for i in (0, 2))
+                self.select(graph, site, load, mass=mass)
                 return out
 
-            return Rewrite(f"{self.name}_select_{dense.form}", emit, dense.programs)
+            name = dataclasses.replace(program, blocks=False).name
+            return Rewrite(f"{self.name}_select_{name}", emit, (*self.programs(site, load), BY_MASS))
         chosen = self._earlier(site, load)
         if chosen is None:
             return no(

@@ -48,6 +48,7 @@ class FlexPrefill(SparsePrefill):
     name: ClassVar[str] = "flexprefill"
     paper: ClassVar[str] = "FlexPrefill (Lai et al., ICLR 2025)"
     summary: ClassVar[str] = "prompts: columns and diagonals, or pooled blocks, as a probe of the last queries tells"
+    share: ClassVar[str | None] = "gamma"
     limit: ClassVar[dict[str, Any]] = {"gamma": 1.0}
 
     def __post_init__(self) -> None:

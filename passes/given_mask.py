@@ -86,9 +86,9 @@ class GivenMask(Pass):
             shape(site.query)[3],
             shape(site.value)[3],
             blocks=True,
+            given=True,
         )
-        device = value(site.query).device.type
-        if why := "no Triton program reads a given mask yet" if device != "cpu" else lowering.refusal(program, device):
+        if why := lowering.refusal(program, value(site.query).device.type):
             return no("not-supported", why)
 
         def emit(graph: fx.Graph) -> fx.Node:

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from effcompile.kernels.program import ScoreParts
 from effcompile.patterns.attention import AttentionSite
 from effcompile.patterns.masks import Added, Mask
 from effcompile.patterns.walk import aten, shape, value
+
+
+def score_of(site: AttentionSite) -> ScoreParts:
+    """What happens to the scores of a site with a proved mask."""
+    assert isinstance(site.mask, Mask)
+    return ScoreParts(site.softcap is not None, bool(site.mask.bias), site.sinks is not None)
 
 
 def query_of(graph: fx.Graph, site: AttentionSite) -> fx.Node:

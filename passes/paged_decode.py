@@ -48,10 +48,14 @@ class PagedDecode(Pass, abc.ABC):
         Tokens that are attended to, in whole pages; while there are no more of them, all are.
     page_size
         Tokens in a page, a multiple of the group in which the cache is packed. None: the smallest there is.
+    min_length
+        Room in the cache, in tokens, below which everything is read. None: three times the budget, since a page that
+        is read by itself costs up to twice of what it costs among others, and choosing costs something too.
     """
 
     token_budget: int = 1024
     page_size: int | None = None
+    min_length: int | None = None
 
     phases: ClassVar[tuple[str, ...]] = ("decode",)
     family: ClassVar[str] = "sparse_attention"
@@ -67,6 +71,8 @@ class PagedDecode(Pass, abc.ABC):
                 f"page_size={self.page_size!r} is not offered; choose a multiple of {pages.PAGE}, or None for the "
                 "smallest that the cache allows."
             )
+        if self.min_length is not None and self.min_length < 0:
+            raise ValueError(f"min_length={self.min_length!r}; expected a number of tokens, or None.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,7 +80,13 @@ class PagedDecode(Pass, abc.ABC):
         def scores(step: pages.Step, **options: Any) -> Tensor:
             return cls(**options).scores(step)
 
-        page_ops.register_policy(cls.name, page_ops.Policy(scores, lambda **options: cls(**options).count, cls.shared))
+        def count(**options: Any) -> int:
+            return cls(**options).count
+
+        def always(**options: Any) -> tuple[int, int]:
+            return cls(**options).always
+
+        page_ops.register_policy(cls.name, page_ops.Policy(scores, count, always, cls.shared))
 
     @abc.abstractmethod
     def scores(self, step: pages.Step) -> Tensor:
@@ -100,6 +112,11 @@ class PagedDecode(Pass, abc.ABC):
     def count(self) -> int:
         """``K``, the pages in the budget."""
         return max(1, self.token_budget // self.page)
+
+    @property
+    def always(self) -> tuple[int, int]:
+        """How many of the first and of the newest pages that a query sees are always listed."""
+        return 0, 1
 
     def for_store(self: Self, form: KVForm) -> Self:
         """These options with the size of pages that a store of ``form`` has."""
@@ -133,24 +150,27 @@ class PagedDecode(Pass, abc.ABC):
         if isinstance(capacity, int) and made.count >= blocks.count_blocks(capacity, made.page):
             text = f"token_budget={self.token_budget} has room for all of a cache of {capacity} tokens"
             return no("budget-covers-cache", text)
-        program, device = _program(site, load), value(site.query).device.type
-        if why := "no Triton program visits pages yet" if device != "cpu" else lowering.refusal(program, device):
+        least = 3 * self.token_budget if self.min_length is None else self.min_length
+        if isinstance(capacity, int) and capacity < least:
+            text = f"a cache of {capacity} tokens is read faster than pages of it are chosen, below min_length={least}"
+            return no("short-cache", text)
+        program, device = program_of(site, load), value(site.query).device.type
+        if why := lowering.refusal(program, device):
             return no("not-supported", why)
         return made.serve(site, load, form)
 
-    def select(self, graph: fx.Graph, site: AttentionSite, load: fx.Node, lse: fx.Node | None = None) -> fx.Node:
-        """Emit the choice of pages for the query of ``site``; ``lse`` is that of its attention to all keys."""
+    def select(self, graph: fx.Graph, site: AttentionSite, load: fx.Node, **found: fx.Node | None) -> fx.Node:
+        """Emit the choice of pages for the query of ``site``, by the mass or the bounds that were ``found``."""
         method = block_ops.method_text(self.name, dataclasses.asdict(self))
-        args = (site.query, *load.args[:3], load.args[6], _hidden(graph, site), method, load.args[7], site.scale)
-        given = {"table": load.kwargs.get("table"), "lse": lse}
-        return graph.call_function(select_pages, args, {k: v for k, v in given.items() if v is not None})
+        args = (site.query, *load.args[:3], load.args[6], hidden(graph, site), method, load.args[7], site.scale)
+        return graph.call_function(select_pages, args, {k: v for k, v in found.items() if v is not None})
 
     def attend(self, graph: fx.Graph, site: AttentionSite, load: fx.Node, chosen: fx.Node) -> fx.Node:
         """Emit attention to the ``chosen`` pages; returns its output."""
         lists = [graph.call_function(operator.getitem, (chosen, i)) for i in range(2)]
         call = graph.call_function(
             torch.ops.effcompile.attend_pages.default,
-            (site.query, *load.args[:7], _hidden(graph, site), *lists, self.page, load.args[7], site.scale),
+            (site.query, *load.args[:7], hidden(graph, site), *lists, self.page, load.args[7], site.scale),
             {k: v for k, v in load.kwargs.items() if k == "table"},
         )
         call.meta.update(site.output.meta)
@@ -158,9 +178,14 @@ class PagedDecode(Pass, abc.ABC):
 
     def rewrite(self, site: AttentionSite, load: fx.Node, emit: Callable[[fx.Graph], fx.Node]) -> Rewrite:
         """The rewrite whose ``emit`` ends in :meth:`attend`."""
-        program = _program(site, load)
+        name = f"{self.name}_{program_of(site, load).name}"
+        return Rewrite(name, emit, self.programs(site, load), self.count * self.page)
+
+    def programs(self, site: AttentionSite, load: fx.Node) -> tuple[Program | StoreProgram, ...]:
+        """Kernels that decoding over pages of this store launches, but for the choice."""
+        program = program_of(site, load)
         appended = StoreProgram(program.form, program.dtype, program.key_size, program.value_size, program.rotary)
-        return Rewrite(f"{self.name}_{program.name}", emit, (program, appended), self.count * self.page)
+        return program, appended
 
 
 def place_of(load: fx.Node) -> tuple[int, int]:
@@ -172,12 +197,13 @@ def place_of(load: fx.Node) -> tuple[int, int]:
     return loads.index(load), len(loads)
 
 
-def _hidden(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
+def hidden(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
+    """Emit the mask of padding, if there is one."""
     assert isinstance(site.mask, Mask)
     return None if site.mask.padding is None else bool_mask(graph, site.mask.padding)
 
 
-def _program(site: AttentionSite, load: fx.Node) -> Program:
+def program_of(site: AttentionSite, load: fx.Node) -> Program:
     """Decoding over pages of the store that ``load`` reads."""
     assert isinstance(site.mask, Mask)
     form, table = KVForm.parse(str(load.args[7])), load.kwargs.get("table")

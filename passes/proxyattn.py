@@ -52,6 +52,7 @@ class ProxyAttn(SparsePrefill):
     name: ClassVar[str] = "proxyattn"
     paper: ClassVar[str] = "ProxyAttn (Wang et al., ICLR 2026)"
     summary: ClassVar[str] = "prompts: blocks ranked by averaged heads, with a budget for each head"
+    share: ClassVar[str | None] = "gamma"
     limit: ClassVar[dict[str, Any]] = {"gamma": 1.0}
 
     def __post_init__(self) -> None:

@@ -9,14 +9,20 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from effcompile.kernels import pages
+from effcompile.kernels.blocks import count_blocks
 from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import Program
 from effcompile.kernels.reason import Reason
 from effcompile.passes.paged_decode import PagedDecode, place_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
+from effcompile.patterns.walk import root, shape, value
+from effcompile.runtime import adapter
+
+bound_store = torch.ops.effcompile.bound_store.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +32,19 @@ class Quest(PagedDecode):
     Of each page the least and the largest value of each channel are known. They bound the score of every key in it
     from above, and pages are ranked by that bound. A cache that packs keys per channel (``compress_kv``) has these
     numbers already: they are what its groups are scaled with, so Quest costs no memory and keeps no state. They hold
-    for the keys as they are read back, so that the bound is one for the very scores that attention computes.
+    for the keys as they are read back, so that the bound is one for the very scores that attention computes. Other
+    caches, of a model that is decorated, keep them besides, for the keys as they are given: an eighth of the bytes of
+    unpacked keys, with pages of 16.
 
-    The newest tokens, which are not packed yet, are always visited, and the page of the newest token; they count.
+    The newest tokens, which have no bounds yet, are always visited, and the page of the newest token; they count.
 
     Parameters
     ----------
     token_budget, page_size
         The paper's pages have 16 tokens (``compress_kv(group_size=16)``), its budgets 256 to 2048.
+    sink
+        The first tokens that a query sees, in whole pages, which are always visited and count. The paper has none; a
+        page with the first token is one that most heads give much weight to, and few bounds say so.
     skip_layers
         The first layers of the model, which attend to everything: attention is not sparse there (section 4.1).
 
@@ -44,6 +55,7 @@ class Quest(PagedDecode):
     softmax. With one query head for each key/value head it is the paper's ranking.
     """
 
+    sink: int = 16
     skip_layers: int = 2
 
     name: ClassVar[str] = "quest"
@@ -56,18 +68,32 @@ class Quest(PagedDecode):
         super().__post_init__()
         if self.skip_layers < 0:
             raise ValueError(f"skip_layers={self.skip_layers!r}; expected a number of layers, 0 or more.")
+        if self.sink < 0:
+            raise ValueError(f"sink={self.sink!r}; expected a number of tokens, 0 or more.")
+
+    @property
+    def always(self) -> tuple[int, int]:
+        """``sink`` in whole pages, and the page of the newest token."""
+        return count_blocks(self.sink, self.page), 1
+
+    def on_decorate(self, module: nn.Module) -> None:
+        """Have the caches of this model that are made from now on keep bounds where their form has none."""
+        module.__dict__[adapter.BOUNDS] = self.skip_layers
+
+    def on_remove(self, module: nn.Module) -> None:
+        """Undo that."""
+        module.__dict__.pop(adapter.BOUNDS, None)
 
     def scores(self, step: pages.Step) -> Tensor:
         """Logarithms of shares, ``[B, G, nP]``: +inf where tokens are not packed, -inf where no token can be seen."""
         bound, present = pages.bounds(step, self.page), step.present(self.page)
-        # Not form.packed(): the length stays on its device.
-        packed = (step.length - step.form.residual).clamp(min=0) // step.form.group * step.form.group
-        open_ = step.ends_after(self.page, torch.minimum(packed, step.length - 1))
+        open_ = step.ends_after(self.page, torch.minimum(step.bounded, step.length - 1))
         ranked, unknown = (present & ~open_).unsqueeze(2), ~(bound < torch.inf)
         share = bound.masked_fill(unknown | ~ranked, -torch.inf).log_softmax(-1)
         # What cannot be ranked is not dropped; without any page to rank, a softmax is NaN and not looked at.
         best = share.masked_fill(unknown, torch.finfo(torch.float32).max).amax(2)
-        return torch.where(present, torch.where(open_, torch.inf, best), -torch.inf)
+        always = open_ | (present.cumsum(-1) <= self.always[0])
+        return torch.where(present, torch.where(always, torch.inf, best), -torch.inf)
 
     def serve(self, site: AttentionSite, load: fx.Node, form: KVForm) -> Rewrite | Reason:
         """The choice and attention over it, for a store whose groups know the ends of their channels."""
@@ -79,21 +105,36 @@ class Quest(PagedDecode):
         if layer < self.skip_layers:
             text = f"layer {layer} of {layers} attends to everything (skip_layers={self.skip_layers})"
             return no("dense-layer", text)
-        if form.key_axis != "channel" or form.pre or form.bits("key") == 16 or form.fp8("key"):
+        bounds = None if form.bounds_keys else bounds_of(load)
+        if bounds is None and not form.bounds_keys:
             return no(
                 "no-page-bounds",
-                f"a cache of {form.name} does not hold the least and the largest key of a page: that takes keys of 8 "
-                'bits or fewer, key_axis="channel" and rope="post"; delta needs none of it',
+                f"a cache of {form.name} holds the least and the largest key of a page if it was made on a CPU, after "
+                "quest was put on the model as a decorator, ec.quest()(model); this one was not. delta needs neither",
             )
-        newest = -(-form.slots // self.page) + 1
-        if self.count <= newest:
+        open_ = form.slots if bounds is None else self.page
+        held = count_blocks(open_, self.page) + 1 + self.always[0]
+        if self.count <= held:
             return no(
                 "budget-too-small",
-                f"token_budget={self.token_budget} is {self.count} pages of {self.page}, and the newest tokens, which "
-                f"are always visited, can take {newest}",
+                f"token_budget={self.token_budget} is {self.count} pages of {self.page}, and the newest tokens and the "
+                f"first {self.sink}, which are always visited, can take {held}",
             )
 
         def emit(graph: fx.Graph) -> fx.Node:
-            return self.attend(graph, site, load, self.select(graph, site, load))
+            return self.attend(graph, site, load, self.select(graph, site, load, bounds=bounds))
 
-        return self.rewrite(site, load, emit)
+        unit = None if bounds is None else pages.unit_of(form)
+        sizes = site.ratio, shape(site.query)[3], unit
+        ranks = Program.for_select(form, value(site.query).dtype, *sizes)
+        made = self.rewrite(site, load, emit)
+        return dataclasses.replace(made, programs=(*made.programs, ranks))
+
+
+def bounds_of(load: fx.Node) -> fx.Node | None:
+    """The buffer of bounds that is kept beside the store that ``load`` reads, or None."""
+    stored = {root(x) for x in load.args[:3] if isinstance(x, fx.Node)}
+    for call in load.graph.find_nodes(op="call_function", target=bound_store):
+        if root(call.args[1]) in stored:
+            return call.args[0]  # type: ignore[no-any-return]
+    return None

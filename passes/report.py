@@ -30,8 +30,9 @@ from torch._logging._internal import trace_structured_artifact
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from effcompile.kernels.reason import Reason
+from effcompile.passes.backend_options import BackendOptions
 from effcompile.passes.decision import Decision, Seen, Which, left, rewritten
-from effcompile.passes.options import PREFIX, BackendOptions, annotations_of
+from effcompile.passes.options import PREFIX, annotations_of
 
 __all__ = [
     "Decision",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from torch import fx
+from torch import Tensor, fx
 
 from effcompile.kernels.program import Program, StoreProgram
 
@@ -24,9 +24,13 @@ class Rewrite:
         Kernels that the replacement will launch; their builds can start while Inductor works.
     tokens
         Tokens of a store that attention reads at most, if not all.
+    weights
+        The user's tensors of which it has prepared others, with the site's module and their nodes: it holds while they
+        stay.
     """
 
     form: str
     emit: Callable[[fx.Graph], fx.Node]
     programs: tuple[Program | StoreProgram, ...] = ()
     tokens: int | None = None
+    weights: tuple[tuple[str, fx.Node, Tensor], ...] = ()

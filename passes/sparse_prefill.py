@@ -2,14 +2,16 @@
 
 ``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``, of fresh keys or, for a
 later chunk of a prompt, of what a store holds. A method is its options and :meth:`SparsePrefill.choose`, which gives
-the blocks to visit (:mod:`effcompile.kernels.blocks`). Where a paper and its
-official code disagree, the method's docstring says which was followed.
+the blocks to visit (:mod:`effcompile.kernels.blocks`). It sees plain logits, products times the scale: a soft cap, a
+bias and sinks, which no paper's estimator knows, act in the attention, which is exact on what is visited. Where a paper
+and its official code disagree, the method's docstring says which was followed.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import operator
 from typing import Any, ClassVar
 
@@ -22,9 +24,11 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import DECODE_ROWS, Program
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
+from effcompile.passes.operands import parts_of, query_of, score_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.sites import DENSE, State, bool_mask, fresh_store, not_this_store, unsupported
 from effcompile.patterns.attention import AttentionSite
+from effcompile.patterns.masks import Mask
 from effcompile.patterns.walk import same_size, shape, value
 
 
@@ -47,6 +51,8 @@ class SparsePrefill(Pass, abc.ABC):
     family: ClassVar[str] = "sparse_attention"
     gathers: ClassVar[bool] = False
     """Whether it chooses single keys besides blocks."""
+    share: ClassVar[str | None] = None
+    """The option, from 0 to 1, that calibration can fit to each layer."""
     reorders: ClassVar[bool] = False
     """Whether it lays keys in another order than that of their tokens."""
 
@@ -107,6 +113,14 @@ class SparsePrefill(Pass, abc.ABC):
 
     def match(self, site: AttentionSite) -> Rewrite | Reason:
         """Attention over the blocks that the policy chooses, or why the site stays dense."""
+        program = self._attends(site) or self._gains(site) or self._program(site)
+        if isinstance(program, Reason):
+            return program
+        emit = functools.partial(self._emit, site=site, program=program)
+        return Rewrite(f"{self.name}_{program.name}", emit, (program,))
+
+    def _attends(self, site: AttentionSite) -> Reason | None:
+        """Why a site is not causal attention of a prompt to its own keys, and those before them."""
 
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
@@ -128,19 +142,34 @@ class SparsePrefill(Pass, abc.ABC):
                 return no("reads-store", f"{self.name} chooses among the keys of a first call; this one reads a cache")
         elif not (isinstance(mask.offset, int) and same_size(keys, queries + mask.offset)):
             return no("mask-offset", f"{self.name} needs the queries to be the last tokens of the keys")
+        return None
+
+    def _gains(self, site: AttentionSite) -> Reason | None:
+        """Why a choice would cost more than it saves, whatever it is."""
+        queries, keys = shape(site.query)[2], shape(site.key)[2]
         # Of a store this is its room: a cache in which no prompt can be long enough.
         if isinstance(keys, int) and keys < self.min_length:
-            return no("short-prompt", f"{keys} tokens, and {self.name} gains from {self.min_length} on (min_length)")
+            text = f"{keys} tokens, and {self.name} gains from {self.min_length} on (min_length)"
+            return Reason("short-prompt", text, site.source)
         if isinstance(queries, int) and queries < self.block_size and site.load is not None:
             text = f"a chunk of {queries} tokens; {self.name} chooses for whole blocks of {self.block_size}"
-            return no("short-prompt", text)
-        if mask.finite and mask.predicate.key_mask:
+            return Reason("short-prompt", text, site.source)
+        return None
+
+    def _program(self, site: AttentionSite) -> Program | Reason:
+        """The program over lists for a site with a proved mask, or why there is none."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        mask = site.mask
+        assert isinstance(mask, Mask)
+        # A sink takes all of the mass of a row that sees no key, whatever its scores were replaced by.
+        if mask.finite and mask.predicate.key_mask and site.sinks is None:
             return no("mask-not-honoured", "rows that see no key get a mean of all values here, and 0 from block lists")
-        if site.softcap is not None or site.sinks is not None or site.factors or mask.bias:
-            return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
         if problem := unsupported(site) or self.serves(site):
             return problem
-        form = DENSE if site.load is None else KVForm.parse(str(site.load.args[7]))
+        form = form_of(site)
         if form.pre:
             return no("not-supported", "no program visits blocks of keys that are stored before RoPE")
         if not form.dense and self.block_size % form.group:
@@ -148,7 +177,7 @@ class SparsePrefill(Pass, abc.ABC):
             return no("not-supported", f"{text}; choose a block_size that is a multiple")
         dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
         parts: dict[str, Any] = {"blocks": True, "columns": self.gathers, "positions": self.reorders}
-        program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, **parts)
+        program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, score_of(site), **parts)
         device = value(site.query).device.type
         if site.load is not None and device != "cpu":
             return no(
@@ -156,28 +185,35 @@ class SparsePrefill(Pass, abc.ABC):
             )
         if why := lowering.refusal(program, device):
             return no("not-supported", why)
+        return program
 
-        def emit(graph: fx.Graph) -> fx.Node:
-            ours = torch.ops.effcompile
-            hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
-            state: State
-            length: Any
-            if site.load is None:
-                state, length = fresh_store(graph, site)
-                state, lists, more = self.operands(graph, site, state, hidden)
-            else:
-                state, length, more = site.load.args[:6], site.load.args[6], {}
-                chosen = (site.query, *state, length, hidden, form.name, self.method, site.scale)
-                lists = results(graph, graph.call_function(ours.select_stored_blocks.default, chosen), 4)
-            call = graph.call_function(
-                ours.attend_blocks.default,
-                (site.query, *state, length, hidden, *lists, self.block_size, form.name, site.scale, True, -1),
-                more,
-            )
-            call.meta.update(site.output.meta)
-            return graph.call_function(operator.getitem, (call, 0))
+    def _emit(self, graph: fx.Graph, site: AttentionSite, program: Program) -> fx.Node:
+        ours, mask, form = torch.ops.effcompile, site.mask, program.form
+        assert isinstance(mask, Mask)
+        hidden = None if mask.padding is None else bool_mask(graph, mask.padding)
+        # What multiplies scores is a part of the logits that estimators see; a cap, a bias and sinks are not.
+        logits = dataclasses.replace(site, query=query_of(graph, site))
+        state: State
+        length: Any
+        if site.load is None:
+            state, length = fresh_store(graph, site)
+            state, lists, more = self.operands(graph, logits, state, hidden)
+        else:
+            state, length, more = site.load.args[:6], site.load.args[6], {}
+            chosen = (logits.query, *state, length, hidden, form.name, self.method, site.scale)
+            lists = results(graph, graph.call_function(ours.select_stored_blocks.default, chosen), 4)
+        call = graph.call_function(
+            ours.attend_blocks.default,
+            (logits.query, *state, length, hidden, *lists, self.block_size, form.name, site.scale, True, -1),
+            more | parts_of(graph, site),
+        )
+        call.meta.update(site.output.meta)
+        return graph.call_function(operator.getitem, (call, 0))
 
-        return Rewrite(f"{self.name}_{program.name}", emit, (program,))
+
+def form_of(site: AttentionSite) -> KVForm:
+    """The form of the store that a site reads, or of its keys and values as they are."""
+    return DENSE if site.load is None else KVForm.parse(str(site.load.args[7]))
 
 
 def results(graph: fx.Graph, call: fx.Node, count: int) -> list[fx.Node]:

@@ -141,4 +141,4 @@ def _set_state(self: Any, state: dict[str, Any]) -> None:
         self.__dict__["forward"] = own
     for key, text in chosen.items():
         name = key.removeprefix(PREFIX)
-        decorate(self, choices._read(name, text)[0])
+        decorate(self, choices.read_annotation(name, text)[0])

@@ -17,7 +17,10 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from effcompile.passes.options import BackendOptions, OptionError, annotations_of, clean_path
+from effcompile.passes.backend_options import BackendOptions, clean_path
+from effcompile.passes.base import get
+from effcompile.passes.options import OptionError, annotations_of
+from effcompile.runtime.plan import Plan, PlanError, digest
 
 _SELF = "L['self']"
 
@@ -78,6 +81,31 @@ class Place:
                 f"options['rules'][{rule.pattern!r}]: names no module of the compiled {type(self.root).__name__}, at "
                 f"which paths begin; nearest: {', '.join(near) or 'none, see named_modules()'}."
             )
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise :class:`PlanError` for a plan that names modules which are not there, or other weights than these.
+
+        Records of feed-forward blocks are checked against the weights of the block itself, where it is found.
+        """
+        modules = dict(self.root.named_modules())
+        for record in plan:
+            where = f"plan: {record.method} at {record.module}"
+            module = modules.get(record.module.partition("#")[0])
+            if module is None:
+                near = difflib.get_close_matches(record.module, modules, n=3, cutoff=0.5)
+                raise PlanError(
+                    f"{where}: the compiled {type(self.root).__name__} has no such module; nearest: "
+                    f"{', '.join(near) or 'none'}. Plans are for the model that was calibrated, compiled as a whole."
+                )
+            if get(record.method).site_kind != "attention":
+                continue
+            own = {name: digest(p) for name, p in module.named_parameters()}
+            if own != dict(record.parameters):
+                changed = next((n for n in {**own, **record.parameters} if own.get(n) != record.parameters.get(n)), "")
+                raise PlanError(
+                    f"{where}: {changed} is not what the plan was made from. Calibrate this model, or take the record "
+                    "out of the plan."
+                )
 
     def shared(self, options: BackendOptions) -> tuple[str, ...]:
         """A sentence for each rule that names some, and not all, of the modules that one graph may serve.

@@ -42,6 +42,7 @@ class XAttention(SparsePrefill):
     name: ClassVar[str] = "xattention"
     paper: ClassVar[str] = "XAttention (Xu et al., ICML 2025)"
     summary: ClassVar[str] = "prompts: blocks of keys chosen by antidiagonal sums of products"
+    share: ClassVar[str | None] = "threshold"
     limit: ClassVar[dict[str, Any]] = {"threshold": 1.0}
 
     def __post_init__(self) -> None:

@@ -46,6 +46,45 @@ def input_of(linear: fx.Node) -> fx.Node:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The operands of a linear: ``input @ weight.T + bias``, or ``input @ weight + bias`` if ``flipped``."""
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    flipped: bool
+    bias: fx.Node | None
+
+    @property
+    def outputs(self) -> Any:
+        """Width of what comes out."""
+        return shape(self.weight)[1 if self.flipped else 0]
+
+
+def operands_of(linear: fx.Node) -> Linear | None:
+    """The operands of a linear whose weight is a tensor of the graph as it came in; None if it is computed."""
+    bias = None
+    if is_call(linear, aten.linear.default):
+        x, weight, bias = (*linear.args, None)[:3]
+        flipped = False
+    elif is_call(linear, aten.addmm.default):
+        bias, x, weight = linear.args
+        if linear.kwargs:  # alpha and beta
+            return None
+        flipped = True
+    else:
+        x, weight = linear.args[:2]
+        flipped = True
+    while is_call(weight, aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int):
+        weight, flipped = weight.args[0], not flipped  # type: ignore[union-attr]
+    if not all(isinstance(n, fx.Node) for n in (x, weight)) or weight.op not in ("placeholder", "get_attr"):  # type: ignore[union-attr]
+        return None
+    if bias is not None and (not isinstance(bias, fx.Node) or bias.op not in ("placeholder", "get_attr")):
+        return None
+    return Linear(linear, x, weight, flipped, bias)  # type: ignore[arg-type]
+
+
 def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
     """All linears of a normalised graph, in graph order."""
     return [LinearSite(node) for node in gm.graph.nodes if is_linear(node)]

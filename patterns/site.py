@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -18,11 +18,18 @@ class Site:
     """The word for this kind in reports."""
 
     anchor: fx.Node
+    record: Any = dataclasses.field(default=None, init=False, compare=False)
+    """What the user's plan says of this site for the pass that is being asked."""
 
     @property
     def module(self) -> str:
         """Path of the module that the site was traced in."""
         return module_path(self.anchor)
+
+    @property
+    def label(self) -> str:
+        """What a plan calls the site: its module, and a number if that holds several."""
+        return self.module
 
     @property
     def source(self) -> str:

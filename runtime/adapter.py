@@ -27,6 +27,11 @@ FORM = "_effcompile_form"
 """Instance attribute with the form that a decorator chose for a module and all below it."""
 RULES = "_effcompile_rules"
 """Instance attribute with the rules that came with it, for some of the layers below."""
+BOUNDS = "_effcompile_bounds"
+"""Instance attribute with the number of layers, of those with a compressed cache, before the first that needs bounds.
+
+On a module that a method for decoding was put on, for the caches that are made from then on.
+"""
 HOOK = "_effcompile_hook"
 """Instance attribute with the handle of the forward pre-hook, on a model, on the models within it, on attentions."""
 _METHODS = ("_prepare_cache_for_generation", "create_masks_for_generate")
@@ -77,6 +82,21 @@ def layer_forms(model: nn.Module, default: KVForm, count: int, found: tuple[Form
         if rank >= ranks[index]:
             ranks[index], forms[index] = rank, form if rule is None else rule.form
     return forms
+
+
+def bounded_layers(model: nn.Module, full: list[int]) -> set[int]:
+    """Those of the layers ``full`` whose caches keep bounds of keys, by what was put on ``model`` and within it."""
+    asked = {
+        rules.clean(path): module.__dict__[BOUNDS]
+        for path, module in model.named_modules()
+        if BOUNDS in module.__dict__
+    }
+    return {
+        index
+        for path, index in rules.layers(model)
+        for on, first in asked.items()
+        if index in full[first:] and (on == "" or path == on or path.startswith(on + "."))
+    }
 
 
 def attach_hooks(module: nn.Module) -> None:

@@ -148,12 +148,15 @@ class Cache(cache_utils.Cache):
         chosen = parse(rules, default)
         check(chosen, model, full)
         forms = adapter.layer_forms(model, default, len(layers), chosen)
+        # Where no program reads pages, nobody would read their bounds, and noting them would wait for the device.
+        bounded = adapter.bounded_layers(model, full) if device.type == "cpu" else set()
         learned = learn(model, [i for i in full if forms[i].pre])
         self.angles = Angles.of(learned, self.capacity, device)
         for i in full:
             form = dataclasses.replace(forms[i], rope=learned[i].rope) if i in learned else forms[i]
             angles, ends = self.angles if form.pre else None, (full[0], full[-1])
-            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles)
+            bounds = i in bounded and not form.bounds_keys
+            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles, bounds)
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
         adapter.attach_hooks(model)

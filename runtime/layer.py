@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from effcompile.kernels import page_ops, pages  # noqa: F401  (registers bound_store)
 from effcompile.kernels.form import KVForm
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         For each packed side ``[B, G, L, D]``: what the slots of the newest ``L`` tokens held before them.
     angles
         The cache's table of angles, where keys are kept before RoPE.
+    bounds
+        The least and the largest of each channel of the keys in every ``unit`` tokens
+        (:func:`effcompile.kernels.pages.store_bounds`), where a method for decoding asks for them; else None.
     given
         cos and sin of the call in progress, from the hook on this layer's attention to the ``update`` that takes them.
     """
@@ -115,6 +119,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         index: int,
         ends: tuple[int, int],
         angles: Angles | None = None,
+        bounded: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
@@ -133,6 +138,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.overrun: tuple[Tensor, Tensor] | None = None
         self.angles = angles
         self.given: Any = None
+        self.bounded, self.unit = bounded, pages.unit_of(form)
+        self.bounds: Tensor | None = None
 
     def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
         """Make the buffers, zeroed, at addresses that stay. Raises ``FormError`` if the head size does not divide."""
@@ -142,6 +149,10 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 shapes = self.form.buffers(kind, batch, heads, self.capacity, size, dtype)  # type: ignore[arg-type]
                 buffers: list[Tensor | None] = [torch.zeros(s, dtype=d, device=self.length.device) for s, d in shapes]
                 state += buffers + [None] * (3 - len(buffers))
+            # Keeping them asks for the length, for which a GPU would have to be waited: quest says so there.
+            if self.bounded and self.length.device.type == "cpu":
+                shape = batch, heads, self.capacity // self.unit, 2, key_size
+                self.bounds = torch.zeros(shape, dtype=dtype, device=self.length.device)
         self.state = tuple(state)
         self.shape = (batch, heads, key_size, value_size)
         self.dtype, self.device = dtype, self.length.device
@@ -169,7 +180,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
 
     def buffers(self) -> list[Tensor]:
         """The buffers that exist."""
-        return [t for t in self.state if t is not None]
+        return [t for t in (*self.state, self.bounds) if t is not None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys ``[B, G, T, D]`` and values ``[B, G, T, E]``; return what this call attends to.
@@ -214,6 +225,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         table = {}
         if self.angles is not None:
             table["table"] = self.angles.write(self.index, self.length, given, key_states.shape[0], count)
+        if self.bounds is not None:
+            rows = self.state[0] if self.state[2] is None else self.state[2]
+            torch.ops.effcompile.bound_store(self.bounds, rows, self.length, stored[0], self.unit)
         torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name, **table)
         if self.fresh:
             result = key_states, value_states
@@ -306,6 +320,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             return
         with lasting():
             self.state = tuple(None if buffer is None else take(buffer) for buffer in self.state)
+            self.bounds = None if self.bounds is None else take(self.bounds)
         self.shape = (self.buffers()[0].shape[0], *self.shape[1:])
         self.mark()
 
@@ -407,12 +422,12 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
 
     def grow(self, capacity: int) -> None:
         """Move to larger buffers, keeping all tokens."""
-        old = self.state
+        old = (*self.state, self.bounds)
         self.capacity = capacity
         if not self.is_initialized:
             return
         batch, heads, key_size, value_size = self.shape
         self.allocate(batch, heads, key_size, value_size, self.dtype)
-        for before, after in zip(old, self.state):
+        for before, after in zip(old, (*self.state, self.bounds)):
             if before is not None and after is not None:
                 after[:, :, : before.shape[2]] = before

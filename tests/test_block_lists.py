@@ -151,6 +151,8 @@ CALLS = {
     },
     "few queries": {"heads": 4, "groups": 2, "queries": 3, "keys": 700, "sizes": (64, 64), "form": FORMS[1]},
 }  # fmt: skip
+FEW = {name: CALLS[name] for name in list(CALLS)[:4]}
+"""Those that differ most, for tests that take each with many other things."""
 
 
 @pytest.mark.parametrize("name", CALLS)

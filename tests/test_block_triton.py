@@ -6,9 +6,6 @@ As in ``test_triton_kernels.py`` the interpreter needs a child process, which th
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,8 +13,9 @@ import torch
 from pairs import pairwise
 from test_block_lists import Call
 from test_triton_aot import SHARED
-from test_triton_kernels import attend, largest_score, name_of
+from test_triton_kernels import attend, name_of
 from torch import Tensor
+from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering as all_lowerings
 from effcompile.kernels import block_ops, blocks, ops
@@ -25,10 +23,9 @@ from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
 from effcompile.lowering import triton as lowering
-from effcompile.lowering.triton_aot import compile_ahead, resources
+from effcompile.lowering import triton_blocks
 from effcompile.lowering.triton_build import build
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DENSE = KVForm(16, 16)
 AXES: dict[str, list[Any]] = {
     "sizes": [(64, 64), (80, 80), (96, 64), (128, 128), (64, 256)],
@@ -46,21 +43,13 @@ PLAIN: dict[str, Any] = {"tokens": (150, 150), "sizes": (64, 64), "dtype": torch
                          "batch": 1, "rule": "causal", "shared": False, "groups": 1}  # fmt: skip
 
 
-def in_the_interpreter(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += options
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:]
-    assert " passed" in child.stdout
-
-
 def test_in_the_interpreter() -> None:
-    in_the_interpreter()
+    in_the_interpreter(__file__)
 
 
 @pytest.mark.slow
 def test_more_in_the_interpreter() -> None:
-    in_the_interpreter("-m", "slow")
+    in_the_interpreter(__file__, "-m", "slow")
 
 
 test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
@@ -78,7 +67,7 @@ def made(case: dict[str, Any], density: float = 0.3) -> Call:
 
 def launch(call: Call) -> tuple[Tensor, Tensor]:
     lists = block_ops.of(call.lists)
-    return lowering.attend_blocks(call.query, *call.state, torch.tensor(call.keys), call.mask, *lists, *call.rest)
+    return triton_blocks.attend_blocks(call.query, *call.state, torch.tensor(call.keys), call.mask, *lists, *call.rest)
 
 
 def seen_by(call: Call) -> Tensor:
@@ -107,23 +96,7 @@ class TestInterpreted:
 
     @staticmethod
     def check(call: Call, out: Tensor, lse: Tensor) -> None:
-        query, key, value, scale, dtype = call.query, call.key, call.value, call.rest[1], call.query.dtype
-        assert out.dtype == dtype
-        assert out.is_contiguous()
-        seen = seen_by(call)
-        best, best_lse = attend(query.double(), key.double(), value.double(), seen, scale, torch.float64)
-        low, low_lse = attend(query, key, value, seen, scale, dtype)
-        blind = best_lse.isinf()
-        assert torch.equal(lse.isinf(), blind)
-        assert out[blind].eq(0).all()
-        rounding = torch.finfo(dtype).eps * best.abs().max()
-        # Scores are summed, scaled to base 2 and shifted in fp32: each rounding moves a weight by as much of it.
-        shifting = 3 * 2.0**-24 * largest_score(query, key, scale) * value.double().abs().max()
-        assert (out.double() - best).abs().max() <= 2 * (low.double() - best).abs().max() + rounding + shifting
-        # The lse is fp32, whatever the dtype: what summing D products in fp32 may lose is added.
-        summing = query.shape[3] * 2.0**-23 * scale * (query.double().abs().amax() * key.double().abs().amax())
-        difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
-        assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
+        assert_within_budget(out, lse, call.query, call.key, call.value, seen_by(call), call.rest[1])
 
     def test_every_pair_is_counted_once(self) -> None:
         """Values that tell keys apart: with equal scores the output is the share of each key, and no key has two."""
@@ -131,7 +104,7 @@ class TestInterpreted:
         keep = blocks.possible(keys, keys, block)
         listed = blocks.lists(keep[None, None], blocks.whole(keys, keys, block), block)
         zero, value = torch.zeros(1, 1, keys, 64), torch.eye(keys)[None, None]
-        out, _ = lowering.attend_blocks(zero, zero, None, None, value, None, None, torch.tensor(keys), None,
+        out, _ = triton_blocks.attend_blocks(zero, zero, None, None, value, None, None, torch.tensor(keys), None,
                                         *block_ops.of(listed), DENSE.name, 1.0, True, -1)  # fmt: skip
         share = torch.ones(keys, keys).tril() / torch.arange(1, keys + 1)[:, None]
         torch.testing.assert_close(out[0, 0], share, rtol=1e-6, atol=1e-8)
@@ -216,13 +189,13 @@ class TestInterpreted:
         lists = block_ops.of(call.lists)
         args = (call.query, *call.state, torch.tensor(call.keys), None, *lists, *call.rest)
         with pytest.raises(ops.KernelUnavailable, match="with key_position, token_mask"):
-            lowering.attend_blocks(*args, token_mask=call.query, key_position=call.query)
+            triton_blocks.attend_blocks(*args, token_mask=call.query, key_position=call.query)
         for changes, said in (
             ({0: call.query[:, :1].expand(2, -1, -1, -1)}, "1 query heads and batch 2"),
             ({8: torch.ones(1, 149, dtype=torch.bool)}, "a key mask of"),
         ):
             with pytest.raises(ops.KernelUnavailable, match=said):
-                lowering.attend_blocks(*(changes.get(i, x) for i, x in enumerate(args)))
+                triton_blocks.attend_blocks(*(changes.get(i, x) for i, x in enumerate(args)))
         form = KVForm(4, 4)
         with ops.reference_only():
             packed = Call(4, 2, 150, 150, (64, 64), form, 64)
@@ -234,9 +207,6 @@ def program(
     size: tuple[int, int] = (128, 128), dtype: torch.dtype = torch.bfloat16, rule: Predicate | None = None
 ) -> Program:
     return Program("prefill", DENSE, rule or Predicate(), dtype, 4, *size, blocks=True)
-
-
-INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
 AHEAD = [
@@ -254,34 +224,12 @@ AHEAD_AXES = {
 MORE_AHEAD = [(program(c["size"], c["dtype"], c["rule"]), c["chip"], c["block"]) for c in pairwise(**AHEAD_AXES)]
 
 
-def spill_budget(program: Program, rows: int) -> int:
-    """Bytes that a thread may spill: none for heads up to 128 in 16-bit types.
-
-    As elsewhere more for larger heads and fp32, and a few where tiles are small and the assembler makes room
-    for another program in a multiprocessor.
-    """
-    wide, single = max(program.key_size, program.value_size) > 128, program.dtype == torch.float32
-    return (1024 if wide else 320) if single else 256 if wide else 0 if rows >= 64 else 16
-
-
 class TestAhead:
     __test__ = not INTERPRETED
 
     @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
     def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        built = build(program, chip)
-        assert built.blocks is not None
-        cut = built.blocks.within(block)
-        binary = compile_ahead(built, program, chip, {"FULL": True, "BLOCK": block, "ROWS": cut.rows, "TILE": cut.tile})
-        used = resources(binary)
-        print(program.name, chip, block, cut, used)
-        assert used["shared"] <= SHARED[chip]
-        assert used["spilled"] <= spill_budget(program, cut.rows)
-        if program.dtype != torch.float32 and block >= 64:
-            assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
-            assert INSTRUCTION.get(chip, "mma.sync") in assembly
-            # Two tiles of keys and values are under way while one is used: the loop over a list is a pipeline.
-            assert chip == "gfx942" or "cp.async.wait_group" in assembly
+        assert_fits(program, chip, block)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
@@ -296,7 +244,7 @@ class TestAhead:
         assert refused(predicate=Predicate(True, 100, True), key_size=80, value_size=256, ratio=7) is None
         assert "block lists with the parts of" in str(refused(form=KVForm(4, 4)))
         assert "block lists with the parts of" in str(refused(score=ScoreParts(sinks=True)))
-        assert "packed sequences" in str(refused(predicate=Predicate(segments=True)))
+        assert "block lists with the parts of" in str(refused(predicate=Predicate(segments=True)))
         assert "channels" in str(refused(key_size=300))
         assert "'mps'" in str(all_lowerings.refusal(program(), "mps"))
 

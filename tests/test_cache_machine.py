@@ -21,6 +21,7 @@ import effcompile as ec
 from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
 from effcompile.runtime.cache import CacheError
+from effcompile.runtime.layer import REACH
 
 HEADS, SIZE, CAPACITY = 1, 16, 512
 FORMS = [KVForm(4, 4, 16, 0), KVForm(8, 4, 16, 16), KVForm(4, 16, 16, 32), KVForm(16, 8, 16, 16), KVForm(16, 16, 16, 0)]
@@ -46,7 +47,7 @@ class Lives(RuleBasedStateMachine):
         self.form, self.batch, self.recording = form, batch, False
         self.cache = ec.Cache(MODEL, CAPACITY, **form.options)
         self.tokens = torch.zeros(batch, HEADS, 0, SIZE)
-        self.safe = 0  # newest tokens that were appended since the recording began, and nothing has disturbed since
+        self.safe = 0  # newest tokens appended since the recording began, undisturbed, as far as it reaches back
         self.append(prompt, True)
 
     def mode(self):
@@ -67,7 +68,7 @@ class Lives(RuleBasedStateMachine):
                 self.cache.prepare(self.batch, count, torch.float32)
             for index in range(2):
                 self.cache.update(new * (index + 1), new - index, index)
-        self.safe = self.safe + count if self.recording and announced else 0
+        self.safe = min(self.safe + count, REACH) if self.recording and announced else 0
         self.tokens = torch.cat([self.tokens, new], 2)
 
     @rule(data=st.data())
@@ -167,7 +168,7 @@ class Lives(RuleBasedStateMachine):
         if self.length:
             removable = self.cache.removable
             least = self.length if self.form.dense else self.length - self.form.packed(self.length) - self.form.residual
-            assert max(least, min(self.safe, 256)) <= removable <= self.length
+            assert max(least, self.safe) <= removable <= self.length
             assert self.cache.is_croppable == self.form.dense
 
 

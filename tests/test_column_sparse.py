@@ -9,7 +9,8 @@ from pairs import pairwise
 from test_ffn_ops import DTYPES, INF, NAN, OPS, within
 
 from effcompile.kernels import ops
-from effcompile.kernels.ffn_ops import ACTIVATIONS
+from effcompile.kernels.ffn import ACTIVATIONS
+from effcompile.lowering.cpp_ffn import WITH_KERNELS
 
 
 def exact_columns(x, weight_t, threshold, scale, bias):
@@ -76,7 +77,7 @@ FFNS = pairwise(
     rows=[1, 2, 5, 8, 9],
     shape=[(64, 160), (33, 70), (20, 13)],
     dtype=DTYPES,
-    activation=list(ACTIVATIONS),
+    activation=list(WITH_KERNELS),
     gated=[True, False],
     scaled=[False, True],
     biased=[False, True],

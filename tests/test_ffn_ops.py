@@ -9,8 +9,9 @@ from pairs import pairwise
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from effcompile.kernels import ffn_cost, ffn_ops, ops
-from effcompile.kernels.ffn_ops import ACTIVATIONS
+from effcompile.kernels.ffn import ACTIVATIONS
 from effcompile.lowering import cpp_ffn
+from effcompile.lowering.cpp_ffn import WITH_KERNELS
 
 OPS = torch.ops.effcompile
 DTYPES = [torch.float32, torch.bfloat16]
@@ -94,7 +95,7 @@ CASES = pairwise(
     size=[64, 33, 1],
     layout=[(16, 8, 6, 3), (0, 5, 7, 2), (9, 1, 40, 20), (3, 24, 3, 3)],
     dtype=DTYPES,
-    activation=list(ACTIVATIONS),
+    activation=list(WITH_KERNELS),
     gated=[True, False],
     biases=[False, True],
     alike=[1, 0],
@@ -170,7 +171,7 @@ def test_shared_neurons_alone_and_nothing_at_all(rows):
 
 
 @pytest.mark.parametrize("rows", [2, 70])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", WITH_KERNELS)
 @pytest.mark.usefixtures("no_fallback")
 def test_nan_stays_in_its_row(rows, activation):
     case = Grouped(rows, 48, 8, 12, 4, 2, gated=activation != "relu")

@@ -20,19 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import effcompile
-from effcompile.passes import base, options
+from effcompile.passes import backend_options, base, options
+from effcompile.passes.backend_options import BackendOptions, clean_path, parse, resolve
 from effcompile.passes.base import Pass
-from effcompile.passes.options import (
-    BackendOptions,
-    DecorationError,
-    OptionError,
-    clean_path,
-    decorator,
-    options_of,
-    parse,
-    remove,
-    resolve,
-)
+from effcompile.passes.options import DecorationError, OptionError, decorator, options_of, remove
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +66,7 @@ toy, other = decorator(Toy), decorator(Other)
 def registered() -> Iterator[None]:
     """The registry holds the two passes of this file, and nothing else."""
     with mock.patch.dict(base.REGISTRY, {"toy": f"{__name__}:Toy", "other": f"{__name__}:Other"}, clear=True):
-        options._read.cache_clear()
+        options.read_annotation.cache_clear()
         yield
 
 
@@ -367,9 +358,8 @@ def test_wrong_backend_options(given: dict[str, Any], said: str) -> None:
 
 
 def test_text_is_the_same_in_every_process_and_differs_with_options() -> None:
-    code = (
-        "from effcompile.passes.options import parse; print(parse({'inductor': {'debug': True}, 'verify': True}).text)"
-    )
+    given = "{'inductor': {'debug': True}, 'verify': True}"
+    code = f"from effcompile.passes.backend_options import parse; print(parse({given}).text)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == parse({"verify": True, "inductor": {"debug": True}}).text
     texts = {
@@ -395,7 +385,7 @@ def test_text_is_the_same_in_every_process_and_differs_with_options() -> None:
     ],
 )
 def test_patterns(pattern: str, path: str, depth: int) -> None:
-    assert options.Rule(pattern, "toy", None).depth(path) == depth
+    assert backend_options.Rule(pattern, "toy", None).depth(path) == depth
 
 
 def test_precedence() -> None:
@@ -426,8 +416,8 @@ def test_precedence() -> None:
         9,
         "decorator on Model",
     )
-    assert resolve("other", "layers.0", None, given) == options.Resolved(None, "")
-    assert resolve("toy", "a", None, parse({"toy": None})) == options.Resolved(None, "global option (off)")
+    assert resolve("other", "layers.0", None, given) == backend_options.Resolved(None, "")
+    assert resolve("toy", "a", None, parse({"toy": None})) == backend_options.Resolved(None, "global option (off)")
 
 
 def test_rules_that_name_nothing_are_told() -> None:

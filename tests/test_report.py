@@ -25,8 +25,9 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, StoreProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes import report, table
+from effcompile.passes.backend_options import BackendOptions, parse
 from effcompile.passes.decision import Seen
-from effcompile.passes.options import BackendOptions, decorate, parse, remove
+from effcompile.passes.options import decorate, remove
 from effcompile.passes.report import Decision, GraphReport, InspectError, Report, Snapshot, inspect
 
 

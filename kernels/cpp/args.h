@@ -25,7 +25,8 @@ struct AttendArgs {
   double scale;
 };
 
-// Operands of the score parts and of rules that compare data: right behind AttendArgs, for programs that have any.
+// Operands of the score parts and of rules that compare data: right behind AttendArgs, for programs that have any, and
+// for attention over blocks in any case.
 struct ScoreArgs {
   const float* bias;       // [B or 1, H or 1, T or 1, >= length] or null
   int64_t bias_stride[3];  // batch, head, token; 0 where there is one for all

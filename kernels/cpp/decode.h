@@ -15,9 +15,34 @@ constexpr int row_block(int ratio) {
   return 1;
 }
 
-// The rows of one head over the runs that visit(body, block) gives to body: o [rows, EP], then max [rows], then sum [rows].
-template <class P, class Visit>
-inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& visit) {
+// Tokens [t, t + n), which lie together in every buffer.
+struct Run {
+  int64_t t, n;
+  bool tail;
+};
+
+// Hands runs to body as many at a time as are together no longer than a block: each time costs the softmax a step.
+template <class Body>
+struct Batch {
+  Body& body;
+  int64_t block, count = 0, tokens = 0;
+  Run runs[8] = {};
+  void operator()(int64_t t, int64_t n, bool tail) {
+    if (count == 8 || tokens + n > block) flush();
+    runs[count++] = {t, n, tail};
+    tokens += n;
+  }
+  void flush() {
+    if (count) body(runs, count);
+    count = tokens = 0;
+  }
+};
+
+// The rows of one head over the runs that visit(batch, block) gives to the batch: o [rows, EP], then max [rows], then sum
+// [rows].
+// note(row, t, n, s) sees the scores of the keys [t, t + n) as the softmax will, -inf where they are hidden.
+template <class P, class Visit, class Note>
+inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& visit, Note&& note) {
   constexpr int64_t DP = round_up(P::key_size, VL), EP = round_up(P::value_size, VL);
   constexpr int64_t BK = P::group * most(1, 128 / P::group), ld = round_up(BK, VL) + VL;
   constexpr int RB = row_block(P::ratio);
@@ -35,21 +60,34 @@ inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& vis
   for (int64_t row = 0; row < rows; ++row) read_query<P>(a, scale, head, row, q + row * DP);
   for (int64_t i = 0; i < rows * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < rows; ++i) max[i] = -INF, sum[i] = 0.f;
-  const auto body = [&](int64_t t, int64_t n, bool tail) {
+  const auto body = [&](const Run* runs, int64_t count) {
+    const Run& end = runs[count - 1];
     for (int64_t row = 0; row < rows; row += RB) {
       const Visible<P> seen(a, head, row / P::ratio, length);
-      if (t >= seen.last || t + n <= seen.first) continue;
-      score<P, RB>(keys, rope, t, n, tail, q + row * DP, s, ld);
-      float alpha[RB];
-      for (int r = 0; r < RB; ++r) {
-        change_scores<P>(a, head, row + r, t, n, s + r * ld);
-        if (EVERY_KEY<P> || t < seen.first || t + n > seen.last) hide<P>(s + r * ld, t, n, seen, mask, segments);
-        alpha[r] = softmax_step(s + r * ld, n, scale, max[row + r], sum[row + r]);
+      if (runs->t >= seen.last || end.t + end.n <= seen.first) continue;
+      int64_t all = 0;
+      for (int64_t i = 0; i < count; all += runs[i++].n) {
+        const auto [t, n, tail] = runs[i];
+        score<P, RB>(keys, rope, t, n, tail, q + row * DP, s + all, ld);
+        for (int r = 0; r < RB; ++r) {
+          float* x = s + r * ld + all;
+          change_scores<P>(a, head, row + r, t, n, x);
+          if (EVERY_KEY<P> || t < seen.first || t + n > seen.last) hide<P>(x, t, n, seen, mask, segments);
+          note(row + r, t, n, x);
+        }
       }
-      weigh<P, RB>(values, t, n, tail, s, ld, alpha, o + row * EP);
+      float alpha[RB];
+      for (int r = 0; r < RB; ++r) alpha[r] = softmax_step(s + r * ld, all, scale, max[row + r], sum[row + r]);
+      all = 0;
+      for (int64_t i = 0; i < count; all += runs[i++].n) {
+        weigh<P, RB>(values, runs[i].t, runs[i].n, runs[i].tail, s + all, ld, alpha, o + row * EP);
+        for (int r = 0; r < RB; ++r) alpha[r] = 1.f;
+      }
     }
   };
-  visit(body, BK);
+  Batch<decltype(body)> batch{body, BK};
+  visit(batch, BK);
+  batch.flush();
 }
 
 // Merges the parts of one head by their lse and writes its rows.
@@ -97,7 +135,7 @@ int64_t decode(const AttendArgs& a) {
     const int64_t from = start + item % parts * per * BK;
     const int64_t to = least(length, from + per * BK);
     decode_part<P>(a, item / parts, partial + item * cell,
-                   [&](auto& body, int64_t block) { for_runs<P>(from, to, stop, block, body); });
+                   [&](auto& batch, int64_t block) { for_runs<P>(from, to, stop, block, batch); }, [](auto...) {});
   }
 
   for (int64_t head = 0; head < heads; ++head) merge_parts<P>(a, head, parts, partial + head * parts * cell);

@@ -31,9 +31,11 @@ inline int64_t head_of(const AttendArgs& a, int64_t head, int64_t row) {
   return head % a.groups * P::ratio + row % P::ratio;
 }
 
-// Scores of one row and the keys [t, t + n), in place: scaled, capped, biased. What lies behind n is not read again.
+// Scores of one row and the keys [t, t + n), or those whose numbers are at[0, n), in place: scaled, capped, biased. What
+// lies behind n is not read again.
 template <class P>
-inline void change_scores(const AttendArgs& a, int64_t head, int64_t row, int64_t t, int64_t n, float* s) {
+inline void change_scores(const AttendArgs& a, int64_t head, int64_t row, int64_t t, int64_t n, float* s,
+                          const int32_t* at = nullptr) {
   if constexpr (SCORES_CHANGE<P>) {
     const ScoreArgs& parts = score_args(a);
     const Vec scale(static_cast<float>(a.scale));
@@ -41,13 +43,16 @@ inline void change_scores(const AttendArgs& a, int64_t head, int64_t row, int64_
     const float* bias = parts.bias;
     if constexpr (Parts<P>::bias)
       bias += head / a.groups * parts.bias_stride[0] + head_of<P>(a, head, row) * parts.bias_stride[1] +
-              row / P::ratio * parts.bias_stride[2] + t;
+              row / P::ratio * parts.bias_stride[2] + (at ? 0 : t);
     for (int64_t i = 0; i < n; i += VL) {
       Vec x = Vec::loadu(s + i) * scale;
       if constexpr (Parts<P>::softcap) x = (x / cap).tanh() * cap;
-      if constexpr (Parts<P>::bias) x = x + load_f32(bias + i, n - i);
+      if constexpr (Parts<P>::bias)
+        if (!at) x = x + load_f32(bias + i, n - i);
       x.store(s + i);
     }
+    if constexpr (Parts<P>::bias)
+      for (int64_t i = 0; at && i < n; ++i) s[i] += bias[at[i]];
   }
 }
 

@@ -153,7 +153,7 @@ struct Relu {
   static Vec of(Vec x) { return at::vec::maximum(x, Vec(0.f)); }  // NaN stays
 };
 
-// In the order of ACTIVATIONS in effcompile/kernels/ffn_ops.py.
+// In the order of WITH_KERNELS in effcompile/lowering/cpp_ffn.py.
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU };
 
 template <class Act>

@@ -59,6 +59,17 @@ struct Side {
   T* rows(int64_t t) const { return dense + (packed ? t % slots : t) * size; }
   uint8_t* code_at(int64_t t) const { return codes + t * row; }  // per channel: t is a multiple of g
   Half* scale_at(int64_t t) const { return scales + steps * (per_channel ? t / g * size : t * groups); }
+
+  // Asks for tokens [t, t + n), packed or dense for good, t a multiple of the group.
+  void fetch(int64_t t, int64_t n) const {
+    const auto lines = [](const void* from, const void* to) {
+      for (auto* p = static_cast<const char*>(from); p < to; p += 64) prefetch(p);
+    };
+    if constexpr (packed)
+      lines(code_at(t), code_at(t + n)), lines(scale_at(t), scale_at(t + n));
+    else
+      lines(rows(t), rows(t) + n * size);
+  }
 };
 
 // Calls body(first, count, in_tail) for runs of tokens that cover [from, to), each at most `block` long and contiguous in

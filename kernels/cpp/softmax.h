@@ -12,7 +12,7 @@ struct Scale {
   float factor, sign;
   double scale;
   explicit Scale(double x)
-      : factor(x == 0 ? 1.f : static_cast<float>(std::fabs(x) * 1.4426950408889634074)),
+      : factor(static_cast<float>((x == 0 ? 1. : std::fabs(x)) * 1.4426950408889634074)),
         sign(x == 0 ? 0.f : x < 0 ? -1.f : 1.f),
         scale(x == 0 ? 1. : std::fabs(x)) {}
   // What sums over weights relative to `from` are worth relative to `to`, a larger maximum.
@@ -48,9 +48,12 @@ inline float softmax_step(float* s, int64_t n, const Scale& scale, float& max, f
 template <class P>
 struct Visible {
   int64_t first, last, position;
-  Visible(const AttendArgs& a, int64_t head, int64_t t, int64_t length) : position(length - a.queries + t) {
+  Visible(const AttendArgs& a, int64_t head, int64_t t, int64_t length)
+      : Visible(length - a.queries + t, length, prefix_of<P>(a, head)) {}
+  // A query that stands at `position`, with no key from `length` on.
+  Visible(int64_t position, int64_t length, int64_t prefix) : position(position) {
     first = P::window >= 0 ? most(0, position - P::window + 1) : 0;
-    last = P::causal ? least(length, most(position + 1, prefix_of<P>(a, head))) : length;
+    last = P::causal ? least(length, most(position + 1, prefix)) : length;
   }
 };
 

@@ -1,0 +1,345 @@
+"""``ec.calibrate``: run a model over some text, collect statistics at its sites, and let passes make a plan of them.
+
+The model is compiled with a back end of its own that changes nothing: it finds sites as the real one does, runs the
+graph node by node, and looks at what goes into a site and what its last linear reads. So whatever can be rewritten can
+be calibrated, under the same path.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.reason import Reason
+from effcompile.passes.backend_options import clean_path
+from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found
+from effcompile.passes.fit_threshold import Fitter, records
+from effcompile.passes.options import Decorator, remove
+from effcompile.passes.sparse_prefill import SparsePrefill
+from effcompile.passes.tree import place_of
+from effcompile.passes.weights import block_of, originals
+from effcompile.patterns.ffn import describe, find_feed_forward
+from effcompile.patterns.normalize import normalize
+from effcompile.patterns.walk import aten, is_call
+from effcompile.runtime.plan import Plan, Record, digest
+from effcompile.runtime.statistics import Rows, Samples, Statistic
+
+SAMPLES = 256
+"""Rows of each site that are kept to measure an error on, at most twice as many."""
+
+
+class CalibrationError(ValueError):
+    """What was given cannot be calibrated: no data, no sites, or statistics that are not numbers."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    passes: Sequence[Any],
+    *,
+    progress: bool = True,
+) -> Plan:
+    """Run ``model`` over ``batches`` and make a plan for ``passes``.
+
+    Parameters
+    ----------
+    model
+        On the device where it is to run. It is not changed: neither its weights, nor its mode, nor what it was compiled
+        with. Decorators on it are not applied while it is calibrated.
+    batches
+        Each ``input_ids`` ``[B, T]``, or keyword arguments of the model. Rows that an ``attention_mask`` ``[B, T]``
+        hides do not count.
+    passes
+        Such as ``ec.flap(ratio=0.25)``; methods that need no data need no calibration.
+    progress
+        Show a bar on the error output.
+
+    Returns
+    -------
+    Plan
+        One record for each site and pass, with the relative error of the site on some of the rows (``error``).
+
+    Raises
+    ------
+    CalibrationError
+        Without batches, without a site that a pass can take, or where activations are not finite.
+    TypeError
+        For something in ``passes`` that is not calibrated.
+    """
+    methods = [_method(thing) for thing in passes]
+    if not methods:
+        raise TypeError("calibrate(...): passes is empty; give some, such as [ec.flap(ratio=0.25)].")
+    names = [method.name for method in methods]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TypeError(
+            f"calibrate(...): {', '.join(twice)} is given twice; a plan has one record of a method for a site."
+        )
+    attention = [method for method in methods if isinstance(method, SparsePrefill)]
+    blocks = [method for method in methods if isinstance(method, FeedForwardPass)]
+    # A fit reads them more than once.
+    texts: Any = list(batches) if attention else batches
+    plans = [_fitted(model, texts, method, progress) for method in attention]
+    plans += each(model, texts, blocks, progress=progress) if blocks else []
+    made = {name: value for plan in plans for name, value in plan.made.items()}
+    made["seconds"] = round(sum(plan.made["seconds"] for plan in plans), 1)
+    return Plan({(r.module, r.method): r for plan in plans for r in plan}, made)
+
+
+def each(
+    model: nn.Module, batches: Iterable[Any], methods: Sequence[FeedForwardPass], *, progress: bool = True
+) -> list[Plan]:
+    """A plan for each of ``methods``, which may be settings of one method, from one pass over the data."""
+    model = getattr(model, "_orig_mod", model)
+    copied = _shared_copy(model).eval()
+    watch = _Watch(methods)
+    torch._dynamo.reset()
+    copied.compile(backend=watch)
+    started, tokens = time.time(), 0
+    try:
+        with torch.no_grad():
+            for batch in _shown(batches, progress):
+                tokens += _run(copied, batch, watch)
+    finally:
+        torch._dynamo.reset()
+    if not tokens:
+        raise CalibrationError("calibrate(...): batches is empty, or every token is hidden; give some text.")
+    if not watch.sites:
+        reasons = sorted({str(reason) for reason in watch.reasons}) or ["no feed-forward block was found"]
+        raise CalibrationError(f"calibrate(...): no site that can be calibrated: {'; '.join(reasons[:3])}.")
+    found = [_records(method, wanted) for method, wanted in zip(methods, watch.wanted(), strict=True)]
+    return [_plan(some, model, tokens, started) for some in found]
+
+
+def _plan(records: Sequence[Record], model: nn.Module, tokens: int, started: float) -> Plan:
+    made = {"tokens": tokens, "seconds": round(time.time() - started, 1), "torch": torch.__version__}
+    made |= {"model": type(model).__name__, "date": time.strftime("%Y-%m-%d")}
+    return Plan({(r.module, r.method): r for r in records}, made)
+
+
+LAST = 512
+"""Tokens at the end of a text on which a layer's loss is taken: those that see the longest context."""
+
+
+def _fitted(model: nn.Module, batches: Sequence[Any], method: SparsePrefill, progress: bool) -> Plan:
+    """A plan with a threshold for each layer (:mod:`effcompile.passes.fit_threshold`)."""
+    model = getattr(model, "_orig_mod", model)
+    copied = _shared_copy(model).eval()
+    started, tokens = time.time(), 0
+    try:
+        fitter = Fitter(method)
+    except ValueError as error:
+        raise CalibrationError(f"calibrate(...): {error}") from None
+    torch._dynamo.reset()
+    copied.compile(backend=fitter)
+    try:
+        with torch.no_grad():
+            for batch in _shown(batches, progress):
+                tokens += _count(batch)
+                _call(copied, batch)
+            if not fitter.layers:
+                reasons = "; ".join(sorted(set(fitter.reasons))[:3]) or "no attention over a whole prompt was found"
+                raise CalibrationError(f"calibrate(...): no layer to fit {method.name} to: {reasons}.")
+            fitter.sparse = ""
+            dense = _last_logits(copied, batches[0])
+            for layer in _shown(list(fitter.layers.values()), progress):
+                fitter.sparse = layer.module
+                ours = _last_logits(copied, batches[0])
+                layer.loss = float(torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True))
+    finally:
+        torch._dynamo.reset()
+
+    def parameters(module: str) -> dict[str, str]:
+        return {name: digest(p) for name, p in copied.get_submodule(module).named_parameters()}
+
+    return _plan(records(fitter, parameters), model, tokens, started)
+
+
+def _last_logits(model: nn.Module, batch: Any) -> Tensor:
+    """Log probabilities of the last tokens, fp32 ``[N, V]``."""
+    out = _call(model, batch, logits_to_keep=LAST)
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits[:, -LAST:].flatten(0, 1).float().log_softmax(-1)
+
+
+def _method(thing: Any) -> FeedForwardPass | SparsePrefill:
+    options = thing.options if isinstance(thing, Decorator) else thing
+    if not isinstance(options, FeedForwardPass | SparsePrefill):
+        raise TypeError(
+            f"calibrate(...): {thing!r} is not calibrated; give passes such as ec.flap(ratio=0.25), with their options."
+        )
+    return options
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """The model on the same tensors, without decorators and without what it was compiled with."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, memo)
+    copied._compiled_call_impl = None
+    return remove(copied)
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(batches, "calibrating", console=Console(stderr=True), transient=True)
+
+
+def _run(model: Any, batch: Any, watch: _Watch) -> int:
+    """One batch through the model; returns the tokens that count."""
+    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    watch.keep = mask.bool().flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    _call(model, batch)
+    return _count(batch)
+
+
+def _count(batch: Any) -> int:
+    """The tokens of a batch that its mask does not hide."""
+    given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.bool().sum())
+    ids = next((x for x in given.values() if isinstance(x, Tensor)), None)
+    if ids is None:
+        raise CalibrationError(f"calibrate(...): a batch without a tensor: {batch!r:.80}.")
+    return ids.numel()
+
+
+def _call(model: Any, batch: Any, logits_to_keep: int = 1) -> Any:
+    """The model on one batch. Neither a cache nor the logits of all tokens are made where the model can leave them."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    takes = inspect.signature(model.forward).parameters
+    if isinstance(batch, Tensor) and "input_ids" not in takes:
+        return model(batch.to(device))
+    given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    spare = {"use_cache": False, "logits_to_keep": logits_to_keep}
+    return model(**{name: x for name, x in spare.items() if name in takes} | given)
+
+
+@dataclasses.dataclass(eq=False)
+class _Site:
+    """One site while data goes through it: statistics that several passes ask for are there once."""
+
+    module: str
+    block: FeedForward
+    parameters: dict[str, str]
+    samples: Samples
+    statistics: list[dict[str, Statistic]]
+
+    def update(self, rows: Rows) -> None:
+        for one in {id(s): s for named in self.statistics for s in named.values()}.values():
+            one.update(rows)
+        self.samples.update(rows)
+
+
+class _Watch:
+    """The back end: runs graphs as they are, and looks."""
+
+    def __init__(self, methods: Sequence[FeedForwardPass]) -> None:
+        self.methods = methods
+        self.sites: dict[str, _Site] = {}
+        self.reasons: list[Reason] = []
+        self.keep: Tensor | None = None
+
+    def wanted(self) -> list[list[Calibrated]]:
+        """For each pass its sites, in the order of the model."""
+        return [
+            [Calibrated(s.module, s.block, s.parameters, s.statistics[n], s.samples) for s in self.sites.values()]
+            for n in range(len(self.methods))
+        ]
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        place = place_of(gm)
+        if place is not None:
+            place.complete(gm)
+        graph = normalize(gm, inputs)
+        if isinstance(graph, Reason):
+            self.reasons.append(graph)
+            return gm.forward
+        looked_at: dict[fx.Node, list[tuple[_Site, str]]] = {}
+        for found in find_feed_forward(graph):
+            parts = describe(found)
+            own = None if isinstance(parts, Reason) else originals(parts)
+            if isinstance(parts, Reason) or own is None:
+                self.reasons.append(
+                    parts if isinstance(parts, Reason) else Reason("computed-weight", "no parameter", found.source)
+                )
+                continue
+            site = self._site(clean_path(found.label), block_of(parts, own), own)
+            last = found.anchor.args[1 if is_call(found.anchor, aten.addmm.default) else 0]
+            assert isinstance(last, fx.Node)
+            looked_at.setdefault(parts.input, []).append((site, "input"))
+            looked_at.setdefault(last, []).append((site, "middle"))
+        return _Looking(graph, looked_at, self).run
+
+    def _site(self, module: str, block: FeedForward, own: Mapping[str, Tensor]) -> _Site:
+        if module not in self.sites:
+            statistics = [method.statistics(block) for method in self.methods]
+            parameters = {role: digest(t) for role, t in own.items()}
+            self.sites[module] = _Site(module, block, parameters, Samples(SAMPLES), _shared(statistics))
+        return self.sites[module]
+
+
+def _shared(statistics: list[dict[str, Statistic]]) -> list[dict[str, Statistic]]:
+    """The same with equal statistics as one object."""
+    kept: dict[Any, Statistic] = {}
+    return [{name: kept.setdefault(one.key, one) for name, one in named.items()} for named in statistics]
+
+
+class _Looking(fx.Interpreter):
+    """Runs a graph node by node, and hands what some nodes give to the sites."""
+
+    def __init__(self, gm: fx.GraphModule, looked_at: Mapping[fx.Node, list[tuple[_Site, str]]], watch: _Watch) -> None:
+        super().__init__(gm)
+        self.looked_at, self.watch = looked_at, watch
+        self.inputs: dict[int, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for site, what in self.looked_at.get(n, ()):
+            rows = result.detach().flatten(0, -2)
+            keep = self.watch.keep
+            if keep is not None and keep.numel() == rows.shape[0]:
+                rows = rows[keep]
+            if what == "input":
+                self.inputs[id(site)] = rows
+                continue
+            if not rows.isfinite().all():
+                raise CalibrationError(f"calibrate(...): activations of {site.module} hold NaN or infinity.")
+            site.update(Rows(self.inputs.pop(id(site)), rows, site.block))
+        return result
+
+
+def _records(method: FeedForwardPass, sites: Sequence[Calibrated]) -> list[Record]:
+    try:
+        return _measured(method, sites, method.calibrate(sites))
+    except ValueError as error:
+        raise CalibrationError(f"calibrate(...): {method}: {error}") from None
+
+
+def _measured(method: FeedForwardPass, sites: Sequence[Calibrated], found: Sequence[Found]) -> list[Record]:
+    """The records, with the error of each site on its samples."""
+    records = []
+    for site, one in zip(sites, found, strict=True):
+        record = Record(
+            site.module, method.name, json.loads(method.text), site.parameters, dict(one.numbers), dict(one.tensors)
+        )
+        x = site.samples.input
+        wanted = site.block(x).float()
+        got = method.approximate(site.block, record)(x).float()
+        error = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        cosine = float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean())
+        records.append(dataclasses.replace(record, numbers={**record.numbers, "error": error, "cosine": cosine}))
+    return records

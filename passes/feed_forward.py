@@ -1,0 +1,161 @@
+"""What methods for feed-forward blocks share: what they are calibrated on, and the forms they put in their place."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.reason import Reason
+from effcompile.passes.base import Pass
+from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.weights import block_of, constant, nodes_of, originals, prepared
+from effcompile.patterns.ffn import BlockParts, FeedForwardSite, describe
+from effcompile.patterns.walk import same_shape, shape, value
+from effcompile.runtime.plan import PlanError, Record, digest
+from effcompile.runtime.statistics import Samples, Statistic
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibrated:
+    """One site after the data: its module, its weights, and what was collected there."""
+
+    module: str
+    block: FeedForward
+    parameters: Mapping[str, str]
+    statistics: Mapping[str, Statistic]
+    samples: Samples
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What a pass makes of a site: the tensors of its record, and what was measured besides the error."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardPass(Pass, abc.ABC):
+    """A method for feed-forward blocks that is calibrated first, and applied by a plan."""
+
+    site_kind: ClassVar[str] = "ffn"
+    family: ClassVar[str] = "ffn"
+    phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+
+    @abc.abstractmethod
+    def statistics(self, block: FeedForward) -> dict[str, Statistic]:
+        """What to collect at a site, by the names under which :meth:`calibrate` finds it."""
+
+    @abc.abstractmethod
+    def calibrate(self, sites: Sequence[Calibrated]) -> list[Found]:
+        """What to do at each site. Raises ``ValueError`` if that cannot be said; the text names the site."""
+
+    @abc.abstractmethod
+    def approximate(self, block: FeedForward, record: Record) -> Callable[[Tensor], Tensor]:
+        """The form that ``record`` gives to ``block``, for rows ``[n, d]``, in plain PyTorch: its one definition."""
+
+    @abc.abstractmethod
+    def emit(self, put: Put, record: Record) -> fx.Node:
+        """Put the form of ``record`` into a graph; returns the node with the block's output."""
+
+    def describes(self, record: Record) -> str:
+        """The form by name, for the report."""
+        return self.name
+
+    def match(self, site: FeedForwardSite) -> Rewrite | Reason:
+        """The form that the plan gives to this block, or why it stays as it is."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        record: Record | None = getattr(site, "record", None)
+        if record is None:
+            return no("no-plan", f"no plan says what {self.name} does here; see effcompile.calibrate")
+        if dict(record.options) != json.loads(self.text):
+            told = f"made with {dict(record.options)}, and here {json.loads(self.text)} is asked for"
+            return no("other-options", f"the plan was {told}")
+        parts = describe(site)
+        if isinstance(parts, Reason):
+            return parts
+        own = originals(parts)
+        if own is None:
+            return no("computed-weight", "a weight of this block is no parameter")
+        check_weights(record, own)
+        nodes = [parts.up.linear.weight, parts.down.weight, *([parts.gate.linear.weight] if parts.gate else [])]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in own.values()):
+            return no("gradients", f"gradients are needed, and {self.name} has none; use torch.no_grad()")
+        if len({value(n).dtype for n in (parts.input, *nodes, site.anchor)}) > 1:
+            return no("mixed-dtypes", "this block reads and writes different dtypes, as under autocast")
+
+        if not same_shape(shape(parts.input)[:-1], shape(site.anchor)[:-1]):
+            return no("not-supported", "a view between the linears of this block folds or unfolds its rows")
+        weights = tuple((site.module, node, own[role]) for role, node in nodes_of(parts).items())
+
+        def emit(graph: fx.Graph) -> fx.Node:
+            return self.emit(Put(graph, parts, own, record.text), record)
+
+        return Rewrite(self.describes(record), emit, weights=weights)
+
+
+def check_weights(record: Record, own: Mapping[str, Tensor]) -> None:
+    """Raise :class:`PlanError` unless ``own`` are the weights that ``record`` was made from."""
+    for role, tensor in own.items():
+        if record.parameters.get(role) != digest(tensor):
+            raise PlanError(
+                f"plan: {record.method} at {record.module}: the {role} weights are not those that the plan was made "
+                "from. Calibrate this model, or take the record out of the plan."
+            )
+
+
+@dataclasses.dataclass
+class Put:
+    """What a pass has in hand while it puts a form into a graph; the insertion point is where the old output is."""
+
+    graph: fx.Graph
+    parts: BlockParts
+    originals: Mapping[str, Tensor]
+    key: str
+
+    @property
+    def input(self) -> fx.Node:
+        """What the block reads: ``[..., d]``."""
+        return self.parts.input
+
+    @property
+    def block(self) -> FeedForward:
+        """The user's weights."""
+        return block_of(self.parts, self.originals)
+
+    def weights(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, fx.Node]:
+        """Prepared weights as constants of the graph, each made once for all graphs."""
+        made = prepared(self.key, list(self.originals.values()), make)
+        return {name: constant(self.graph, t, self.input) for name, t in made.items()}
+
+    def item(self, call: fx.Node, index: int) -> fx.Node:
+        """One result of a call that has several."""
+        return self.call(operator.getitem, call, index)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call, with the fake value of its result."""
+
+        def fake(x: Any) -> Any:
+            return x.meta["val"] if isinstance(x, fx.Node) else x
+
+        node = self.graph.call_function(target, args, kwargs)
+        with value(self.input).fake_mode:
+            node.meta["val"] = target(*map(fake, args), **{k: fake(x) for k, x in kwargs.items()})
+        return node
+
+
+def transposed(block: FeedForward) -> dict[str, Tensor]:
+    """The block's tensors by role, contiguous, each weight with a neuron to a row."""
+    roles = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
+    return {role: t.contiguous() for role in roles if (t := getattr(block, role)) is not None}
