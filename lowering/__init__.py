@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import effcompile.kernels
-from effcompile.kernels.program import Program, StoreProgram
+from effcompile.kernels.program import OperatorProgram, Program, StoreProgram
 from effcompile.lowering import (  # noqa: F401
     cpp,
     cpp_blocks,
@@ -20,13 +20,20 @@ from effcompile.lowering import (  # noqa: F401
 )
 
 
-def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
+def prebuild(programs: Iterable[Program | StoreProgram | OperatorProgram], device_type: str) -> None:
     """Start building kernels while the rest of the graph compiles.
 
-    Only C++ is built ahead; Triton builds at first launch.
+    Only generated C++ is built ahead; Triton, and what serves all sizes, builds at first launch.
     """
     if device_type == "cpu":
-        cpp.prebuild(programs)
+        cpp.prebuild(p for p in programs if not isinstance(p, OperatorProgram))
+
+
+def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:
+    """The file of an operator's kernels, ``""`` if it is not built yet, and its text."""
+    module = cpp_ffn if device_type == "cpu" else triton_ffn
+    path, source = module.written(program.operator, program.dtype)
+    return path, source
 
 
 def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
