@@ -7,6 +7,7 @@ theirs too.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +190,12 @@ class TestInterpreted:
         bias = torch.tensor([-0.0, 0.0, -INF])
         assert OPS.route(x[1:], gate * 0, None, 3, "abs", "score", choice_bias=bias)[0].tolist() == [[0, 1, 2]]
 
+    def test_large_logits_of_a_router(self) -> None:
+        given = (torch.full((1, 16), 1000.0), torch.randn(5, 16), None, 4, "softmax", "score")
+        got, expected = OPS.route(*given)[1], ffn_ops.route_reference(*given)[1]
+        torch.testing.assert_close(got, expected)
+        assert got.isfinite().all()
+
     @pytest.mark.parametrize("limit", [0.0, INF, -INF])
     def test_thresholds_of_a_router(self, limit: float) -> None:
         given = (torch.randn(3, 16), torch.randn(5, 16), None, 4, "abs", "normalized")
@@ -210,6 +217,18 @@ class TestInterpreted:
     @pytest.mark.parametrize("case", FFNS, ids=name_of)
     def test_column_ffn(self, case: dict[str, Any]) -> None:
         columns.test_column_ffn_against_the_reference(case)
+
+    @pytest.mark.parametrize("tokens", [1, 3, 20])
+    def test_checks_of_the_benchmark(self, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that ``benchmarks/gpu.py`` runs on a GPU."""
+        monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+        import gpu_ffn
+
+        found = [gpu_ffn.check_grouped(gpu_ffn.Shape("", 50, 9, 17, 3, 2), tokens, torch.bfloat16, "cpu")]
+        found.append(gpu_ffn.check_route(tokens, torch.bfloat16, "cpu"))
+        if tokens <= ffn_ops.COLUMN_ROWS:
+            found.append(gpu_ffn.check_columns(tokens, torch.float32, "cpu"))
+        assert all(row["ok"] for row in found), found
 
     def test_opcheck(self) -> None:
         def opcheck(*args: Any) -> None:
@@ -248,6 +267,7 @@ SHAPES = {
     "smollm2": (576, 1536, 576, 5, 3),
     "llama-3-8b": (4096, 14336, 5376, 5, 3),
     "mixtral": (4096, 8 * 14336, 0, 8, 2),
+    "deepseek-v3": (7168, 257 * 2048, 2048, 256, 8),
 }
 AHEAD = [("mixtral", 1, torch.bfloat16, "sm_90"), ("mixtral", 64, torch.bfloat16, "sm_90")]
 MORE_AHEAD = pairwise(
