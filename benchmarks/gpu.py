@@ -360,7 +360,7 @@ def main() -> int:
     parser.add_argument("--paper", action="store_true", help="bounds and resources, without a GPU")
     parser.add_argument("--check-only", action="store_true", help="compare with the reference, time nothing")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if options.paper:
         paper(console)
         return 0

@@ -262,7 +262,7 @@ def listed(shape: Shape, case: Case) -> Iterator[Timed]:
 
 def paper(console: Console, peaks: dict[str, tuple[float, float]]) -> None:
     """Bytes, FLOPs and bounds of the shapes, and what each kernel takes of a chip."""
-    from effcompile.lowering.triton_aot import noted, resources
+    from effcompile.lowering.triton_aot import resources
 
     bounds = Table(title="a grouped FFN in bf16, each token with groups of its own", title_justify="left")
     names = [name.split()[0] for name in peaks]
@@ -275,20 +275,30 @@ def paper(console: Console, peaks: dict[str, tuple[float, float]]) -> None:
         bounds.add_row(shape.name, str(tokens), f"{cost.bytes / 1e6:.1f}", f"{share:.0%}", f"{cost.flops / 1e9:.2f}",
                        *times)  # fmt: skip
     console.print(bounds)
-    used = Table(title="resources of FFN kernels, from binaries compiled ahead of time (bf16)", title_justify="left")
-    for heading in ("shape", "tokens", "kernel", "chip", "registers", "stack bytes", "shared bytes"):
-        used.add_column(heading, justify="right" if heading in ("registers", "stack bytes", "shared bytes") else "left")
-    for shape, tokens, chip in itertools.product(SHAPES[1:], TOKENS, CHIPS):
-        with noted(chip) as launches:
-            case = made(shape, tokens, torch.bfloat16, "meta")
-            triton_ffn.route(case.x, *routers(shape, "meta"), shape.slots, "abs_softmax", "unit")
-            triton_ffn.grouped_ffn(*case, shape.shared, shape.width, "silu")
-            if tokens <= ffn_ops.COLUMN_ROWS:
-                limits = torch.empty(3, device="meta")
-                turned = (t.t().contiguous() for t in (case.gate, case.up))
-                triton_ffn.column_ffn(case.x, *turned, case.down, limits, "silu")
-        for launch in launches:
-            r = resources(launch.compile(chip))
-            used.add_row(shape.name, str(tokens), launch.kernel.__name__, chip,
-                         *(str(r[what]) for what in ("registers", "spilled", "shared")))  # fmt: skip
+    used = Table(
+        title="registers, stack bytes and KiB shared of FFN kernels in bf16, at the sizes of Mixtral-8x7B",
+        title_justify="left",
+    )  # fmt: skip
+    for heading in ("tokens", "kernel", *CHIPS):
+        used.add_column(heading, justify="left" if heading == "kernel" else "right")
+    for tokens in TOKENS:
+        launches = [_launches(SHAPES[-1], tokens, chip) for chip in CHIPS]
+        for chips in zip(*launches, strict=True):
+            cells = [resources(launch.compile(chip)) for chip, launch in zip(CHIPS, chips, strict=True)]
+            text = (f"{r['registers']}, {r['spilled']}, {r['shared'] / 1024:.0f}" for r in cells)
+            used.add_row(str(tokens), chips[0].kernel.__name__, *text)
     console.print(used)
+
+
+def _launches(shape: Shape, tokens: int, chip: str) -> list[Any]:
+    """What each operator would launch on a chip."""
+    from effcompile.lowering.triton_aot import noted
+
+    with noted(chip) as found:
+        case = made(shape, tokens, torch.bfloat16, "meta")
+        triton_ffn.route(case.x, *routers(shape, "meta"), shape.slots, "abs_softmax", "unit")
+        triton_ffn.grouped_ffn(*case, shape.shared, shape.width, "silu")
+        if tokens <= ffn_ops.COLUMN_ROWS:
+            turned = (t.t().contiguous() for t in (case.gate, case.up))
+            triton_ffn.column_ffn(case.x, *turned, case.down, torch.empty(3, device="meta"), "silu")
+    return found

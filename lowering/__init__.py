@@ -20,13 +20,13 @@ from effcompile.lowering import (  # noqa: F401
 )
 
 
-def prebuild(programs: Iterable[Program | StoreProgram | OperatorProgram], device_type: str) -> None:
+def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
     """Start building kernels while the rest of the graph compiles.
 
-    Only generated C++ is built ahead; Triton, and what serves all sizes, builds at first launch.
+    Only C++ is built ahead; Triton builds at first launch.
     """
     if device_type == "cpu":
-        cpp.prebuild(p for p in programs if not isinstance(p, OperatorProgram))
+        cpp.prebuild(programs)
 
 
 def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:

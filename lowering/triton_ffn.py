@@ -19,7 +19,8 @@ from effcompile.kernels import ffn_ops, ops
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES
 from effcompile.lowering.triton import WAVES, multiprocessors
-from effcompile.lowering.triton_build import Built, Vendor
+from effcompile.lowering.triton_build import Built
+from effcompile.lowering.triton_side import Vendor
 
 LISTED_ROWS = 16
 """Tokens that one list of neurons serves in a kernel: more are limited by products, for which rows are gathered."""
@@ -255,14 +256,15 @@ class _Block(NamedTuple):
             weights = torch.ones_like(chosen, dtype=torch.float32) if weights is None else weights
             weights = weights.masked_fill(chosen >= self.groups, torch.nan)
             chosen = torch.arange(slots, dtype=torch.int32, device=device).where(chosen >= 0, -1)
-        gate, up, down, *biases = (
+        gate, up, down, gate_bias, up_bias = (
             None if t is None else t[rows] for t in (self.gate, self.up, self.down, self.gate_bias, self.up_bias)
         )
         assert up is not None
         assert down is not None
+        sizes = (self.shared, self.width, self.activation)
         return ffn_ops.grouped_reference(
-            x, gate, up, down, chosen, weights, self.shared, self.width, self.activation, *biases, self.down_bias
-        )
+            x, gate, up, down, chosen, weights, *sizes, gate_bias, up_bias, self.down_bias
+        )  # fmt: skip
 
     def tiled(self, x: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
         """A list for each token: its slots sorted by group, and tiles of them multiplied with their group's rows."""

@@ -157,7 +157,7 @@ def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
             index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source, **costs,
             sizes=tuple((letter, hint) for letter, size in given.items() if (hint := _hint(size)) is not None),
             fixed="".join(letter for letter, size in given.items() if isinstance(size, int)),
-            kernels=tuple(p.name for p in rewrite.programs),
+            kernels=tuple(p.name for p in rewrite.operators),
         )  # fmt: skip
     common = _common(index, site, rule)
     program = next((p for p in rewrite.programs if isinstance(p, Program)), None)

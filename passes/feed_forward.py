@@ -139,10 +139,10 @@ class FeedForwardPass(Pass, abc.ABC):
         return Rewrite(
             self.describes(record),
             emit,
-            tuple(OperatorProgram(operator, given.dtype) for operator in self.operators),
             weights=weights,
             cost=None if after is None else (sizes.dense(neurons), after),
             rows=rows,
+            operators=tuple(OperatorProgram(operator, given.dtype) for operator in self.operators),
         )
 
 

@@ -32,12 +32,15 @@ class Rewrite:
     cost
         Of the site as found and as it is now, for ``rows``: the leading sizes of what it reads, a batch and tokens. For
         attention it is known from the site.
+    operators
+        Those with kernels that serve all sizes, which are built when they are first launched.
     """
 
     form: str
     emit: Callable[[fx.Graph], fx.Node]
-    programs: tuple[Program | StoreProgram | OperatorProgram, ...] = ()
+    programs: tuple[Program | StoreProgram, ...] = ()
     tokens: int | None = None
     weights: tuple[tuple[str, fx.Node, Tensor], ...] = ()
     cost: tuple[Cost, Cost] | None = None
     rows: tuple[Any, ...] = ()
+    operators: tuple[OperatorProgram, ...] = ()
