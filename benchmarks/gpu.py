@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --paper     anywhere: bytes, bounds and resources from the formulas and the compiler
 
 A time is the median over calls that start with a cold L2. *Limit* is the compulsory bytes of the call over the
-bandwidth that a plain device copy reaches here (decode), or its FLOPs over the rate of a bf16 GEMM here (prefill).
+bandwidth that a plain device copy reaches here (decode), or its FLOPs over the rate of a bf16 GEMM here (prefill); of
+FFNs it is the larger of the two.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_ffn
 import torch
 from gpu_checks import FORMS, GROUPS, HEADS, PARTS, SIZE, check, local_tokens, random_lists
 from rich.console import Console
@@ -270,13 +272,26 @@ def store_rows(limit: float) -> list[Row]:
     return rows
 
 
+def ffn_rows(limit: float, gemm: float) -> list[Row]:
+    """FFNs that read a part of their weights, beside dense ones."""
+    rows = []
+    for phase, side, tokens, call, needs in gpu_ffn.sides():
+        floor = 1e6 * max(needs.bytes / limit, needs.flops / gemm)
+        try:
+            rows.append(Row(phase, side, 1, tokens, 0, microseconds(call), floor))
+        except Exception as error:  # a peer that cannot run a shape is a result, not the end of the run
+            print(f"{side} at {phase}, {tokens} tokens: {error}", file=sys.stderr)
+    return rows
+
+
 def show(console: Console, rows: list[Row]) -> None:
     table = Table(title="GPU kernels", title_justify="left")
-    for heading in ("phase", "side", "batch", "queries", "keys", "µs", "limit µs", "of limit", "SDPA / this"):
+    for heading in ("phase", "side", "batch", "queries", "keys", "µs", "limit µs", "of limit", "dense / this"):
         table.add_column(heading, justify="left" if heading in ("phase", "side") else "right")
-    dense = {(r.phase, r.batch, r.keys): r.us for r in rows if r.side.startswith("SDPA")}
+    # Attention is compared with SDPA, whatever the number of queries, and an FFN with a dense one.
+    dense = {(r.phase, r.batch, r.keys or -r.queries): r.us for r in rows if r.side.startswith(("SDPA", "dense"))}
     for r in rows:
-        beside = dense.get((r.phase, r.batch, r.keys))
+        beside = dense.get((r.phase, r.batch, r.keys or -r.queries))
         table.add_row(
             r.phase, r.side, str(r.batch), str(r.queries), str(r.keys), f"{r.us:.1f}", f"{r.limit_us:.1f}",
             f"{r.reached:.0%}", f"{beside / r.us:.2f}x" if beside else "",
@@ -337,6 +352,7 @@ def paper(console: Console) -> None:
             name = f"pages of {page} {form.name}"
             used.add_row(name, chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
     console.print(used)
+    gpu_ffn.paper(console, PEAKS)
 
 
 def main() -> int:
@@ -344,7 +360,7 @@ def main() -> int:
     parser.add_argument("--paper", action="store_true", help="bounds and resources, without a GPU")
     parser.add_argument("--check-only", action="store_true", help="compare with the reference, time nothing")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if options.paper:
         paper(console)
         return 0
@@ -354,7 +370,7 @@ def main() -> int:
     import triton  # type: ignore[import-untyped]
 
     device = torch.cuda.get_device_name()
-    checked = check(console)
+    checked = check(console) + gpu_ffn.check(console)
     rows: list[Row] = []
     rates: dict[str, float] = {}
     if not options.check_only:
@@ -369,6 +385,7 @@ def main() -> int:
         rows += sparse_rows(rates["gemm_flops_per_s"])
         rows += other_rows(rates["gemm_flops_per_s"])
         rows += page_rows(rates["copy_bytes_per_s"])
+        rows += ffn_rows(rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
         show(console, rows)
     now = datetime.datetime.now(datetime.UTC)
     record = {

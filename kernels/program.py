@@ -156,3 +156,16 @@ class StoreProgram:
         """A readable identifier, the name of the generated kernel."""
         turned = f"_rot{self.rotary}" if self.rotary else ""
         return f"store_{self.form.name}_d{self.key_size}e{self.value_size}_{DTYPES[self.dtype]}{turned}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorProgram:
+    """The kernels of an ``effcompile::`` operator that are written by hand and serve all sizes, for one dtype."""
+
+    operator: str
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The operator and the dtype, such as ``grouped_ffn_bf16``."""
+        return f"{self.operator}_{DTYPES.get(self.dtype, self.dtype)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import effcompile.kernels
-from effcompile.kernels.program import Program, StoreProgram
+from effcompile.kernels.program import OperatorProgram, Program, StoreProgram
 from effcompile.lowering import (  # noqa: F401
     cpp,
     cpp_blocks,
@@ -16,6 +16,7 @@ from effcompile.lowering import (  # noqa: F401
     cpp_pages,
     triton,
     triton_blocks,
+    triton_ffn,
 )
 
 
@@ -26,6 +27,13 @@ def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> No
     """
     if device_type == "cpu":
         cpp.prebuild(programs)
+
+
+def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:
+    """The file of an operator's kernels, ``""`` if it is not built yet, and its text."""
+    module = cpp_ffn if device_type == "cpu" else triton_ffn
+    path, source = module.written(program.operator, program.dtype)
+    return path, source
 
 
 def refusal(program: Program | StoreProgram, device_type: str) -> str | None:

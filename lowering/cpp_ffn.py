@@ -67,6 +67,18 @@ def name_of(library: str, dtype: torch.dtype) -> str:
     return f"{library}_{str(dtype).removeprefix('torch.')}"
 
 
+def written(operator: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The C++ file of a library with kernels of ``operator``, ``""`` if it is not built yet, and its text.
+
+    There are none, and no text, for a dtype without kernels.
+    """
+    if dtype not in _SCALARS:
+        return "", ""
+    text = source("ffn", dtype)
+    file = toolchain.folder(text) / f"{name_of('ffn', dtype)}.cpp"
+    return str(file) if file.exists() else "", text
+
+
 @functools.cache
 def _built(library: str, dtype: torch.dtype) -> dict[str, Callable[[bytes], int]] | str:
     """The compiled entry points, or why there are none. Asked once: a failed build stays failed."""

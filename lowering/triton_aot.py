@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from effcompile.kernels.program import Program, StoreProgram
+from effcompile.lowering import triton_ffn
 from effcompile.lowering.triton_build import Built, vendor_of
 
 OPERANDS = {
@@ -36,6 +39,7 @@ OPERANDS = {
     "page_num": "*i32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MORE_TYPES = TYPES | {torch.int32: "i32"}
 
 
 def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str, Any]) -> dict[str, str]:
@@ -61,10 +65,6 @@ def compile_ahead(
     built: Built, program: Program | StoreProgram, chip: str, constants: dict[str, Any], prefix: str = ""
 ) -> Any:
     """Compile kernel ``{prefix}{name}`` of a built program for ``chip``, as for tensors that PyTorch allocated."""
-    import triton  # type: ignore[import-untyped]
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
-    from triton.compiler import ASTSource  # type: ignore[import-untyped]
-
     kernel = getattr(built.module, prefix + built.name)
     types = signature(kernel, program, constants)
     aligned = {
@@ -72,10 +72,62 @@ def compile_ahead(
         for i, name in enumerate(kernel.arg_names)
         if (types[name].startswith("*") and name != "length") or re.search("_(batch|head|token)$", name)
     }
-    target = GPUTarget("hip", chip, 64) if vendor_of(chip) == "hip" else GPUTarget("cuda", int(chip[3:]), 32)
     cut = built.blocks if built.blocks is None or "BLOCK" not in constants else built.blocks.within(constants["BLOCK"])
     options = {} if cut is None or prefix else {"num_warps": cut.warps, "num_stages": cut.stages}
+    return _compile(kernel, types, constants, aligned, chip, options)
+
+
+def _compile(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: dict[Any, Any], chip: str, options: Any
+) -> Any:
+    import triton  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+    target = GPUTarget("hip", chip, 64) if vendor_of(chip) == "hip" else GPUTarget("cuda", int(chip[3:]), 32)
     return triton.compile(ASTSource(kernel, types, constants, aligned), target=target, options=options)
+
+
+class Launch(NamedTuple):
+    """A launch that was noted and not done: the kernel, its grid, its arguments, its constants and options."""
+
+    kernel: Any
+    grid: int
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def compile(self, chip: str) -> Any:
+        """What ``chip`` would run for just these arguments, as for tensors that PyTorch allocated."""
+        names, constants = self.kernel.arg_names, {k: v for k, v in self.options.items() if k in self.kernel.arg_names}
+        fixed = {p.name for p in self.kernel.params if p.do_not_specialize}
+        types, aligned = dict.fromkeys(constants, "constexpr"), {}
+        for i, (name, given) in enumerate(zip(names, self.args, strict=False)):
+            if isinstance(given, torch.Tensor):
+                types[name] = "*" + MORE_TYPES[given.dtype]
+            elif isinstance(given, int) and given == 1 and name not in fixed:
+                types[name], constants[name] = "constexpr", 1
+            else:
+                types[name] = "fp32" if isinstance(given, float) else "i32"
+            if isinstance(given, torch.Tensor) or (isinstance(given, int) and given % 16 == 0 and name not in fixed):
+                aligned[i,] = [["tt.divisibility", 16]]
+        options = {k: v for k, v in self.options.items() if k not in names}
+        return _compile(self.kernel, {name: types[name] for name in names}, constants, aligned, chip, options)
+
+
+@contextlib.contextmanager
+def noted(chip: str) -> Iterator[list[Launch]]:
+    """Within this context launches are noted and not done, as on ``chip``: with tensors on ``meta`` a call is free."""
+    found: list[Launch] = []
+
+    def note(built: Built, kernel: str, grid: int, *args: Any, **options: Any) -> None:
+        found.append(Launch(getattr(built.module, kernel + built.name), grid, args, options))
+
+    before = Built.launch, triton_ffn.vendor
+    Built.launch, triton_ffn.vendor = note, lambda: vendor_of(chip)  # type: ignore[assignment, method-assign]
+    try:
+        yield found
+    finally:
+        Built.launch, triton_ffn.vendor = before  # type: ignore[method-assign]
 
 
 def _number(pattern: str, text: str) -> int:

@@ -101,12 +101,13 @@ def effcompile(
     _clean(graph, replaced)
     linears = lower_linears(graph)
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
+    operators = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.operators))
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
     lowering.prebuild(programs, device)
     after = report.Snapshot(graph)
     record = report.GraphReport(
-        gm, before, decisions, chosen, clock.seconds, after=after, programs=programs, others=others, notes=notes,
-        root=root,
+        gm, before, decisions, chosen, clock.seconds, after=after, programs=(*programs, *operators), others=others,
+        notes=notes, root=root,
     )  # fmt: skip
     record.linears = linears
     report.record(record)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from sympy import Integer, ceiling  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
-from effcompile.kernels import ffn_ops
+from effcompile.kernels import ffn_cost, ffn_ops
+from effcompile.kernels.cost import Cost
 from effcompile.kernels.ffn import ACTIVATIONS, FeedForward
-from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found, Put, transposed
+from effcompile.passes.feed_forward import TOKENS, Calibrated, FeedForwardPass, Found, Put, Sizes, transposed
 from effcompile.runtime.plan import Record
 from effcompile.runtime.statistics import Statistic, TopMarkers
 
@@ -237,6 +239,30 @@ class CarveMoE(FeedForwardPass):
     def describes(self, record: Record) -> str:
         """The name that the paper gives it."""
         return f"carve_moe S{self.shared}A{self.active}E{self.experts}"
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Of a form whose groups are all shared there is nothing to route."""
+        return ("route", "grouped_ffn") if self.active else ("grouped_ffn",)
+
+    def cost(self, sizes: Sizes, record: Record) -> Cost:
+        """Of the router, and of the groups that so many tokens are expected to use together."""
+        width = sizes.neurons // self.experts
+        if not self.active:
+            return sizes.dense(self.shared * width)
+        used = ceiling(ffn_cost.groups_used(self.routed, Integer(self.active), TOKENS))
+        more: dict[str, Any] = {"itemsize": sizes.itemsize, "gated": sizes.gated}
+        slots = self.routed if self.routing == "threshold" else self.active
+        router = ffn_cost.route(TOKENS, sizes.size, self.routed, slots, **more)
+        return router + ffn_cost.grouped_ffn(
+            TOKENS,
+            sizes.size,
+            shared=self.shared * width,
+            width=width,
+            active=used,
+            uses=TOKENS * self.active,
+            **more,
+        )
 
     def emit(self, put: Put, record: Record) -> fx.Node:
         """``route``, then ``grouped_ffn`` on the weights in their new order."""

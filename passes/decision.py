@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -148,7 +149,16 @@ def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     """The decision to put ``rewrite`` in the place of ``site``."""
     if not hasattr(site, "query"):
         place = clean_path(site.module)
-        return Decision(index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source)
+        # Tokens of what has no batch are those of one entry.
+        batches, *tokens = rewrite.rows if len(rewrite.rows) > 1 else (1, *rewrite.rows)
+        given = {"B": batches, "T": math.prod(tokens)} if rewrite.rows else {}
+        costs = dict(zip(("before", "after"), rewrite.cost or (), strict=False))
+        return Decision(
+            index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source, **costs,
+            sizes=tuple((letter, hint) for letter, size in given.items() if (hint := _hint(size)) is not None),
+            fixed="".join(letter for letter, size in given.items() if isinstance(size, int)),
+            kernels=tuple(p.name for p in rewrite.operators),
+        )  # fmt: skip
     common = _common(index, site, rule)
     program = next((p for p in rewrite.programs if isinstance(p, Program)), None)
     item = site.query.meta["val"].element_size()

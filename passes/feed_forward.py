@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from effcompile.kernels import cost, ffn_cost
+from effcompile.kernels.cost import Cost
 from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
@@ -21,6 +24,9 @@ from effcompile.patterns.ffn import BlockParts, FeedForwardSite, describe
 from effcompile.patterns.walk import same_shape, shape, value
 from effcompile.runtime.plan import PlanError, Record, digest
 from effcompile.runtime.statistics import Samples, Statistic
+
+TOKENS = cost.B * cost.T
+"""Tokens of a call, in the letters of :mod:`effcompile.kernels.cost`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +46,20 @@ class Found:
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the cost of a block depends on besides its tokens, :data:`TOKENS`."""
+
+    size: int
+    neurons: int
+    itemsize: int
+    gated: bool
+
+    def dense(self, neurons: int) -> Cost:
+        """The cost of ``neurons`` for every token."""
+        return ffn_cost.grouped_ffn(TOKENS, self.size, shared=neurons, itemsize=self.itemsize, gated=self.gated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +89,15 @@ class FeedForwardPass(Pass, abc.ABC):
     def describes(self, record: Record) -> str:
         """The form by name, for the report."""
         return self.name
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Those of ours that :meth:`emit` puts in."""
+        return ()
+
+    def cost(self, sizes: Sizes, record: Record) -> Cost | None:
+        """What the form of ``record`` must move and compute, or None where that is not known."""
+        return None
 
     def match(self, site: FeedForwardSite) -> Rewrite | Reason:
         """The form that the plan gives to this block, or why it stays as it is."""
@@ -102,7 +131,19 @@ class FeedForwardPass(Pass, abc.ABC):
         def emit(graph: fx.Graph) -> fx.Node:
             return self.emit(Put(graph, parts, own, record.text), record)
 
-        return Rewrite(self.describes(record), emit, weights=weights)
+        given, up = value(parts.input), parts.up
+        neurons = up.linear.outputs if up.width is None else up.width
+        rows = tuple(given.shape[:-1])
+        sizes = Sizes(given.shape[-1], neurons, given.dtype.itemsize, parts.gate is not None)
+        after = self.cost(sizes, record)
+        return Rewrite(
+            self.describes(record),
+            emit,
+            weights=weights,
+            cost=None if after is None else (sizes.dense(neurons), after),
+            rows=rows,
+            operators=tuple(OperatorProgram(operator, given.dtype) for operator in self.operators),
+        )
 
 
 def check_weights(record: Record, own: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from effcompile.kernels.cost import Cost
 from effcompile.kernels.ffn import FeedForward
-from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found, Put
+from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found, Put, Sizes
 from effcompile.patterns.walk import aten
 from effcompile.runtime.plan import Record
 from effcompile.runtime.statistics import Moments, Statistic
@@ -129,6 +130,10 @@ class Flap(FeedForwardPass):
     def describes(self, record: Record) -> str:
         """The width that is left."""
         return f"flap {record.tensors['kept'].numel()} neurons"
+
+    def cost(self, sizes: Sizes, record: Record) -> Cost:
+        """That of the neurons that are left."""
+        return sizes.dense(record.tensors["kept"].numel())
 
     def emit(self, put: Put, record: Record) -> fx.Node:
         """The same linears, narrower: Inductor's own products serve them."""

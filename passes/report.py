@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch._logging._internal import trace_structured_artifact
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import BackendOptions
 from effcompile.passes.decision import Decision, Seen, Which, left, rewritten
@@ -190,7 +191,7 @@ class GraphReport:
     @property
     def label(self) -> str:
         """``decode`` for one query at a time, ``prefill`` for more, ``graph`` if there is no attention."""
-        rows = next((dict(d.sizes).get("T") for d in self.decisions if d.sizes), None)
+        rows = next((dict(d.sizes).get("T") for d in self.decisions if d.sizes and d.kind == "attention"), None)
         return "graph" if rows is None else "decode" if rows == 1 else "prefill"
 
     def set_seen(self, seen: Sequence[Seen]) -> None:
@@ -261,6 +262,10 @@ def _inputs(gm: fx.GraphModule) -> Iterator[_Input]:
 
 
 def _kernel(program: Any, device: str) -> Kernel:
+    if isinstance(program, OperatorProgram):
+        from effcompile import lowering
+
+        return Kernel(program.name, *lowering.written(program, device))
     if device == "cpu":
         from effcompile.lowering import cpp
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, fx
 
-from effcompile.kernels.program import Program, StoreProgram
+from effcompile.kernels.cost import Cost
+from effcompile.kernels.program import OperatorProgram, Program, StoreProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Rewrite:
     weights
         The user's tensors of which it has prepared others, with the site's module and their nodes: it holds while they
         stay.
+    cost
+        Of the site as found and as it is now, for ``rows``: the leading sizes of what it reads, a batch and tokens. For
+        attention it is known from the site.
+    operators
+        Those with kernels that serve all sizes, which are built when they are first launched.
     """
 
     form: str
@@ -34,3 +41,6 @@ class Rewrite:
     programs: tuple[Program | StoreProgram, ...] = ()
     tokens: int | None = None
     weights: tuple[tuple[str, fx.Node, Tensor], ...] = ()
+    cost: tuple[Cost, Cost] | None = None
+    rows: tuple[Any, ...] = ()
+    operators: tuple[OperatorProgram, ...] = ()

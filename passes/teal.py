@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from sympy import Rational, ceiling  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
-from effcompile.kernels import ffn_ops
+from effcompile.kernels import ffn_cost, ffn_ops
+from effcompile.kernels.cost import Cost
 from effcompile.kernels.ffn import FeedForward
-from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found, Put
+from effcompile.passes.feed_forward import TOKENS, Calibrated, FeedForwardPass, Found, Put, Sizes
 from effcompile.runtime.plan import Record
 from effcompile.runtime.statistics import Magnitudes, Statistic
 
@@ -93,6 +95,18 @@ class Teal(FeedForwardPass):
     def describes(self, record: Record) -> str:
         """How much is dropped."""
         return f"{self.name} {self.sparsity:.0%}"
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Gate, up and down are one."""
+        return ("column_ffn",)
+
+    def cost(self, sizes: Sizes, record: Record) -> Cost:
+        """With as many inputs as tokens that drop them independently are expected to keep together."""
+        kept = 1 - Rational(str(self.sparsity)) ** TOKENS
+        first, last = ceiling(sizes.size * kept), ceiling(sizes.neurons * kept)
+        read = (first if sizes.gated else 0, first, last)
+        return ffn_cost.column_ffn(TOKENS, sizes.size, sizes.neurons, kept=read, itemsize=sizes.itemsize)
 
     def emit(self, put: Put, record: Record) -> fx.Node:
         """``column_ffn`` on weights with an input channel to a row."""
