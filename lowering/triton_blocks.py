@@ -41,6 +41,9 @@ def attend_blocks(
     column_counts: Tensor | None = None,
     span: int = 1,
     allowed: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend_blocks``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32.
@@ -62,7 +65,8 @@ def attend_blocks(
     given = {"columns": columns, "positions": key_positions, "given": allowed}
     built = attend_program(
         "prefill", name, causal, window, (key_mask is not None, False, False), ratio, size, out.shape[3], query.dtype,
-        query.device, ScoreParts(), 0, ("blocks", *(part for part, x in given.items() if x is not None)),
+        query.device, triton.score_of(softcap, bias, sinks), 0,
+        ("blocks", *(part for part, x in given.items() if x is not None)),
     )  # fmt: skip
     assert built.blocks is not None
     layout = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
@@ -71,14 +75,14 @@ def attend_blocks(
     lists = [(kv_num if t is None else t).contiguous() for t in (kv_num, kv_idx, full_num, full_idx)]
     cut = built.blocks.within(block)
     sizes = {"FULL": full_num is not None, "BLOCK": block, "TILE": cut.tile}
-    parts: list[Any] = []
+    parts = triton.part_values(query, capacity, softcap, bias, sinks)
     more: list[Any] = []
     if allowed is not None:
         if allowed.shape[-1] < capacity:
             raise KernelUnavailable(f"a mask of {tuple(allowed.shape)} for a store with room for {capacity} tokens")
         block_ops.check_allowed(allowed, query, capacity)
         allowed = row_major(allowed)
-        parts = [allowed, *triton.steps_of(allowed)]
+        parts += [allowed, *triton.steps_of(allowed)]
     if key_positions is not None:
         whole = key_positions.dtype in (torch.int32, torch.int64)
         if key_positions.ndim != 3 or key_positions.shape[2] != capacity or not whole:
@@ -95,8 +99,8 @@ def attend_blocks(
         built.launch("check_", wrong.numel(), *checked, **sizes, num_warps=4)
         more = [wrong, *single]
     built.launch(
-        "", pairs * ratio * -(-queries // cut.rows), *call.operands, scale * math.log2(math.e), *parts, *more, *lists,
-        *layout, **sizes, ROWS=cut.rows, num_warps=cut.warps, num_stages=cut.stages,
+        "", pairs * ratio * -(-queries // cut.rows), *call.operands, triton.base_2(scale, softcap), *parts, *more,
+        *lists, *layout, **sizes, ROWS=cut.rows, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out, lse
 
@@ -132,8 +136,8 @@ def attend_pages(query: Tensor, *args: Any, table: Tensor | None = None, **unkno
     found = (listed.contiguous(), counts.contiguous(), lists if listed.shape[0] > 1 else 0, int(lists > 1), room)
     sizes = page_tiles(built.blocks, page, form)
     splits = triton.splits_for(pairs, room * page, triton.multiprocessors(query.device))
-    base_2 = scale * math.log2(math.e)
-    return triton.launch_splits(built, call, splits, (*call.operands, base_2), found, sizes=sizes)
+    arguments = (*call.operands, triton.base_2(scale))
+    return triton.launch_splits(built, call, splits, arguments, found, sizes=sizes)
 
 
 def page_tiles(cut: Blocks, page: int, form: KVForm) -> dict[str, int]:

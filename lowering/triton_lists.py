@@ -52,6 +52,7 @@ def blocks(
     functions, lists, fixed = [], LISTS, [FIXED, ROWS_FIXED]
     # All slots have a token where slots do not say which.
     bad = "(n > columns * BLOCK) | (n < capacity)" if program.positions else "n > columns * BLOCK"
+    tokens = ["    tokens, bad = tokens_of(token_of, start, n, bad, TILE)"] * program.positions
     lines = [
         "tiles = tl.cdiv(queries, ROWS)",
         f"head = tl.program_id(0).to(tl.int64) // (tiles * {ratio})",
@@ -64,6 +65,7 @@ def blocks(
         f"partial, bad = count_within(tl.load(kv_num + at), columns, {bad})",
         "# The block that the end cuts short, or the number behind the last one.",
         "cut, short = n // BLOCK, 0",
+        *(["token_of += batch * batch_slots + head % groups * head_slots"] * program.positions),
         "if FULL:",
         "    full_idx += at * columns",
         "    whole, bad = count_within(tl.load(full_num + at), columns, bad)",
@@ -72,17 +74,17 @@ def blocks(
         "    for step in range(0, (whole - short) * (BLOCK // TILE)):",
         "        index = tl.load(full_idx + step // (BLOCK // TILE))",
         "        start, bad = tile_at(index, step, cut, bad, BLOCK, TILE)",
+        *(indent(tokens) if program.score.bias else []),
         *indent(fold("body", "TILE", "n", False, program, keys, values), 8),
     ]
     if program.positions:
         lists, fixed = [*POSITIONS, *LISTS], [*fixed, '"batch_slots", "head_slots"']
-        lines.append("token_of += batch * batch_slots + head % groups * head_slots")
     lines += [
         "for step in range(0, (partial + short) * (BLOCK // TILE)):",
         "    index = step // (BLOCK // TILE)",
         "    index = tl.load(kv_idx + index, mask=index < partial, other=cut)",
         "    start, bad = tile_at(index, step, columns, bad, BLOCK, TILE)",
-        *["    tokens, bad = tokens_of(token_of, start, n, bad, TILE)"] * program.positions,
+        *tokens,
         *indent(fold("body", "TILE", "n", True, program, keys, values)),
     ]
     if program.columns:
@@ -100,13 +102,13 @@ def blocks(
             "    key = tl.load(column_idx + first + tl.arange(0, TILE), mask=keep, other=0)",
             "    # A list that is wrong is noted already; nothing may be read there.",
             "    keep = keep & (key >= 0) & (key < n)",
-            *indent(fold_gathered(keys, values)),
+            *indent(fold_gathered(program, keys, values)),
         ]
     kernel = [
         f"@triton.jit(do_not_specialize=[{', '.join(fixed)}])",
         f"def {program.name}({args[0]}",
         *indent([*args[1:-1], args[-1] + ",", *lists], 8),
-        *indent(lines + poison(values) + end),
+        *indent(lines + end),
     ]
     return [*functions, kernel]
 

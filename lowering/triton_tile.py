@@ -41,7 +41,10 @@ def tile_function(program: Program, keys: Side, values: Side, kind: Tile, rows: 
     # With a soft cap the scale is divided by it, and the cap is in base 2.
     lines.append("score = tanh(score * scale) * softcap" if program.score.softcap else "score = score * scale")
     if program.score.bias:
-        lines.append("score = add_bias(score, bias, bias_place, key, stop)")
+        # A bias has a number for each token, and is read where there is a key.
+        place = "tokens" if program.positions else "key"
+        there = "keep" if kind == "gathered" else "key < stop"
+        lines.append(f"score = add_bias(score, bias, bias_place, {place}, {there})")
     seen = [*_seen(program), 'score = tl.where(seen, score, float("-inf"))']
     lines += seen if kind == "gathered" else ["if CHECK:", *indent(["keep = key < stop", *seen])]
     lines.append("weight, decay, peak, total = softmax_step(score, peak, total)")
@@ -52,8 +55,8 @@ def tile_function(program: Program, keys: Side, values: Side, kind: Tile, rows: 
         )
     lines.append(f"return {acc}, peak, total")
     which = "key, keep" if kind == "gathered" else "start, stop"
-    extra = "" if kind == "gathered" else _extra(program)
-    head = f"def {tile_name(kind)}({q}, {acc}, peak, total, {buffers}, key_mask, position, {which}, scale,{extra}"
+    head = f"def {tile_name(kind)}({q}, {acc}, peak, total, {buffers}, key_mask, position, {which}, scale,"
+    head += _extra(program)
     sizes = "TILE" if kind == "gathered" else "CHECK: tl.constexpr, TILE"
     return ["@triton.jit", head, f"         {sizes}: tl.constexpr):", *indent(lines)]
 
@@ -77,11 +80,11 @@ def _seen(program: Program) -> list[str]:
 
 
 def _extra(program: Program, check: bool = True) -> str:
-    """The further arguments of a tile function, for the parts of a program; without ``check`` those of a call of it."""
+    """The further arguments of a tile function, for the parts of a program; ``check`` says whether pairs are tested."""
     rule, score = program.predicate, program.score
     names = ["softcap"] * score.softcap + ["bias, bias_place"] * score.bias
     names += ["before"] * rule.prefix + ["segments, segment"] * rule.segments
-    names += ["tokens" if check else "0"] * program.positions + ["allowed, allowed_place"] * program.given
+    names += ["tokens" if check or score.bias else "0"] * program.positions + ["allowed, allowed_place"] * program.given
     return "".join(f" {name}," for name in names)
 
 
@@ -103,12 +106,12 @@ def fold(kind: Tile, tile: int | str, limit: str, check: bool, program: Program,
     ]
 
 
-def fold_gathered(keys: Side, values: Side) -> list[str]:
+def fold_gathered(program: Program, keys: Side, values: Side) -> list[str]:
     """The call of a tile function for the keys ``key`` as far as ``keep`` says."""
     q, acc, buffers = keys.names("q"), values.names("acc"), ", ".join(keys.buffers + values.buffers)
     return [
         f"{acc}, peak, total = column_tile({q}, {acc}, peak, total, {buffers},",
-        "    key_mask, position, key, keep, scale, TILE)",
+        f"    key_mask, position, key, keep, scale,{_extra(program)} TILE)",
     ]
 
 
@@ -168,12 +171,13 @@ def _normalise(keys: Side) -> list[str]:
 
 
 def attend_end(program: Program, values: Side) -> list[str]:
-    """Write output rows and their natural-log lse."""
+    """Write output rows and their natural-log lse. Over block lists rows are NaN where ``bad``."""
     sink, worth = [], ""
     if program.score.sinks:
         sink, worth = ["peak, total, worth = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
     return [
         *sink,
+        *(poison(values) if program.blocks and program.phase == "prefill" else []),
         f"factor = reciprocal(total){worth}",
         f"place = (batch * (groups * {program.ratio}) + member) * queries + token",
         *(

@@ -37,9 +37,9 @@ def tanh(x):
 
 
 @triton.jit
-def add_bias(score, bias, place, key, stop):
-    """``score [M, N]`` (base 2) plus the bias at ``place [M]`` of keys ``key [N]``, which is read below ``stop``."""
-    added = tl.load(bias + place[:, None] + key[None, :], mask=(key < stop)[None, :], other=0.0)
+def add_bias(score, bias, place, key, keep):
+    """``score [M, N]`` (base 2) plus the bias at ``place [M]`` of keys ``key [N]``, which is read for ``keep [N]``."""
+    added = tl.load(bias + place[:, None] + key[None, :], mask=keep[None, :], other=0.0)
     return score + added * LOG2E
 
 

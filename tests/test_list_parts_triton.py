@@ -1,0 +1,181 @@
+"""Triton kernels over block lists with what a call may bring besides: parts of a score.
+
+As in ``test_triton_kernels.py`` the interpreter needs a child process, which the first test starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_block_lists import Call
+from test_block_parts import PARTS, values
+from test_block_triton import seen_by
+from test_columns import Call as Listed
+from test_triton_kernels import name_of
+from torch import Tensor
+from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
+
+from effcompile import lowering
+from effcompile.kernels import block_ops, blocks, columns, ops
+from effcompile.kernels.form import KVForm
+from effcompile.kernels.program import Predicate, Program, ScoreParts
+from effcompile.lowering import triton_blocks
+
+DENSE = KVForm(16, 16)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_in_the_interpreter() -> None:
+    in_the_interpreter(__file__)
+
+
+@pytest.mark.slow
+def test_more_in_the_interpreter() -> None:
+    in_the_interpreter(__file__, "-m", "slow")
+
+
+test_in_the_interpreter.__test__ = test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+
+
+def id_of(value: Any) -> str:
+    return name_of(value) if isinstance(value, dict) else str(value)
+
+
+def made(
+    heads: tuple[int, int], tokens: tuple[int, int], size: int, dtype: torch.dtype, block: int, **more: Any
+) -> Call:
+    """A call for two entries of a batch, with heads of values of another size than those of keys."""
+    more = {"form": DENSE, "sizes": (size, 96 if size == 80 else size)} | more
+    with ops.reference_only():
+        return Call(*heads, *tokens, block=block, dtype=dtype, **more)
+
+
+def launch(call: Call, **more: Any) -> tuple[Tensor, Tensor]:
+    head = (call.query, *call.state, torch.tensor(call.keys), call.mask, *block_ops.of(call.lists), *call.rest)
+    return triton_blocks.attend_blocks(*head, **more)
+
+
+def check(call: Call, seen: Tensor, out: Tensor, lse: Tensor, **parts: Any) -> None:
+    assert_within_budget(out, lse, call.query, call.key, call.value, seen, call.rest[1], **parts)
+
+
+PLAIN: dict[str, Any] = {"heads": (2, 1), "tokens": (70, 101), "size": 64, "dtype": F32, "block": 32}
+SCORED = [
+    (PLAIN, "all", (1, 1, 1)),
+    (PLAIN | {"heads": (2, 2), "tokens": (65, 65), "size": 80, "dtype": BF16, "block": 48, "pad": True}, "all",
+     (0, 1, 0)),
+]  # fmt: skip
+MORE_SCORED = [
+    (PLAIN | {"heads": heads, "size": size, "dtype": dtype, "block": block} | more, parts, lead)
+    for (heads, size, dtype, block, more), lead in zip(
+        (((3, 1), 64, BF16, 64, {}), ((2, 2), 128, F32, 48, {"window": 20}), ((4, 2), 80, torch.float16, 32, {"pad": True})),
+        ((0, 0, 0), (1, 0, 1), (0, 1, 0)),
+    )
+    for parts in PARTS
+]  # fmt: skip
+
+
+class TestScores:
+    """A soft cap, a bias and sinks, also beside single keys and for keys in another order."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize(("case", "parts", "lead"), SCORED, ids=id_of)
+    def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], parts: str, lead: Any) -> None:
+        call = made(**case)
+        more = values(call, PARTS[parts], lead, extra=-call.keys % 128 + 3)
+        check(call, seen_by(call), *launch(call, **more), **more)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("case", "parts", "lead"), MORE_SCORED, ids=id_of)
+    def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], parts: str, lead: Any) -> None:
+        self.test_within_twice_the_loss_of_the_dtype(case, parts, lead)
+
+    @pytest.mark.parametrize("permuted", [False, True])
+    def test_beside_other_choices(self, permuted: bool) -> None:
+        """A bias has a number for each token: it is looked up where a column is, or by what a slot holds."""
+        call = Listed(4, 2, 64, 64, 64, 16, pad=False, permuted=permuted)
+        more = values(call, PARTS["all"], (1, 1, 1), extra=0)  # type: ignore[arg-type]
+        if permuted:
+            # Blocks that need no test too: a bias is added in them as well.
+            order = call.extra["key_positions"]
+            some, every = columns.blocks_at(order, 64, 16, 4)
+            assert every.any()
+            keep = call.lists.keep() & some
+            call.lists = blocks.lists(keep, every, 16)
+            slots = order.expand(2, 2, -1).repeat_interleave(2, 1)[:, :, None]
+            call.seen = blocks.tokens(keep, 64, 64, 16) & (slots <= torch.arange(64)[:, None])
+        head = (call.query, call.key, None, None, call.value, None, None, torch.tensor(64), None)
+        rest = (*block_ops.of(call.lists), DENSE.name, 0.125, True, -1)
+        out, lse = triton_blocks.attend_blocks(*head, *rest, **call.extra, **more)
+        if permuted:
+            more["bias"] = columns.bias_at(more["bias"], call.extra["key_positions"], call.query.shape, 2)
+        assert_within_budget(out, lse, call.query, call.key, call.value, call.seen, 0.125, **more)
+
+    def test_a_key_bias_with_a_scale_for_each_head(self) -> None:
+        """Heads that nobody steers are as they were, bit by bit."""
+        call = made(**PLAIN | {"heads": (3, 1)})
+        steered = launch(call, bias=torch.randn(2, 1, 1, 128) * torch.tensor([0.0, 2, 0])[None, :, None, None])[0]
+        same = (steered == launch(call)[0]).flatten(2).all(2)
+        assert same.tolist() == [[True, False, True]] * 2
+
+    def test_rows_without_keys_and_of_a_wrong_list(self) -> None:
+        """A row without keys is 0 and its sink; a wrong list is not hidden by a sink."""
+        call = made(**PLAIN)
+        sinks = torch.tensor([0.5, -3.0])
+        call.lists.kv_num_blocks[:], call.lists.full_kv_num_blocks[:] = 0, 0  # type: ignore[index]
+        call.lists.kv_num_blocks[1, 0, 1] = -1
+        out, lse = launch(call, sinks=sinks)
+        bad = torch.zeros(2, 2, 70, dtype=torch.bool)
+        bad[1, 0, 32:64] = True
+        assert torch.equal(lse.isnan(), bad)
+        assert torch.equal(out.isnan().all(-1), bad)
+        assert not out[~bad].any()
+        torch.testing.assert_close(lse[~bad], sinks[:, None].expand(2, 2, 70)[~bad], rtol=1e-6, atol=0)
+
+    def test_what_does_not_fit_is_declined(self) -> None:
+        call = made(**PLAIN)
+        for more, said in (
+            ({"bias": torch.zeros(2, 1, 1, 127)}, "a bias of"),
+            ({"bias": torch.zeros(3, 1, 1, 128)}, "a bias of"),
+            ({"sinks": torch.zeros(3)}, "sinks of"),
+        ):
+            with pytest.raises(ops.KernelUnavailable, match=said):
+                launch(call, **more)
+
+
+def program(**changes: Any) -> Program:
+    plain = {"phase": "prefill", "form": DENSE, "predicate": Predicate(), "dtype": BF16, "ratio": 4, "blocks": True}
+    return Program(**plain | {"key_size": 128, "value_size": 128} | changes)
+
+
+ALL = ScoreParts(True, True, True)
+AHEAD = [(program(score=ALL), "sm_90", 128)]
+KINDS: list[dict[str, Any]] = [{"score": ALL}, {"score": ALL, "columns": True}, {"score": ALL, "positions": True}]
+MORE_AHEAD = [
+    (program(key_size=size, value_size=size, **kind), chip, 128)
+    for kind in KINDS
+    for chip in ("sm_90", "sm_100", "gfx942")
+    for size in (64, 128)
+]
+
+
+class TestAhead:
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
+    def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
+        assert_fits(program, chip, block)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
+    def test_fits_more(self, program: Program, chip: str, block: int) -> None:
+        self.test_fits_a_chip(program, chip, block)
+
+    def test_what_is_refused_for_gpus(self) -> None:
+        for kind in KINDS:
+            assert lowering.refusal(program(**kind), "cuda") is None
+        for both in ({"columns": True, "given": True}, {"positions": True, "given": True}):
+            assert "with the parts of" in str(lowering.refusal(program(**both), "cuda"))
