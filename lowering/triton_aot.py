@@ -29,6 +29,7 @@ OPERANDS = {
     "column_idx": "*i32",
     "wrong": "*i8",
     "token_of": "*i64",
+    "stands": "*i64",
     "allowed": "*i1",
     "segments": "*i64",
     "prefix": "*i64",

@@ -41,6 +41,7 @@ def attend_blocks(
     column_counts: Tensor | None = None,
     span: int = 1,
     allowed: Tensor | None = None,
+    query_positions: Tensor | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -50,7 +51,7 @@ def attend_blocks(
 
     A row is NaN if its list names a block that is not there, or counts more blocks than there are; if its columns do
     not ascend, are not there, or lie in a block that is listed too; if a slot of a block that is tested holds a token
-    that is not there.
+    that is not there, unless queries stand elsewhere too and nothing else is looked up by tokens.
 
     Raises
     ------
@@ -62,7 +63,7 @@ def attend_blocks(
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, state, length, key_mask, name)
     batch, heads, queries, size = query.shape
-    given = {"columns": columns, "positions": key_positions, "given": allowed}
+    given = {"columns": columns, "positions": key_positions, "given": allowed, "moved": query_positions}
     built = attend_program(
         "prefill", name, causal, window, (key_mask is not None, False, False), ratio, size, out.shape[3], query.dtype,
         query.device, triton.score_of(softcap, bias, sinks), 0,
@@ -83,12 +84,10 @@ def attend_blocks(
         block_ops.check_allowed(allowed, query, capacity)
         allowed = row_major(allowed)
         parts += [allowed, *triton.steps_of(allowed)]
+    if query_positions is not None:
+        parts += _positions("query", query_positions, batch, heads, queries)
     if key_positions is not None:
-        whole = key_positions.dtype in (torch.int32, torch.int64)
-        if key_positions.ndim != 3 or key_positions.shape[2] != capacity or not whole:
-            found = f"{tuple(key_positions.shape)} in {key_positions.dtype}"
-            raise KernelUnavailable(f"key positions of {found} for a store with room for {capacity} tokens")
-        more = [key_positions.contiguous(), *steps_of(key_positions, batch, heads // ratio)]
+        more = _positions("key", key_positions, batch, heads // ratio, capacity)
     if columns is not None and column_counts is not None:
         check_columns(columns, column_counts, span, queries, block)
         single = [column_counts.contiguous(), columns.contiguous(), *steps_of(column_counts, batch, heads)]
@@ -103,6 +102,14 @@ def attend_blocks(
         *lists, *layout, **sizes, ROWS=cut.rows, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out, lse
+
+
+def _positions(what: str, positions: Tensor, batch: int, heads: int, tokens: int) -> list[Any]:
+    """Positions as kernels take them, and their steps from one batch entry and head to the next. Looks at shapes."""
+    if positions.ndim != 3 or positions.shape[2] != tokens or positions.dtype not in (torch.int32, torch.int64):
+        found = f"{tuple(positions.shape)} in {positions.dtype}"
+        raise KernelUnavailable(f"{what} positions of {found} for {tokens} tokens, as many as there is room for")
+    return [positions.contiguous(), *steps_of(positions, batch, heads)]
 
 
 def attend_pages(query: Tensor, *args: Any, table: Tensor | None = None, **unknown: Any) -> tuple[Tensor, Tensor]:

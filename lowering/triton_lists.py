@@ -52,7 +52,9 @@ def blocks(
     functions, lists, fixed = [], LISTS, [FIXED, ROWS_FIXED]
     # All slots have a token where slots do not say which.
     bad = "(n > columns * BLOCK) | (n < capacity)" if program.positions else "n > columns * BLOCK"
-    tokens = ["    tokens, bad = tokens_of(token_of, start, n, bad, TILE)"] * program.positions
+    # What something besides the predicate is looked up by has to be a token.
+    anywhere = program.moved and not program.predicate.key_mask and not program.score.bias
+    tokens = [f"    tokens, bad = tokens_of(token_of, start, n, bad, {anywhere}, TILE)"] * program.positions
     lines = [
         "tiles = tl.cdiv(queries, ROWS)",
         f"head = tl.program_id(0).to(tl.int64) // (tiles * {ratio})",
@@ -77,6 +79,8 @@ def blocks(
         *(indent(tokens) if program.score.bias else []),
         *indent(fold("body", "TILE", "n", False, program, keys, values), 8),
     ]
+    if program.moved:
+        fixed = [*fixed, '"batch_stands", "head_stands"']
     if program.positions:
         lists, fixed = [*POSITIONS, *LISTS], [*fixed, '"batch_slots", "head_slots"']
     lines += [

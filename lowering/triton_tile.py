@@ -127,8 +127,8 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
         f"row = {row}",
         f"live = row < queries * {program.ratio}",
         f"token, member = row // {program.ratio}, row % {program.ratio}",
-        "position = n - queries + token",
         f"member = (head % groups) * {program.ratio} + member",
+        *_positions(program),
         "query += batch * query_batch",
         "place = member * query_head + token.to(tl.int64) * query_token",
     ]
@@ -148,6 +148,14 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
     lines += [f"acc{suffix} = tl.zeros(({rows}, {values.columns}), tl.float32)" for suffix, _ in values.halves]
     lines += [f'peak = tl.full(({rows},), float("-inf"), tl.float32)', f"total = tl.zeros(({rows},), tl.float32)"]
     return lines
+
+
+def _positions(program: Program) -> list[str]:
+    """Where the rows stand: last, or where they are said to, which may be anywhere and so is compared in 64 bits."""
+    if not program.moved:
+        return ["position = n - queries + token"]
+    place = "stands + batch * batch_stands + member * head_stands + token"
+    return [f"position = tl.load({place}, mask=live, other=0).to(tl.int64)"]
 
 
 def _queries(keys: Side) -> list[str]:
@@ -247,4 +255,5 @@ def part_arguments(program: Program) -> list[str]:
     names += ["bias", "bias_batch", "bias_head", "bias_token"] if score.bias else []
     names += ["sinks"] * score.sinks
     names += ["prefix", "prefix_stride"] * rule.prefix + ["segments", "segments_stride"] * rule.segments
-    return names + (["allowed", "allowed_batch", "allowed_head", "allowed_token"] if program.given else [])
+    names += ["allowed", "allowed_batch", "allowed_head", "allowed_token"] if program.given else []
+    return names + ["stands", "batch_stands", "head_stands"] * program.moved

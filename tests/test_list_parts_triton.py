@@ -1,4 +1,4 @@
-"""Triton kernels over block lists with what a call may bring besides: parts of a score.
+"""Triton kernels over block lists with what a call may bring besides: parts of a score, and queries that stand elsewhere.
 
 As in ``test_triton_kernels.py`` the interpreter needs a child process, which the first test starts.
 """
@@ -13,12 +13,14 @@ from test_block_lists import Call
 from test_block_parts import PARTS, values
 from test_block_triton import seen_by
 from test_columns import Call as Listed
+from test_query_positions import seen_at
 from test_triton_kernels import name_of
 from torch import Tensor
 from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering
 from effcompile.kernels import block_ops, blocks, columns, ops
+from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
 from effcompile.lowering import triton_blocks
@@ -146,6 +148,89 @@ class TestScores:
                 launch(call, **more)
 
 
+def spread(call: Call) -> Tensor:
+    """Lists with more blocks than causality of the last queries has; returns the map of tokens."""
+    keep = call.lists.keep() | (torch.rand(call.lists.keep().shape) < 0.5)
+    call.lists = blocks.lists(keep, None, call.block)
+    return blocks.tokens(keep, call.queries, call.keys, call.block)
+
+
+LOW = -(2**31)
+MOVED = [
+    (PLAIN, False, 0),
+    (PLAIN | {"heads": (2, 2), "tokens": (65, 128), "size": 80, "dtype": BF16, "block": 48, "pad": True}, True, 0),
+    (PLAIN | {"tokens": (33, 128), "window": 60}, True, LOW),
+]
+MORE_MOVED = [
+    (PLAIN | {"heads": (4, 2), "tokens": (100, 128), "size": 64, "dtype": BF16, "block": 64, "window": 40}, keys, 0)
+    for keys in (False, True)
+]  # fmt: skip
+
+
+class TestMoved:
+    """Queries, and keys too, that stand elsewhere than their places in the call say."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize(("case", "keys", "low"), MOVED, ids=id_of)
+    def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], keys: bool, low: int) -> None:
+        """Positions are shared, before every key and behind all; with keys they may be any numbers of 32 bits."""
+        call = made(**case)
+        (batch, heads, queries, _), groups = call.query.shape, call.key.shape[1]
+        seen, slots = spread(call), torch.arange(call.keys)[None, None]
+        stands = torch.randint(-3, call.keys + 40, (1 if keys else batch, heads, queries)) + low
+        more: dict[str, Any] = {"query_positions": stands}
+        if keys:
+            slots = torch.randint(0, call.keys, (batch, groups, call.keys), dtype=torch.int32) + low
+            more["key_positions"] = slots
+        seen = seen & seen_at(call, slots.long(), stands)
+        assert not seen.any(-1).all()
+        out, lse = launch(call, **more)
+        check(call, seen, out, lse)
+        narrow = launch(call, **more | {"query_positions": stands.int()})
+        assert torch.equal(out, narrow[0])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("case", "keys", "low"), MORE_MOVED, ids=id_of)
+    def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], keys: bool, low: int) -> None:
+        self.test_within_twice_the_loss_of_the_dtype(case, keys, low)
+
+    def test_the_order_of_queries_says_nothing(self) -> None:
+        """With every block and column listed, rows that are turned around are the same rows, bit by bit."""
+        call = made(**PLAIN | {"tokens": (64, 128)})
+        keep = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
+        keep[..., 1] = True
+        call.lists = blocks.lists(keep, None, 32)
+        single, counts = columns.gathered(torch.arange(128), (torch.arange(128) // 32 != 1).expand(1, 1, 2, -1))
+        more = {"columns": single, "column_counts": counts}
+        wanted = launch(call, **more)
+        call.query = call.query.flip(2)
+        found = launch(call, **more, query_positions=torch.arange(127, 63, -1)[None, None])
+        assert torch.equal(found[0].flip(2), wanted[0])
+        assert torch.equal(found[1].flip(2), wanted[1])
+
+    def test_what_is_looked_up_by_token_needs_one(self) -> None:
+        """Keys at other numbers than those of tokens have no bias: their rows are NaN, and without one they are not."""
+        call = made(**PLAIN | {"tokens": (33, 128)})
+        spread(call)
+        call.lists.kv_num_blocks[:], call.lists.kv_indices[..., 0] = 1, 3
+        call.lists.kv_num_blocks[1] = 0
+        at = {"key_positions": torch.arange(128)[None, None] + 1, "query_positions": torch.arange(96, 129)[None, None]}
+        assert launch(call, **at)[0].isfinite().all()
+        out, lse = launch(call, **at, bias=torch.zeros(1, 1, 1, 128))
+        assert out[0].isnan().all()
+        assert lse[0].isnan().all()
+        assert out[1].isfinite().all()
+
+    def test_what_does_not_fit_is_declined(self) -> None:
+        call, good = made(**PLAIN), torch.arange(70)[None, None]
+        for wrong in (good[..., 1:], good[0], good.float()):
+            with pytest.raises(ops.KernelUnavailable, match="query positions of"):
+                launch(call, query_positions=wrong)
+        with pytest.raises(BlockError, match=r"for \(3, 1\) batch entries"):
+            launch(call, query_positions=good.expand(3, 1, -1))
+
+
 def program(**changes: Any) -> Program:
     plain = {"phase": "prefill", "form": DENSE, "predicate": Predicate(), "dtype": BF16, "ratio": 4, "blocks": True}
     return Program(**plain | {"key_size": 128, "value_size": 128} | changes)
@@ -154,6 +239,7 @@ def program(**changes: Any) -> Program:
 ALL = ScoreParts(True, True, True)
 AHEAD = [(program(score=ALL), "sm_90", 128)]
 KINDS: list[dict[str, Any]] = [{"score": ALL}, {"score": ALL, "columns": True}, {"score": ALL, "positions": True}]
+KINDS += [{"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
 MORE_AHEAD = [
     (program(key_size=size, value_size=size, **kind), chip, 128)
     for kind in KINDS

@@ -27,10 +27,15 @@ def tile_at(index, step, limit, bad, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(token_of, start, stop, bad, TILE: tl.constexpr):
-    """The tokens ``[TILE]`` that slots ``start ..`` hold, and ``bad`` or whether one below ``stop`` is not there."""
+def tokens_of(token_of, start, stop, bad, ANYWHERE: tl.constexpr, TILE: tl.constexpr):
+    """The tokens ``[TILE]`` that slots ``start ..`` hold, and ``bad`` or whether one below ``stop`` is not there.
+
+    ``ANYWHERE`` tokens may be any numbers, and are those that stand there, in 64 bits.
+    """
     slot = start + tl.arange(0, TILE)
     token = tl.load(token_of + slot, mask=slot < stop, other=0)
+    if ANYWHERE:
+        return token.to(tl.int64), bad
     there = tl.minimum(tl.maximum(token, 0), tl.maximum(stop - 1, 0))
     return there.to(tl.int32), bad | (tl.max((there != token).to(tl.int32), 0) > 0)
 
