@@ -56,7 +56,7 @@ def _listed(program: Program) -> Program:
     plain = Predicate(rule.causal, rule.window, rule.key_mask)
     # Single keys, keys in another order, and a mask of pairs do not go together.
     choice = next((name for name in ("columns", "positions", "given") if getattr(program, name)), None)
-    more = {"moved": program.moved} | ({} if choice is None else {choice: True})
+    more = {"moved": program.moved, "before": program.before} | ({} if choice is None else {choice: True})
     return Program("prefill", KVForm(16, 16), plain, *sizes, program.score, blocks=True, **more)
 
 

@@ -42,6 +42,8 @@ def attend_blocks(
     span: int = 1,
     allowed: Tensor | None = None,
     query_positions: Tensor | None = None,
+    before_out: Tensor | None = None,
+    before_lse: Tensor | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -64,6 +66,7 @@ def attend_blocks(
     (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, state, length, key_mask, name)
     batch, heads, queries, size = query.shape
     given = {"columns": columns, "positions": key_positions, "given": allowed, "moved": query_positions}
+    given["before"] = before_out
     built = attend_program(
         "prefill", name, causal, window, (key_mask is not None, False, False), ratio, size, out.shape[3], query.dtype,
         query.device, triton.score_of(softcap, bias, sinks), 0,
@@ -86,6 +89,8 @@ def attend_blocks(
         parts += [allowed, *triton.steps_of(allowed)]
     if query_positions is not None:
         parts += _positions("query", query_positions, batch, heads, queries)
+    if before_out is not None and before_lse is not None:
+        parts += [before_out.contiguous(), before_lse.contiguous()]
     if key_positions is not None:
         more = _positions("key", key_positions, batch, heads // ratio, capacity)
     if columns is not None and column_counts is not None:

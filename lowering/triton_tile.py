@@ -182,18 +182,32 @@ def attend_end(program: Program, values: Side) -> list[str]:
     """Write output rows and their natural-log lse. Over block lists rows are NaN where ``bad``."""
     sink, worth = [], ""
     if program.score.sinks:
-        sink, worth = ["peak, total, worth = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
+        sink, worth = ["peak, total, worth, _ = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
+    place = f"place = (batch * (groups * {program.ratio}) + member) * queries + token"
+    if program.before:
+        sink, worth = [*sink, place, *_take_in(values, worth)], ""
     return [
         *sink,
         *(poison(values) if program.blocks and program.phase == "prefill" else []),
         f"factor = reciprocal(total){worth}",
-        f"place = (batch * (groups * {program.ratio}) + member) * queries + token",
+        place,
         *(
             f"store_rows(out, place, acc{suffix} * factor[:, None], live, {values.size}, {values.cut(first)})"
             for suffix, first in values.halves
         ),
         f"tl.store(lse + place, log_total(peak, total) * {math.log(2)!r}, mask=live)",
     ]
+
+
+def _take_in(values: Side, worth: str) -> list[str]:
+    """Add the result of attention to other keys, which stands at ``place``: its lse is one more logit."""
+    other = 'tl.load(before_lse + place, mask=live, other=float("-inf"))'
+    lines = [f"peak, total, share, weight = with_sink(peak, total, {other})"]
+    for suffix, first in values.halves:
+        # Of a row without other keys nothing is read.
+        row = f"load_rows(before_out, place, live & (weight > 0), {values.size}, {values.cut(first)})"
+        lines.append(f"acc{suffix} = acc{suffix} * (share{worth})[:, None] + {row}.to(tl.float32) * weight[:, None]")
+    return lines
 
 
 def split_end(values: Side, end: list[str], place: str, some: str) -> list[str]:
@@ -215,7 +229,7 @@ def merge_kernel(program: Program, values: Side) -> list[str]:
     if program.score.sinks:
         fixed, more, worth = '"queries", "groups"', " sinks, groups,", " * worth"
         member = f"head % groups * {ratio} + row % {ratio}"
-        after = [f"    peak, total, worth = with_sink(peak, total, tl.load(sinks + {member}))"]
+        after = [f"    peak, total, worth, _ = with_sink(peak, total, tl.load(sinks + {member}))"]
     if program.blocks:
         after = ["    # One part with a wrong list makes the row NaN.", "    bad = total != total"]
         after.append("    peak, total = tl.where(bad, total, peak), tl.where(bad, 1.0, total)")
@@ -256,4 +270,5 @@ def part_arguments(program: Program) -> list[str]:
     names += ["sinks"] * score.sinks
     names += ["prefix", "prefix_stride"] * rule.prefix + ["segments", "segments_stride"] * rule.segments
     names += ["allowed", "allowed_batch", "allowed_head", "allowed_token"] if program.given else []
-    return names + ["stands", "batch_stands", "head_stands"] * program.moved
+    names += ["stands", "batch_stands", "head_stands"] * program.moved
+    return names + ["before_out", "before_lse"] * program.before

@@ -1,4 +1,5 @@
-"""Triton kernels over block lists with what a call may bring besides: parts of a score, and queries that stand elsewhere.
+"""Triton kernels over block lists with what a call may bring besides: parts of a score, queries that stand elsewhere, and a
+state to begin with.
 
 As in ``test_triton_kernels.py`` the interpreter needs a child process, which the first test starts.
 """
@@ -14,11 +15,11 @@ from test_block_parts import PARTS, values
 from test_block_triton import seen_by
 from test_columns import Call as Listed
 from test_query_positions import seen_at
-from test_triton_kernels import name_of
+from test_triton_kernels import attend, largest_score, name_of
 from torch import Tensor
 from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
-from effcompile import lowering
+from effcompile import lowering, merge_state
 from effcompile.kernels import block_ops, blocks, columns, ops
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
@@ -231,6 +232,80 @@ class TestMoved:
             launch(call, query_positions=good.expand(3, 1, -1))
 
 
+def check_state(
+    call: Call, seen: Tensor, found: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], **parts: Any
+) -> None:
+    """As ``assert_within_budget``, of both states together."""
+    (out, lse), dtype, scale = found, call.query.dtype, call.rest[1]
+    assert out.dtype == dtype
+    wide = attend(call.query.double(), call.key.double(), call.value.double(), seen, scale, torch.float64, **parts)
+    best_lse = torch.logaddexp(wide[1], before[1].double())
+    shares = [(one[1].double() - best_lse).exp().nan_to_num(0)[..., None] for one in (wide, before)]
+    best = wide[0] * shares[0] + before[0].double() * shares[1]
+    low, low_lse = merge_state(*attend(call.query, call.key, call.value, seen, scale, dtype, **parts), *before)
+    blind = best_lse.isinf()
+    assert torch.equal(lse.isinf(), blind)
+    assert out[blind].eq(0).all()
+    high = max(largest_score(call.query, call.key, scale), before[1].double().masked_fill(blind, 0).abs().max())
+    size = max(call.value.double().abs().max(), before[0].double().abs().max())
+    rounding = torch.finfo(dtype).eps * best.abs().max() + 8 * 2.0**-24 * high * size
+    assert (out.double() - best).abs().max() <= 2 * (low.double() - best).abs().max() + rounding
+    difference, given = ((x - best_lse).masked_fill(blind, 0).abs().max() for x in (lse, low_lse))
+    assert difference <= 2 * given + 8 * 2.0**-24 * high + 1e-6
+
+
+def state(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of attention to other keys, about as heavy as these; rows 3 to 9 saw none, and rows 40 on hold all mass."""
+    out, lse = torch.randn(*call.query.shape[:3], call.value.shape[3]), torch.randn(call.query.shape[:3]) + 2
+    out[:, :, 3:10], lse[:, :, 3:10] = 0, -torch.inf
+    lse[:, :, 40:] += 200
+    return out.to(dtype), lse
+
+
+class TestBefore:
+    """The result of attention to other keys, taken in at the end."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize(("case", "dtype"), [(PLAIN, F32), (SCORED[1][0], BF16), (SCORED[1][0], F32)], ids=id_of)
+    def test_both_together(self, case: dict[str, Any], dtype: torch.dtype) -> None:
+        call = made(**case)
+        before = state(call, dtype)
+        found = launch(call, before_out=before[0].mT.contiguous().mT, before_lse=before[1])
+        check_state(call, seen_by(call), found, before)
+
+    def test_a_sink_counts_once(self) -> None:
+        call = made(**PLAIN)
+        before, sinks = state(call, F32), torch.tensor([3.0, 4.0])
+        found = launch(call, before_out=before[0], before_lse=before[1], sinks=sinks)
+        check_state(call, seen_by(call), found, before, sinks=sinks)
+
+    def test_rows_that_only_one_side_sees(self) -> None:
+        """A row with an empty list is what was given, bit by bit; nothing given is nothing, whatever stands there."""
+        call = made(**PLAIN)
+        out, lse = state(call, F32)
+        plain = launch(call)
+        found = launch(call, before_out=torch.full_like(out, torch.nan), before_lse=torch.full_like(lse, -torch.inf))
+        assert torch.equal(found[0], plain[0])
+        assert torch.equal(found[1], plain[1])
+        call.lists.kv_num_blocks[:], call.lists.full_kv_num_blocks[:] = 0, 0  # type: ignore[index]
+        found = launch(call, before_out=out, before_lse=lse)
+        assert torch.equal(found[0], out)
+        torch.testing.assert_close(found[1], lse, rtol=2**-22, atol=0)
+
+    def test_what_is_not_a_number_is_not_hidden(self) -> None:
+        """Neither a wrong list nor a state of NaN, and each in its own rows."""
+        call = made(**PLAIN)
+        out, lse = state(call, F32)
+        lse[0, 1, 5] = torch.nan
+        call.lists.kv_num_blocks[1, 0, 1] = -1
+        bad = torch.zeros(2, 2, 70, dtype=torch.bool)
+        bad[0, 1, 5], bad[1, 0, 32:64] = True, True
+        found = launch(call, before_out=out, before_lse=lse)
+        assert torch.equal(found[1].isnan(), bad)
+        assert torch.equal(found[0].isnan().all(-1), bad)
+
+
 def program(**changes: Any) -> Program:
     plain = {"phase": "prefill", "form": DENSE, "predicate": Predicate(), "dtype": BF16, "ratio": 4, "blocks": True}
     return Program(**plain | {"key_size": 128, "value_size": 128} | changes)
@@ -239,7 +314,7 @@ def program(**changes: Any) -> Program:
 ALL = ScoreParts(True, True, True)
 AHEAD = [(program(score=ALL), "sm_90", 128)]
 KINDS: list[dict[str, Any]] = [{"score": ALL}, {"score": ALL, "columns": True}, {"score": ALL, "positions": True}]
-KINDS += [{"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
+KINDS += [{"before": True}, {"before": True, "score": ALL}, {"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
 MORE_AHEAD = [
     (program(key_size=size, value_size=size, **kind), chip, 128)
     for kind in KINDS
