@@ -1,5 +1,5 @@
-"""Triton kernels over block lists with what a call may bring besides: parts of a score, queries that stand elsewhere, and a
-state to begin with.
+"""Triton kernels over block lists with what a call may bring besides: parts of a score, queries that stand elsewhere, a state to
+begin with, and ranges.
 
 As in ``test_triton_kernels.py`` the interpreter needs a child process, which the first test starts.
 """
@@ -15,12 +15,13 @@ from test_block_parts import PARTS, values
 from test_block_triton import seen_by
 from test_columns import Call as Listed
 from test_query_positions import seen_at
+from test_ranges import pairs, some
 from test_triton_kernels import attend, largest_score, name_of
 from torch import Tensor
 from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering, merge_state
-from effcompile.kernels import block_ops, blocks, columns, ops
+from effcompile.kernels import block_ops, blocks, columns, ops, ranges
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
@@ -306,6 +307,75 @@ class TestBefore:
         assert torch.equal(found[0].isnan().all(-1), bad)
 
 
+RANGED = [
+    (PLAIN, (2, 2), True),
+    (PLAIN | {"heads": (2, 2), "tokens": (65, 65), "size": 80, "dtype": BF16, "block": 48, "pad": True}, (1, 1), False),
+]  # fmt: skip
+MORE_RANGED = [
+    (PLAIN | {"heads": (3, 1), "tokens": (100, 150), "size": size, "dtype": dtype, "block": 64}, (2, 3), causal)
+    for size, dtype, causal in ((64, BF16, True), (128, torch.float16, False), (64, F32, False))
+]
+
+
+class TestRanges:
+    """Ranges of keys for each query, in partial blocks."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize(("case", "lead", "causal"), RANGED, ids=id_of)
+    def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], lead: Any, causal: bool) -> None:
+        call = made(**case)
+        call.rest = (*call.rest[:2], causal, -1)
+        given = some(*lead, call.queries, call.keys)
+        given[:, :, 32:64] = torch.tensor([[0, call.keys], [0, 0], [0, 0], [0, 0]])  # whole blocks
+        call.lists = ranges.lists(given, call.keys, call.block, causal=causal, tested=call.mask is not None)
+        seen = pairs(given, call.keys)
+        assert not seen.any(-1).all()
+        if causal:
+            seen = seen & (torch.arange(call.keys) <= torch.arange(call.keys - call.queries, call.keys)[:, None])
+        if call.mask is not None:
+            seen = seen & call.mask[:, None, None, : call.keys]
+        check(call, seen, *launch(call, ranges=given))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("case", "lead", "causal"), MORE_RANGED, ids=id_of)
+    def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], lead: Any, causal: bool) -> None:
+        self.test_within_twice_the_loss_of_the_dtype(case, lead, causal)
+
+    def test_none_at_all(self) -> None:
+        """Without any no key of a partial block is seen."""
+        call = made(**PLAIN)
+        spread(call)
+        out, lse = launch(call, ranges=torch.zeros(1, 1, 70, 0, 2, dtype=torch.int32))
+        assert not out.any()
+        assert lse.eq(-torch.inf).all()
+
+    def test_rows_beside_wrong_ranges_are_nan(self) -> None:
+        """Those that are computed together, and no others, each for its own reason; the first row, and the last tile."""
+        call = made(**PLAIN | {"heads": (4, 2)})
+        spread(call)
+        given = ranges.window(70, 101, 20, 3).expand(2, 4, -1, -1, -1).clone()
+        right = launch(call, ranges=given)
+        wrong = {
+            (0, 0, 0): [[50, 3], [2, 1]], (0, 1, 40): [[2, 8], [9, 1]], (0, 2, 69): [[2, 8], [100, 2]],
+            (0, 3, 5): [[-1, 8], [49, 1]], (1, 0, 33): [[2, 8], [20, -1]], (1, 1, 1): [[2, 8], [20, 2**31 - 1]],
+        }  # fmt: skip
+        bad = torch.zeros(2, 4, 70, dtype=torch.bool)
+        for (entry, head, row), found in wrong.items():
+            given[entry, head, row] = torch.tensor(found)
+            bad[entry, head, row // 32 * 32 : row // 32 * 32 + 32] = True
+        out, lse = launch(call, ranges=given)
+        assert torch.equal(out.isnan().all(-1), bad)
+        assert torch.equal(lse.isnan(), bad)
+        assert torch.equal(out[~bad], right[0][~bad])
+
+    def test_what_does_not_fit_is_declined(self) -> None:
+        call, good = made(**PLAIN), ranges.window(70, 101, 20, 3)
+        for wrong in (good[:, :, 1:], good.long(), good[..., :1], good.expand(3, -1, -1, -1, -1)):
+            with pytest.raises(BlockError, match="ranges are"):
+                launch(call, ranges=wrong)
+
+
 def program(**changes: Any) -> Program:
     plain = {"phase": "prefill", "form": DENSE, "predicate": Predicate(), "dtype": BF16, "ratio": 4, "blocks": True}
     return Program(**plain | {"key_size": 128, "value_size": 128} | changes)
@@ -314,7 +384,7 @@ def program(**changes: Any) -> Program:
 ALL = ScoreParts(True, True, True)
 AHEAD = [(program(score=ALL), "sm_90", 128)]
 KINDS: list[dict[str, Any]] = [{"score": ALL}, {"score": ALL, "columns": True}, {"score": ALL, "positions": True}]
-KINDS += [{"before": True}, {"before": True, "score": ALL}, {"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
+KINDS += [{"ranges": True}, {"ranges": True, "given": True}, {"before": True}, {"before": True, "score": ALL}, {"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
 MORE_AHEAD = [
     (program(key_size=size, value_size=size, **kind), chip, 128)
     for kind in KINDS
@@ -338,5 +408,5 @@ class TestAhead:
     def test_what_is_refused_for_gpus(self) -> None:
         for kind in KINDS:
             assert lowering.refusal(program(**kind), "cuda") is None
-        for both in ({"columns": True, "given": True}, {"positions": True, "given": True}):
+        for both in ({"columns": True, "given": True}, {"positions": True, "ranges": True}):
             assert "with the parts of" in str(lowering.refusal(program(**both), "cuda"))
