@@ -98,8 +98,9 @@ class Program:
     slots say (:mod:`effcompile.kernels.columns`), or with ``given`` a mask of pairs, by which partial blocks are
     tested too. What C++ takes as operands that may be absent are parts of a program of a GPU: with ``moved`` queries
     stand elsewhere than last, with ``ranges`` pairs of partial blocks are tested by the keys of each query too
-    (:mod:`effcompile.kernels.ranges`), and with ``before`` the result of attention to other keys is taken in. The phase ``select`` makes such lists for a decode: of the form it knows what says where a page's keys
-    end (:func:`for_select`).
+    (:mod:`effcompile.kernels.ranges`), and with ``before`` the result of attention to other keys is taken in. The phase
+    ``select`` makes such lists for a decode: of the form it knows what says where a page's keys end
+    (:func:`for_select`).
     """
 
     phase: Phase

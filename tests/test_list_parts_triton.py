@@ -1,5 +1,6 @@
-"""Triton kernels over block lists with what a call may bring besides: parts of a score, queries that stand elsewhere, a state to
-begin with, and ranges.
+"""Triton kernels over block lists with what a call may bring besides.
+
+Parts of a score, queries that stand elsewhere, ranges, and a state to begin with.
 
 As in ``test_triton_kernels.py`` the interpreter needs a child process, which the first test starts.
 """
@@ -74,7 +75,11 @@ SCORED = [
 MORE_SCORED = [
     (PLAIN | {"heads": heads, "size": size, "dtype": dtype, "block": block} | more, parts, lead)
     for (heads, size, dtype, block, more), lead in zip(
-        (((3, 1), 64, BF16, 64, {}), ((2, 2), 128, F32, 48, {"window": 20}), ((4, 2), 80, torch.float16, 32, {"pad": True})),
+        (
+            ((3, 1), 64, BF16, 64, {}),
+            ((2, 2), 128, F32, 48, {"window": 20}),
+            ((4, 2), 80, torch.float16, 32, {"pad": True}),
+        ),
         ((0, 0, 0), (1, 0, 1), (0, 1, 0)),
     )
     for parts in PARTS
@@ -351,7 +356,7 @@ class TestRanges:
         assert lse.eq(-torch.inf).all()
 
     def test_rows_beside_wrong_ranges_are_nan(self) -> None:
-        """Those that are computed together, and no others, each for its own reason; the first row, and the last tile."""
+        """Those that are computed together, and no others, each for its own reason: first rows, and last ones."""
         call = made(**PLAIN | {"heads": (4, 2)})
         spread(call)
         given = ranges.window(70, 101, 20, 3).expand(2, 4, -1, -1, -1).clone()
@@ -384,7 +389,14 @@ def program(**changes: Any) -> Program:
 ALL = ScoreParts(True, True, True)
 AHEAD = [(program(score=ALL), "sm_90", 128)]
 KINDS: list[dict[str, Any]] = [{"score": ALL}, {"score": ALL, "columns": True}, {"score": ALL, "positions": True}]
-KINDS += [{"ranges": True}, {"ranges": True, "given": True}, {"before": True}, {"before": True, "score": ALL}, {"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
+KINDS += [
+    {"moved": True},
+    {"moved": True, "positions": True, "predicate": Predicate(window=4096)},
+    {"before": True},
+    {"before": True, "score": ALL},
+    {"ranges": True},
+    {"ranges": True, "given": True},
+]
 MORE_AHEAD = [
     (program(key_size=size, value_size=size, **kind), chip, 128)
     for kind in KINDS

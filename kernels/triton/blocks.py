@@ -55,7 +55,7 @@ def ranges_fit(ranges, place, count, limit, bad):
 
 @triton.jit
 def in_ranges(ranges, place, count, key):
-    """Whether each of ``key [N]`` lies in one of the ``count`` ranges of a row, from ``place [M]`` on: bool ``[M, N]``."""
+    """Whether ``key [N]`` lie in any of a row's ``count`` ranges, from ``place [M]`` on: bool ``[M, N]``."""
     inside = (place[:, None] < 0) & (key[None, :] < 0)
     for at in range(0, count):
         first = tl.load(ranges + place + 2 * at)
