@@ -22,7 +22,7 @@ from torch import Tensor
 from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering, merge_state
-from effcompile.kernels import block_ops, blocks, columns, ops, ranges
+from effcompile.kernels import block_ops, blocks, columns, ops, quantize, ranges
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
@@ -54,7 +54,11 @@ def made(
     """A call for two entries of a batch, with heads of values of another size than those of keys."""
     more = {"form": DENSE, "sizes": (size, 96 if size == 80 else size)} | more
     with ops.reference_only():
-        return Call(*heads, *tokens, block=block, dtype=dtype, **more)
+        call = Call(*heads, *tokens, block=block, dtype=dtype, **more)
+    # What attention reads.
+    sides, form = ops.split_state(tuple(call.state)), KVForm.parse(call.rest[0])
+    call.key, call.value = (quantize.load_side(s, tokens[1], form, k) for s, k in zip(sides, ("key", "value")))
+    return call
 
 
 def launch(call: Call, **more: Any) -> tuple[Tensor, Tensor]:
