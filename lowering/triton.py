@@ -54,8 +54,12 @@ def _listed(program: Program) -> Program:
         paged = Predicate(key_mask=rule.key_mask)
         return Program("decode", program.form, paged, *sizes, rotary=program.rotary, blocks=True)
     plain = Predicate(rule.causal, rule.window, rule.key_mask)
-    more: dict[str, Any] = {name: getattr(program, name) for name in ("columns", "positions", "given")}
-    return Program("prefill", KVForm(16, 16), plain, *sizes, blocks=True, **more)
+    # Single keys, keys in another order, and what else is known of pairs do not go together.
+    choice = next(([name] for name in ("columns", "positions") if getattr(program, name)), ["given", "ranges"])
+    more = {name: getattr(program, name) for name in (*choice, "moved", "before")}
+    # Neither of the first two reads packed keys, and no operator over lists takes angles.
+    form = KVForm(16, 16) if "given" not in choice or program.form.pre else program.form
+    return Program("prefill", form, plain, *sizes, program.score, blocks=True, **more)
 
 
 @functools.cache
@@ -175,14 +179,14 @@ def _rows_of(what: str, x: Tensor, batch: int, capacity: int | None = None) -> t
     return x, x.stride(0) if x.shape[0] > 1 else 0
 
 
-def _part_values(
+def part_values(
     query: Tensor,
     capacity: int,
     softcap: float | None,
     bias: Tensor | None,
     sinks: Tensor | None,
-    segments: Tensor | None,
-    prefix: Tensor | None,
+    segments: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> list[Any]:
     """The kernel's arguments for its parts, as :func:`triton_tile.part_arguments` names them."""
     values: list[Any] = [] if softcap is None else [softcap * math.log2(math.e)]
@@ -204,6 +208,16 @@ def _part_values(
     if segments is not None:
         values += _rows_of("segments", segments, query.shape[0], capacity)
     return values
+
+
+def score_of(softcap: float | None, bias: Tensor | None, sinks: Tensor | None) -> ScoreParts:
+    """The parts of a score that a call has."""
+    return ScoreParts(softcap is not None, bias is not None, sinks is not None)
+
+
+def base_2(scale: float, softcap: float | None = None) -> float:
+    """The scale of scores in base 2; a capped score is divided by the cap first, and gets its base from it."""
+    return scale * math.log2(math.e) if softcap is None else scale / softcap
 
 
 def steps_of(x: Tensor) -> list[int]:
@@ -269,7 +283,7 @@ def attend(
     *state, length, key_mask, name, scale, causal, window = args
     (query, *_), out, lse, ratio, pairs, capacity = call = call_of(query, state, length, key_mask, name, table)
     queries, phase = query.shape[2], Program.phase_for(query.shape[2], ratio)
-    parts = ScoreParts(softcap is not None, bias is not None, sinks is not None)
+    parts = score_of(softcap, bias, sinks)
     built = attend_program(
         phase,
         name,
@@ -285,9 +299,8 @@ def attend(
         rotary(table),
     )
     assert built.blocks is not None
-    # A capped score is divided by the cap first, and gets its base from it.
-    base_2 = scale * math.log2(math.e) if softcap is None else scale / softcap
-    common = (*call.operands, base_2, *_part_values(query, capacity, softcap, bias, sinks, segments, prefix))
+    given = part_values(query, capacity, softcap, bias, sinks, segments, prefix)
+    common = (*call.operands, base_2(scale, softcap), *given)
     if phase == "prefill":
         options = {"num_warps": built.blocks.warps, "num_stages": built.blocks.stages}
         built.launch("", pairs * -(-queries * ratio // built.block), *common, **options)

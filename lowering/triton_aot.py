@@ -32,6 +32,8 @@ OPERANDS = {
     "column_idx": "*i32",
     "wrong": "*i8",
     "token_of": "*i64",
+    "stands": "*i64",
+    "ranges": "*i32",
     "allowed": "*i1",
     "segments": "*i64",
     "prefix": "*i64",
@@ -49,9 +51,9 @@ def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str,
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
-        elif name in ("query", "out", "key", "value"):
+        elif name in ("query", "out", "key", "value", "before_out"):
             types[name] = f"*{kind}"
-        elif name in ("lse", "part_out", "part_lse"):
+        elif name in ("lse", "part_out", "part_lse", "before_lse"):
             types[name] = "*fp32"
         elif re.fullmatch(r"[kv]\d", name):
             bits = form.key_bits if name[0] == "k" else form.value_bits

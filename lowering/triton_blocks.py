@@ -17,6 +17,7 @@ from effcompile.kernels.columns import check_columns, steps_of
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DECODE_ROWS, ScoreParts
+from effcompile.kernels.ranges import check_shape
 from effcompile.lowering import triton
 from effcompile.lowering.triton import Call, attend_program, call_of, row_major
 from effcompile.lowering.triton_side import Blocks
@@ -41,13 +42,21 @@ def attend_blocks(
     column_counts: Tensor | None = None,
     span: int = 1,
     allowed: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    ranges: Tensor | None = None,
+    before_out: Tensor | None = None,
+    before_lse: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend_blocks``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32.
 
     A row is NaN if its list names a block that is not there, or counts more blocks than there are; if its columns do
-    not ascend, are not there, or lie in a block that is listed too; if a slot of a block that is tested holds a token
-    that is not there.
+    not ascend, are not there, or lie in a block that is listed too; if ranges of a row that is computed together with
+    it do not ascend without overlap, or name a key that is not there; if a slot of a block that is tested holds a token
+    that is not there, unless queries stand elsewhere too and nothing else is looked up by tokens.
 
     Raises
     ------
@@ -59,32 +68,40 @@ def attend_blocks(
     *state, length, key_mask, kv_num, kv_idx, full_num, full_idx, block, name, scale, causal, window = args
     (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, state, length, key_mask, name)
     batch, heads, queries, size = query.shape
-    given = {"columns": columns, "positions": key_positions, "given": allowed}
+    given = {"columns": columns, "positions": key_positions, "given": allowed, "moved": query_positions}
+    given |= {"ranges": ranges, "before": before_out}
     built = attend_program(
         "prefill", name, causal, window, (key_mask is not None, False, False), ratio, size, out.shape[3], query.dtype,
-        query.device, ScoreParts(), 0, ("blocks", *(part for part, x in given.items() if x is not None)),
+        query.device, triton.score_of(softcap, bias, sinks), 0,
+        ("blocks", *(part for part, x in given.items() if x is not None)),
     )  # fmt: skip
     assert built.blocks is not None
+    form = KVForm.parse(name)
+    if not form.dense and block % form.group:
+        raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
     layout = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
     # How many keys there are is known on the device alone; lists that end before them are noticed there.
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, layout[2] * block, block)
     lists = [(kv_num if t is None else t).contiguous() for t in (kv_num, kv_idx, full_num, full_idx)]
     cut = built.blocks.within(block)
-    sizes = {"FULL": full_num is not None, "BLOCK": block, "TILE": cut.tile}
-    parts: list[Any] = []
+    sizes = {"FULL": full_num is not None} | block_tiles(cut, block, form)
+    parts = triton.part_values(query, capacity, softcap, bias, sinks)
     more: list[Any] = []
     if allowed is not None:
         if allowed.shape[-1] < capacity:
             raise KernelUnavailable(f"a mask of {tuple(allowed.shape)} for a store with room for {capacity} tokens")
         block_ops.check_allowed(allowed, query, capacity)
         allowed = row_major(allowed)
-        parts = [allowed, *triton.steps_of(allowed)]
+        parts += [allowed, *triton.steps_of(allowed)]
+    if query_positions is not None:
+        parts += _positions("query", query_positions, batch, heads, queries)
+    if ranges is not None:
+        check_shape(ranges, query)
+        parts += [ranges.contiguous(), *steps_of(ranges, batch, heads), ranges.shape[3]]
+    if before_out is not None and before_lse is not None:
+        parts += [before_out.contiguous(), before_lse.contiguous()]
     if key_positions is not None:
-        whole = key_positions.dtype in (torch.int32, torch.int64)
-        if key_positions.ndim != 3 or key_positions.shape[2] != capacity or not whole:
-            found = f"{tuple(key_positions.shape)} in {key_positions.dtype}"
-            raise KernelUnavailable(f"key positions of {found} for a store with room for {capacity} tokens")
-        more = [key_positions.contiguous(), *steps_of(key_positions, batch, heads // ratio)]
+        more = _positions("key", key_positions, batch, heads // ratio, capacity)
     if columns is not None and column_counts is not None:
         check_columns(columns, column_counts, span, queries, block)
         single = [column_counts.contiguous(), columns.contiguous(), *steps_of(column_counts, batch, heads)]
@@ -95,10 +112,18 @@ def attend_blocks(
         built.launch("check_", wrong.numel(), *checked, **sizes, num_warps=4)
         more = [wrong, *single]
     built.launch(
-        "", pairs * ratio * -(-queries // cut.rows), *call.operands, scale * math.log2(math.e), *parts, *more, *lists,
-        *layout, **sizes, ROWS=cut.rows, num_warps=cut.warps, num_stages=cut.stages,
+        "", pairs * ratio * -(-queries // cut.rows), *call.operands, triton.base_2(scale, softcap), *parts, *more,
+        *lists, *layout, **sizes, ROWS=cut.rows, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out, lse
+
+
+def _positions(what: str, positions: Tensor, batch: int, heads: int, tokens: int) -> list[Any]:
+    """Positions as kernels take them, and their steps from one batch entry and head to the next. Looks at shapes."""
+    if positions.ndim != 3 or positions.shape[2] != tokens or positions.dtype not in (torch.int32, torch.int64):
+        found = f"{tuple(positions.shape)} in {positions.dtype}"
+        raise KernelUnavailable(f"{what} positions of {found} for {tokens} tokens, as many as there is room for")
+    return [positions.contiguous(), *steps_of(positions, batch, heads)]
 
 
 def attend_pages(query: Tensor, *args: Any, table: Tensor | None = None, **unknown: Any) -> tuple[Tensor, Tensor]:
@@ -132,8 +157,15 @@ def attend_pages(query: Tensor, *args: Any, table: Tensor | None = None, **unkno
     found = (listed.contiguous(), counts.contiguous(), lists if listed.shape[0] > 1 else 0, int(lists > 1), room)
     sizes = page_tiles(built.blocks, page, form)
     splits = triton.splits_for(pairs, room * page, triton.multiprocessors(query.device))
-    base_2 = scale * math.log2(math.e)
-    return triton.launch_splits(built, call, splits, (*call.operands, base_2), found, sizes=sizes)
+    arguments = (*call.operands, triton.base_2(scale))
+    return triton.launch_splits(built, call, splits, arguments, found, sizes=sizes)
+
+
+def block_tiles(cut: Blocks, block: int, form: KVForm) -> dict[str, int]:
+    """Tiles that fill a block, for ``cut`` within one, and those of the newest tokens, if a form has any."""
+    return {"BLOCK": block, "TILE": cut.tile} | (
+        {} if form.dense else {"RING": math.gcd(cut.ring, cut.tile, form.group)}
+    )
 
 
 def page_tiles(cut: Blocks, page: int, form: KVForm) -> dict[str, int]:

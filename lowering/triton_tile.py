@@ -41,7 +41,10 @@ def tile_function(program: Program, keys: Side, values: Side, kind: Tile, rows: 
     # With a soft cap the scale is divided by it, and the cap is in base 2.
     lines.append("score = tanh(score * scale) * softcap" if program.score.softcap else "score = score * scale")
     if program.score.bias:
-        lines.append("score = add_bias(score, bias, bias_place, key, stop)")
+        # A bias has a number for each token, and is read where there is a key.
+        place = "tokens" if program.positions else "key"
+        there = "keep" if kind == "gathered" else "key < stop"
+        lines.append(f"score = add_bias(score, bias, bias_place, {place}, {there})")
     seen = [*_seen(program), 'score = tl.where(seen, score, float("-inf"))']
     lines += seen if kind == "gathered" else ["if CHECK:", *indent(["keep = key < stop", *seen])]
     lines.append("weight, decay, peak, total = softmax_step(score, peak, total)")
@@ -52,8 +55,8 @@ def tile_function(program: Program, keys: Side, values: Side, kind: Tile, rows: 
         )
     lines.append(f"return {acc}, peak, total")
     which = "key, keep" if kind == "gathered" else "start, stop"
-    extra = "" if kind == "gathered" else _extra(program)
-    head = f"def {tile_name(kind)}({q}, {acc}, peak, total, {buffers}, key_mask, position, {which}, scale,{extra}"
+    head = f"def {tile_name(kind)}({q}, {acc}, peak, total, {buffers}, key_mask, position, {which}, scale,"
+    head += _extra(program)
     sizes = "TILE" if kind == "gathered" else "CHECK: tl.constexpr, TILE"
     return ["@triton.jit", head, f"         {sizes}: tl.constexpr):", *indent(lines)]
 
@@ -73,15 +76,18 @@ def _seen(program: Program) -> list[str]:
     if program.given:
         place = "allowed + allowed_place[:, None] + key[None, :]"
         lines.append(f"seen = seen & (tl.load({place}, mask=seen, other=0) != 0)")
+    if program.ranges:
+        lines.append("seen = seen & in_ranges(ranges, range_place, range_count, key)")
     return lines
 
 
 def _extra(program: Program, check: bool = True) -> str:
-    """The further arguments of a tile function, for the parts of a program; without ``check`` those of a call of it."""
+    """The further arguments of a tile function, for the parts of a program; ``check`` says whether pairs are tested."""
     rule, score = program.predicate, program.score
     names = ["softcap"] * score.softcap + ["bias, bias_place"] * score.bias
     names += ["before"] * rule.prefix + ["segments, segment"] * rule.segments
-    names += ["tokens" if check else "0"] * program.positions + ["allowed, allowed_place"] * program.given
+    names += ["tokens" if check or score.bias else "0"] * program.positions + ["allowed, allowed_place"] * program.given
+    names += ["ranges, range_place, range_count"] * program.ranges
     return "".join(f" {name}," for name in names)
 
 
@@ -103,12 +109,12 @@ def fold(kind: Tile, tile: int | str, limit: str, check: bool, program: Program,
     ]
 
 
-def fold_gathered(keys: Side, values: Side) -> list[str]:
+def fold_gathered(program: Program, keys: Side, values: Side) -> list[str]:
     """The call of a tile function for the keys ``key`` as far as ``keep`` says."""
     q, acc, buffers = keys.names("q"), values.names("acc"), ", ".join(keys.buffers + values.buffers)
     return [
         f"{acc}, peak, total = column_tile({q}, {acc}, peak, total, {buffers},",
-        "    key_mask, position, key, keep, scale, TILE)",
+        f"    key_mask, position, key, keep, scale,{_extra(program)} TILE)",
     ]
 
 
@@ -124,8 +130,8 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
         f"row = {row}",
         f"live = row < queries * {program.ratio}",
         f"token, member = row // {program.ratio}, row % {program.ratio}",
-        "position = n - queries + token",
         f"member = (head % groups) * {program.ratio} + member",
+        *_positions(program),
         "query += batch * query_batch",
         "place = member * query_head + token.to(tl.int64) * query_token",
     ]
@@ -134,6 +140,10 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
             lines.append(f"{name} += batch * {name}_batch")
             place = f"member * {name}_head + token.to(tl.int64) * {name}_token"
             lines.append(f"{name}_place = tl.where(live, {place}, 0)")
+    if program.ranges:
+        # Rows that are not there have the ranges of the last one, so that they say nothing new.
+        lines.append("range_place = batch * batch_ranges + member * head_ranges + tl.minimum(token, queries - 1)")
+        lines.append("range_place *= 2 * range_count")
     if rule.prefix:
         lines.append("before = tl.minimum(tl.maximum(tl.load(prefix + batch * prefix_stride), 0), n).to(tl.int32)")
     if rule.segments:
@@ -145,6 +155,14 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
     lines += [f"acc{suffix} = tl.zeros(({rows}, {values.columns}), tl.float32)" for suffix, _ in values.halves]
     lines += [f'peak = tl.full(({rows},), float("-inf"), tl.float32)', f"total = tl.zeros(({rows},), tl.float32)"]
     return lines
+
+
+def _positions(program: Program) -> list[str]:
+    """Where the rows stand: last, or where they are said to, which may be anywhere and so is compared in 64 bits."""
+    if not program.moved:
+        return ["position = n - queries + token"]
+    place = "stands + batch * batch_stands + member * head_stands + token"
+    return [f"position = tl.load({place}, mask=live, other=0).to(tl.int64)"]
 
 
 def _queries(keys: Side) -> list[str]:
@@ -168,20 +186,35 @@ def _normalise(keys: Side) -> list[str]:
 
 
 def attend_end(program: Program, values: Side) -> list[str]:
-    """Write output rows and their natural-log lse."""
+    """Write output rows and their natural-log lse. Over block lists rows are NaN where ``bad``."""
     sink, worth = [], ""
     if program.score.sinks:
-        sink, worth = ["peak, total, worth = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
+        sink, worth = ["peak, total, worth, _ = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
+    place = f"place = (batch * (groups * {program.ratio}) + member) * queries + token"
+    if program.before:
+        sink, worth = [*sink, place, *_take_in(values, worth)], ""
     return [
         *sink,
+        *(poison(values) if program.blocks and program.phase == "prefill" else []),
         f"factor = reciprocal(total){worth}",
-        f"place = (batch * (groups * {program.ratio}) + member) * queries + token",
+        place,
         *(
             f"store_rows(out, place, acc{suffix} * factor[:, None], live, {values.size}, {values.cut(first)})"
             for suffix, first in values.halves
         ),
         f"tl.store(lse + place, log_total(peak, total) * {math.log(2)!r}, mask=live)",
     ]
+
+
+def _take_in(values: Side, worth: str) -> list[str]:
+    """Add the result of attention to other keys, which stands at ``place``: its lse is one more logit."""
+    other = 'tl.load(before_lse + place, mask=live, other=float("-inf"))'
+    lines = [f"peak, total, share, weight = with_sink(peak, total, {other})"]
+    for suffix, first in values.halves:
+        # Of a row without other keys nothing is read.
+        row = f"load_rows(before_out, place, live & (weight > 0), {values.size}, {values.cut(first)})"
+        lines.append(f"acc{suffix} = acc{suffix} * (share{worth})[:, None] + {row}.to(tl.float32) * weight[:, None]")
+    return lines
 
 
 def split_end(values: Side, end: list[str], place: str, some: str) -> list[str]:
@@ -203,7 +236,7 @@ def merge_kernel(program: Program, values: Side) -> list[str]:
     if program.score.sinks:
         fixed, more, worth = '"queries", "groups"', " sinks, groups,", " * worth"
         member = f"head % groups * {ratio} + row % {ratio}"
-        after = [f"    peak, total, worth = with_sink(peak, total, tl.load(sinks + {member}))"]
+        after = [f"    peak, total, worth, _ = with_sink(peak, total, tl.load(sinks + {member}))"]
     if program.blocks:
         after = ["    # One part with a wrong list makes the row NaN.", "    bad = total != total"]
         after.append("    peak, total = tl.where(bad, total, peak), tl.where(bad, 1.0, total)")
@@ -243,4 +276,7 @@ def part_arguments(program: Program) -> list[str]:
     names += ["bias", "bias_batch", "bias_head", "bias_token"] if score.bias else []
     names += ["sinks"] * score.sinks
     names += ["prefix", "prefix_stride"] * rule.prefix + ["segments", "segments_stride"] * rule.segments
-    return names + (["allowed", "allowed_batch", "allowed_head", "allowed_token"] if program.given else [])
+    names += ["allowed", "allowed_batch", "allowed_head", "allowed_token"] if program.given else []
+    names += ["stands", "batch_stands", "head_stands"] * program.moved
+    names += ["ranges", "batch_ranges", "head_ranges", "range_count"] if program.ranges else []
+    return names + ["before_out", "before_lse"] * program.before

@@ -168,7 +168,7 @@ def test_programs() -> None:
     assert scored.name == f"{plain.name}_cap_bias_sink"
     assert "struct score" not in cpp.source(plain)
     assert lowering.refusal(scored, "cpu") is None
-    assert "with the parts of" in str(lowering.refusal(scored, "cuda"))
+    assert lowering.refusal(scored, "cuda") is None
 
 
 def test_operators_keep_torchs_contract() -> None:

@@ -17,6 +17,16 @@ def count_within(count, columns, bad):
 
 
 @triton.jit
+def count_below(numbers, count, limit):
+    """How many of a list of ``count`` numbers that ascends are below ``limit``. The others are few: from the end."""
+    last = tl.load(numbers + count - 1, mask=count > 0, other=-1)
+    while last >= limit:
+        count -= 1
+        last = tl.load(numbers + count - 1, mask=count > 0, other=-1)
+    return count
+
+
+@triton.jit
 def tile_at(index, step, limit, bad, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The first key of tile ``step`` of a list, and ``bad`` or whether its block ``index`` is not one below ``limit``.
 
@@ -27,12 +37,43 @@ def tile_at(index, step, limit, bad, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(token_of, start, stop, bad, TILE: tl.constexpr):
-    """The tokens ``[TILE]`` that slots ``start ..`` hold, and ``bad`` or whether one below ``stop`` is not there."""
+def tokens_of(token_of, start, stop, bad, ANYWHERE: tl.constexpr, TILE: tl.constexpr):
+    """The tokens ``[TILE]`` that slots ``start ..`` hold, and ``bad`` or whether one below ``stop`` is not there.
+
+    ``ANYWHERE`` tokens may be any numbers, and are those that stand there, in 64 bits.
+    """
     slot = start + tl.arange(0, TILE)
     token = tl.load(token_of + slot, mask=slot < stop, other=0)
-    there = tl.minimum(tl.maximum(token, 0), tl.maximum(stop - 1, 0))
-    return there.to(tl.int32), bad | (tl.max((there != token).to(tl.int32), 0) > 0)
+    if ANYWHERE:
+        there = token.to(tl.int64)
+    else:
+        there = tl.minimum(tl.maximum(token, 0), tl.maximum(stop - 1, 0)).to(tl.int32)
+        bad = bad | (tl.max((there != token).to(tl.int32), 0) > 0)
+    return there, bad
+
+
+@triton.jit
+def ranges_fit(ranges, place, count, limit, bad):
+    """``bad``, or whether a row's ``count`` ranges, from ``place [M]`` on, do not ascend apart from 0 to ``limit``."""
+    behind = tl.zeros_like(place).to(tl.int32)
+    found = behind
+    for at in range(0, count):
+        first = tl.load(ranges + place + 2 * at)
+        length = tl.load(ranges + place + 2 * at + 1)
+        found |= ((length < 0) | ((length > 0) & ((first < behind) | (first > limit - length)))).to(tl.int32)
+        behind = tl.where(length > 0, first + length, behind)
+    return bad | (tl.max(found, 0) > 0)
+
+
+@triton.jit
+def in_ranges(ranges, place, count, key):
+    """Whether ``key [N]`` lie in any of a row's ``count`` ranges, from ``place [M]`` on: bool ``[M, N]``."""
+    inside = (place[:, None] < 0) & (key[None, :] < 0)
+    for at in range(0, count):
+        first = tl.load(ranges + place + 2 * at)
+        behind = first + tl.load(ranges + place + 2 * at + 1)
+        inside = inside | ((key[None, :] >= first[:, None]) & (key[None, :] < behind[:, None]))
+    return inside
 
 
 @triton.jit

@@ -37,20 +37,24 @@ def tanh(x):
 
 
 @triton.jit
-def add_bias(score, bias, place, key, stop):
-    """``score [M, N]`` (base 2) plus the bias at ``place [M]`` of keys ``key [N]``, which is read below ``stop``."""
-    added = tl.load(bias + place[:, None] + key[None, :], mask=(key < stop)[None, :], other=0.0)
+def add_bias(score, bias, place, key, keep):
+    """``score [M, N]`` (base 2) plus the bias at ``place [M]`` of keys ``key [N]``, which is read for ``keep [N]``."""
+    added = tl.load(bias + place[:, None] + key[None, :], mask=keep[None, :], other=0.0)
     return score + added * LOG2E
 
 
 @triton.jit
 def with_sink(peak, total, sink):
-    """Peak and total with one more logit, and what everything that was accumulated is then worth."""
+    """Peak and total with one more logit, what everything that was accumulated is then worth, and the logit's weight.
+
+    The lse of attention to other keys is such a logit, whose value is their output.
+    """
     sink = sink.to(tl.float32) * LOG2E
     top = tl.maximum(peak, sink)
     at = tl.where(top == float("-inf"), 0.0, top)
     share = tl.exp2(peak - at)
-    return top, total * share + tl.exp2(sink - at), share
+    weight = tl.exp2(sink - at)
+    return top, total * share + weight, share, weight
 
 
 @triton.jit
@@ -70,8 +74,8 @@ def softmax_step(score, peak, total):
 
 @triton.jit
 def log_total(peak, total):
-    """Base-2 logarithm of the sum of exponentials, -inf for a row without keys."""
-    return tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    """Base-2 logarithm of the sum of exponentials, -inf for a row without keys. What is not a number stays so."""
+    return tl.where(total != 0, peak + tl.log2(tl.where(total != 0, total, 1.0)), float("-inf"))
 
 
 @triton.jit
