@@ -97,8 +97,10 @@ class Program:
     prefill then has with ``columns`` single keys besides, with ``positions`` keys that stand elsewhere than their
     slots say (:mod:`effcompile.kernels.columns`), or with ``given`` a mask of pairs, by which partial blocks are
     tested too. What C++ takes as operands that may be absent are parts of a program of a GPU: with ``moved`` queries
-    stand elsewhere than last, and with ``before`` the result of attention to other keys is taken in. The phase ``select`` makes such lists for a decode: of the form it knows what says where a page's keys
-    end (:func:`for_select`).
+    stand elsewhere than last, with ``ranges`` pairs of partial blocks are tested by the keys of each query too
+    (:mod:`effcompile.kernels.ranges`), and with ``before`` the result of attention to other keys is taken in. The phase
+    ``select`` makes such lists for a decode: of the form it knows what says where a page's keys end
+    (:func:`for_select`).
     """
 
     phase: Phase
@@ -115,6 +117,7 @@ class Program:
     positions: bool = False
     given: bool = False
     moved: bool = False
+    ranges: bool = False
     before: bool = False
 
     @property
@@ -124,7 +127,7 @@ class Program:
         listed = "blocks" if self.phase == "prefill" else "pages"
         phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
         parts = "_col" * self.columns + "_pos" * self.positions + "_given" * self.given
-        parts += "_moved" * self.moved + "_before" * self.before
+        parts += "_moved" * self.moved + "_ranges" * self.ranges + "_before" * self.before
         rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
         verb = "select" if self.phase == "select" else f"attend_{phase}"
         return f"{verb}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"

@@ -113,14 +113,19 @@ def lists(ranges: Tensor, keys: int, block: int, *, causal: bool = True, tested:
     return blocks.lists(some, None if tested else every & whole, block)
 
 
-def check_ranges(ranges: Tensor, query: Tensor, keys: int) -> None:
-    """Raise :class:`BlockError` unless ``ranges`` fit a call, ascend without overlap, and name keys that are there."""
+def check_shape(ranges: Tensor, query: Tensor) -> None:
+    """Raise :class:`BlockError` unless ``ranges`` are for the queries of a call. Looks at shapes only."""
     sizes, (batch, heads, queries) = tuple(ranges.shape), query.shape[:3]
     fits = len(sizes) == 5 and sizes[0] in (1, batch) and sizes[1] in (1, heads) and sizes[2::2] == (queries, 2)
     if not fits or ranges.dtype is not torch.int32:
         raise BlockError(
             f"ranges are {ranges.dtype} of {sizes}; expected int32 of [{batch} or 1, {heads} or 1, {queries}, R, 2]."
         )
+
+
+def check_ranges(ranges: Tensor, query: Tensor, keys: int) -> None:
+    """Raise :class:`BlockError` unless ``ranges`` fit a call, ascend without overlap, and name keys that are there."""
+    check_shape(ranges, query)
     start, length = ranges.unbind(-1)
     end = torch.where(length > 0, start + length, 0)
     behind = pad(end[..., :-1], (1, 0)).cummax(-1).values

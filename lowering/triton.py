@@ -54,9 +54,9 @@ def _listed(program: Program) -> Program:
         paged = Predicate(key_mask=rule.key_mask)
         return Program("decode", program.form, paged, *sizes, rotary=program.rotary, blocks=True)
     plain = Predicate(rule.causal, rule.window, rule.key_mask)
-    # Single keys, keys in another order, and a mask of pairs do not go together.
-    choice = next((name for name in ("columns", "positions", "given") if getattr(program, name)), None)
-    more = {"moved": program.moved, "before": program.before} | ({} if choice is None else {choice: True})
+    # Single keys, keys in another order, and what else is known of pairs do not go together.
+    choice = next(([name] for name in ("columns", "positions") if getattr(program, name)), ["given", "ranges"])
+    more = {name: getattr(program, name) for name in (*choice, "moved", "before")}
     return Program("prefill", KVForm(16, 16), plain, *sizes, program.score, blocks=True, **more)
 
 

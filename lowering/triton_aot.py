@@ -30,6 +30,7 @@ OPERANDS = {
     "wrong": "*i8",
     "token_of": "*i64",
     "stands": "*i64",
+    "ranges": "*i32",
     "allowed": "*i1",
     "segments": "*i64",
     "prefix": "*i64",

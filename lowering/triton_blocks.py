@@ -17,6 +17,7 @@ from effcompile.kernels.columns import check_columns, steps_of
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DECODE_ROWS, ScoreParts
+from effcompile.kernels.ranges import check_shape
 from effcompile.lowering import triton
 from effcompile.lowering.triton import Call, attend_program, call_of, row_major
 from effcompile.lowering.triton_side import Blocks
@@ -42,6 +43,7 @@ def attend_blocks(
     span: int = 1,
     allowed: Tensor | None = None,
     query_positions: Tensor | None = None,
+    ranges: Tensor | None = None,
     before_out: Tensor | None = None,
     before_lse: Tensor | None = None,
     softcap: float | None = None,
@@ -52,7 +54,8 @@ def attend_blocks(
     """Launch ``effcompile::attend_blocks``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32.
 
     A row is NaN if its list names a block that is not there, or counts more blocks than there are; if its columns do
-    not ascend, are not there, or lie in a block that is listed too; if a slot of a block that is tested holds a token
+    not ascend, are not there, or lie in a block that is listed too; if ranges of a row that is computed together with
+    it do not ascend without overlap, or name a key that is not there; if a slot of a block that is tested holds a token
     that is not there, unless queries stand elsewhere too and nothing else is looked up by tokens.
 
     Raises
@@ -66,7 +69,7 @@ def attend_blocks(
     (query, *_), out, lse, ratio, pairs, capacity = call = _call(query, state, length, key_mask, name)
     batch, heads, queries, size = query.shape
     given = {"columns": columns, "positions": key_positions, "given": allowed, "moved": query_positions}
-    given["before"] = before_out
+    given |= {"ranges": ranges, "before": before_out}
     built = attend_program(
         "prefill", name, causal, window, (key_mask is not None, False, False), ratio, size, out.shape[3], query.dtype,
         query.device, triton.score_of(softcap, bias, sinks), 0,
@@ -89,6 +92,9 @@ def attend_blocks(
         parts += [allowed, *triton.steps_of(allowed)]
     if query_positions is not None:
         parts += _positions("query", query_positions, batch, heads, queries)
+    if ranges is not None:
+        check_shape(ranges, query)
+        parts += [ranges.contiguous(), *steps_of(ranges, batch, heads), ranges.shape[3]]
     if before_out is not None and before_lse is not None:
         parts += [before_out.contiguous(), before_lse.contiguous()]
     if key_positions is not None:

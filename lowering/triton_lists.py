@@ -65,6 +65,7 @@ def blocks(
         f"at = batch * batch_rows + (head % groups * {ratio} + sibling) * head_rows + tile * ROWS // BLOCK",
         "kv_idx += at * columns",
         f"partial, bad = count_within(tl.load(kv_num + at), columns, {bad})",
+        *["bad = ranges_fit(ranges, range_place, range_count, n, bad)"] * program.ranges,
         "# The block that the end cuts short, or the number behind the last one.",
         "cut, short = n // BLOCK, 0",
         *(["token_of += batch * batch_slots + head % groups * head_slots"] * program.positions),
@@ -81,6 +82,8 @@ def blocks(
     ]
     if program.moved:
         fixed = [*fixed, '"batch_stands", "head_stands"']
+    if program.ranges:
+        fixed = [*fixed, '"batch_ranges", "head_ranges", "range_count"']
     if program.positions:
         lists, fixed = [*POSITIONS, *LISTS], [*fixed, '"batch_slots", "head_slots"']
     lines += [

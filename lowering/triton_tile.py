@@ -76,6 +76,8 @@ def _seen(program: Program) -> list[str]:
     if program.given:
         place = "allowed + allowed_place[:, None] + key[None, :]"
         lines.append(f"seen = seen & (tl.load({place}, mask=seen, other=0) != 0)")
+    if program.ranges:
+        lines.append("seen = seen & in_ranges(ranges, range_place, range_count, key)")
     return lines
 
 
@@ -85,6 +87,7 @@ def _extra(program: Program, check: bool = True) -> str:
     names = ["softcap"] * score.softcap + ["bias, bias_place"] * score.bias
     names += ["before"] * rule.prefix + ["segments, segment"] * rule.segments
     names += ["tokens" if check or score.bias else "0"] * program.positions + ["allowed, allowed_place"] * program.given
+    names += ["ranges, range_place, range_count"] * program.ranges
     return "".join(f" {name}," for name in names)
 
 
@@ -137,6 +140,10 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
             lines.append(f"{name} += batch * {name}_batch")
             place = f"member * {name}_head + token.to(tl.int64) * {name}_token"
             lines.append(f"{name}_place = tl.where(live, {place}, 0)")
+    if program.ranges:
+        # Rows that are not there have the ranges of the last one, so that they say nothing new.
+        lines.append("range_place = batch * batch_ranges + member * head_ranges + tl.minimum(token, queries - 1)")
+        lines.append("range_place *= 2 * range_count")
     if rule.prefix:
         lines.append("before = tl.minimum(tl.maximum(tl.load(prefix + batch * prefix_stride), 0), n).to(tl.int32)")
     if rule.segments:
@@ -271,4 +278,5 @@ def part_arguments(program: Program) -> list[str]:
     names += ["prefix", "prefix_stride"] * rule.prefix + ["segments", "segments_stride"] * rule.segments
     names += ["allowed", "allowed_batch", "allowed_head", "allowed_token"] if program.given else []
     names += ["stands", "batch_stands", "head_stands"] * program.moved
+    names += ["ranges", "batch_ranges", "head_ranges", "range_count"] if program.ranges else []
     return names + ["before_out", "before_lse"] * program.before

@@ -1,5 +1,6 @@
-"""Triton kernels over block lists with what a call may bring besides: parts of a score, queries that stand elsewhere, and a
-state to begin with.
+"""Triton kernels over block lists with what a call may bring besides.
+
+Parts of a score, queries that stand elsewhere, ranges, and a state to begin with.
 
 As in ``test_triton_kernels.py`` the interpreter needs a child process, which the first test starts.
 """
@@ -15,12 +16,13 @@ from test_block_parts import PARTS, values
 from test_block_triton import seen_by
 from test_columns import Call as Listed
 from test_query_positions import seen_at
+from test_ranges import pairs, some
 from test_triton_kernels import attend, largest_score, name_of
 from torch import Tensor
 from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering, merge_state
-from effcompile.kernels import block_ops, blocks, columns, ops
+from effcompile.kernels import block_ops, blocks, columns, ops, ranges
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
@@ -73,7 +75,11 @@ SCORED = [
 MORE_SCORED = [
     (PLAIN | {"heads": heads, "size": size, "dtype": dtype, "block": block} | more, parts, lead)
     for (heads, size, dtype, block, more), lead in zip(
-        (((3, 1), 64, BF16, 64, {}), ((2, 2), 128, F32, 48, {"window": 20}), ((4, 2), 80, torch.float16, 32, {"pad": True})),
+        (
+            ((3, 1), 64, BF16, 64, {}),
+            ((2, 2), 128, F32, 48, {"window": 20}),
+            ((4, 2), 80, torch.float16, 32, {"pad": True}),
+        ),
         ((0, 0, 0), (1, 0, 1), (0, 1, 0)),
     )
     for parts in PARTS
@@ -103,7 +109,8 @@ class TestScores:
         more = values(call, PARTS["all"], (1, 1, 1), extra=0)  # type: ignore[arg-type]
         if permuted:
             # Blocks that need no test too: a bias is added in them as well.
-            order = call.extra["key_positions"]
+            first = [torch.cat([torch.randperm(16), 16 + torch.randperm(48)]) for _ in range(4)]
+            order = call.extra["key_positions"] = torch.stack(first).view(2, 2, 64)
             some, every = columns.blocks_at(order, 64, 16, 4)
             assert every.any()
             keep = call.lists.keep() & some
@@ -160,7 +167,7 @@ LOW = -(2**31)
 MOVED = [
     (PLAIN, False, 0),
     (PLAIN | {"heads": (2, 2), "tokens": (65, 128), "size": 80, "dtype": BF16, "block": 48, "pad": True}, True, 0),
-    (PLAIN | {"tokens": (33, 128), "window": 60}, True, LOW),
+    (PLAIN | {"tokens": (33, 128), "window": 20}, True, LOW),
 ]
 MORE_MOVED = [
     (PLAIN | {"heads": (4, 2), "tokens": (100, 128), "size": 64, "dtype": BF16, "block": 64, "window": 40}, keys, 0)
@@ -197,7 +204,7 @@ class TestMoved:
         self.test_within_twice_the_loss_of_the_dtype(case, keys, low)
 
     def test_the_order_of_queries_says_nothing(self) -> None:
-        """With every block and column listed, rows that are turned around are the same rows, bit by bit."""
+        """With every block and column listed, rows that are turned around are the same rows."""
         call = made(**PLAIN | {"tokens": (64, 128)})
         keep = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
         keep[..., 1] = True
@@ -207,8 +214,7 @@ class TestMoved:
         wanted = launch(call, **more)
         call.query = call.query.flip(2)
         found = launch(call, **more, query_positions=torch.arange(127, 63, -1)[None, None])
-        assert torch.equal(found[0].flip(2), wanted[0])
-        assert torch.equal(found[1].flip(2), wanted[1])
+        torch.testing.assert_close([x.flip(2) for x in found], list(wanted), rtol=0, atol=2e-6)
 
     def test_what_is_looked_up_by_token_needs_one(self) -> None:
         """Keys at other numbers than those of tokens have no bias: their rows are NaN, and without one they are not."""
@@ -306,6 +312,75 @@ class TestBefore:
         assert torch.equal(found[0].isnan().all(-1), bad)
 
 
+RANGED = [
+    (PLAIN, (2, 2), True),
+    (PLAIN | {"heads": (2, 2), "tokens": (65, 65), "size": 80, "dtype": BF16, "block": 48, "pad": True}, (1, 1), False),
+]  # fmt: skip
+MORE_RANGED = [
+    (PLAIN | {"heads": (3, 1), "tokens": (100, 150), "size": size, "dtype": dtype, "block": 64}, (2, 3), causal)
+    for size, dtype, causal in ((64, BF16, True), (128, torch.float16, False), (64, F32, False))
+]
+
+
+class TestRanges:
+    """Ranges of keys for each query, in partial blocks."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize(("case", "lead", "causal"), RANGED, ids=id_of)
+    def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], lead: Any, causal: bool) -> None:
+        call = made(**case)
+        call.rest = (*call.rest[:2], causal, -1)
+        given = some(*lead, call.queries, call.keys)
+        given[:, :, 32:64] = torch.tensor([[0, call.keys], [0, 0], [0, 0], [0, 0]])  # whole blocks
+        call.lists = ranges.lists(given, call.keys, call.block, causal=causal, tested=call.mask is not None)
+        seen = pairs(given, call.keys)
+        assert not seen.any(-1).all()
+        if causal:
+            seen = seen & (torch.arange(call.keys) <= torch.arange(call.keys - call.queries, call.keys)[:, None])
+        if call.mask is not None:
+            seen = seen & call.mask[:, None, None, : call.keys]
+        check(call, seen, *launch(call, ranges=given))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("case", "lead", "causal"), MORE_RANGED, ids=id_of)
+    def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], lead: Any, causal: bool) -> None:
+        self.test_within_twice_the_loss_of_the_dtype(case, lead, causal)
+
+    def test_none_at_all(self) -> None:
+        """Without any no key of a partial block is seen."""
+        call = made(**PLAIN)
+        spread(call)
+        out, lse = launch(call, ranges=torch.zeros(1, 1, 70, 0, 2, dtype=torch.int32))
+        assert not out.any()
+        assert lse.eq(-torch.inf).all()
+
+    def test_rows_beside_wrong_ranges_are_nan(self) -> None:
+        """Those that are computed together, and no others, each for its own reason: first rows, and last ones."""
+        call = made(**PLAIN | {"heads": (4, 2)})
+        spread(call)
+        given = ranges.window(70, 101, 20, 3).expand(2, 4, -1, -1, -1).clone()
+        right = launch(call, ranges=given)
+        wrong = {
+            (0, 0, 0): [[50, 3], [2, 1]], (0, 1, 40): [[2, 8], [9, 1]], (0, 2, 69): [[2, 8], [100, 2]],
+            (0, 3, 5): [[-1, 8], [49, 1]], (1, 0, 33): [[2, 8], [20, -1]], (1, 1, 1): [[2, 8], [20, 2**31 - 1]],
+        }  # fmt: skip
+        bad = torch.zeros(2, 4, 70, dtype=torch.bool)
+        for (entry, head, row), found in wrong.items():
+            given[entry, head, row] = torch.tensor(found)
+            bad[entry, head, row // 32 * 32 : row // 32 * 32 + 32] = True
+        out, lse = launch(call, ranges=given)
+        assert torch.equal(out.isnan().all(-1), bad)
+        assert torch.equal(lse.isnan(), bad)
+        assert torch.equal(out[~bad], right[0][~bad])
+
+    def test_what_does_not_fit_is_declined(self) -> None:
+        call, good = made(**PLAIN), ranges.window(70, 101, 20, 3)
+        for wrong in (good[:, :, 1:], good.long(), good[..., :1], good.expand(3, -1, -1, -1, -1)):
+            with pytest.raises(BlockError, match="ranges are"):
+                launch(call, ranges=wrong)
+
+
 def program(**changes: Any) -> Program:
     plain = {"phase": "prefill", "form": DENSE, "predicate": Predicate(), "dtype": BF16, "ratio": 4, "blocks": True}
     return Program(**plain | {"key_size": 128, "value_size": 128} | changes)
@@ -314,7 +389,14 @@ def program(**changes: Any) -> Program:
 ALL = ScoreParts(True, True, True)
 AHEAD = [(program(score=ALL), "sm_90", 128)]
 KINDS: list[dict[str, Any]] = [{"score": ALL}, {"score": ALL, "columns": True}, {"score": ALL, "positions": True}]
-KINDS += [{"before": True}, {"before": True, "score": ALL}, {"moved": True}, {"moved": True, "positions": True, "predicate": Predicate(window=4096)}]
+KINDS += [
+    {"moved": True},
+    {"moved": True, "positions": True, "predicate": Predicate(window=4096)},
+    {"before": True},
+    {"before": True, "score": ALL},
+    {"ranges": True},
+    {"ranges": True, "given": True},
+]
 MORE_AHEAD = [
     (program(key_size=size, value_size=size, **kind), chip, 128)
     for kind in KINDS
@@ -338,5 +420,5 @@ class TestAhead:
     def test_what_is_refused_for_gpus(self) -> None:
         for kind in KINDS:
             assert lowering.refusal(program(**kind), "cuda") is None
-        for both in ({"columns": True, "given": True}, {"positions": True, "given": True}):
+        for both in ({"columns": True, "given": True}, {"positions": True, "ranges": True}):
             assert "with the parts of" in str(lowering.refusal(program(**both), "cuda"))

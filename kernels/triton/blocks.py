@@ -41,6 +41,30 @@ def tokens_of(token_of, start, stop, bad, ANYWHERE: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
+def ranges_fit(ranges, place, count, limit, bad):
+    """``bad``, or whether a row's ``count`` ranges, from ``place [M]`` on, do not ascend apart from 0 to ``limit``."""
+    behind = tl.zeros_like(place).to(tl.int32)
+    found = behind
+    for at in range(0, count):
+        first = tl.load(ranges + place + 2 * at)
+        length = tl.load(ranges + place + 2 * at + 1)
+        found |= ((length < 0) | ((length > 0) & ((first < behind) | (first > limit - length)))).to(tl.int32)
+        behind = tl.where(length > 0, first + length, behind)
+    return bad | (tl.max(found, 0) > 0)
+
+
+@triton.jit
+def in_ranges(ranges, place, count, key):
+    """Whether ``key [N]`` lie in any of a row's ``count`` ranges, from ``place [M]`` on: bool ``[M, N]``."""
+    inside = (place[:, None] < 0) & (key[None, :] < 0)
+    for at in range(0, count):
+        first = tl.load(ranges + place + 2 * at)
+        behind = first + tl.load(ranges + place + 2 * at + 1)
+        inside = inside | ((key[None, :] >= first[:, None]) & (key[None, :] < behind[:, None]))
+    return inside
+
+
+@triton.jit
 def falls(numbers, count, limit, TILE: tl.constexpr):
     """Whether the first ``count`` of a list of numbers do not ascend from 0 to below ``limit``."""
     found = tl.zeros((TILE,), tl.int32)
