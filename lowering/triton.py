@@ -57,7 +57,9 @@ def _listed(program: Program) -> Program:
     # Single keys, keys in another order, and what else is known of pairs do not go together.
     choice = next(([name] for name in ("columns", "positions") if getattr(program, name)), ["given", "ranges"])
     more = {name: getattr(program, name) for name in (*choice, "moved", "before")}
-    return Program("prefill", KVForm(16, 16), plain, *sizes, program.score, blocks=True, **more)
+    # Neither of the first two reads packed keys, and no operator over lists takes angles.
+    form = KVForm(16, 16) if "given" not in choice or program.form.pre else program.form
+    return Program("prefill", form, plain, *sizes, program.score, blocks=True, **more)
 
 
 @functools.cache

@@ -76,12 +76,15 @@ def attend_blocks(
         ("blocks", *(part for part, x in given.items() if x is not None)),
     )  # fmt: skip
     assert built.blocks is not None
+    form = KVForm.parse(name)
+    if not form.dense and block % form.group:
+        raise KernelUnavailable(f"blocks of {block} tokens, which do not hold whole groups of {form.group}")
     layout = block_ops.layout_of(kv_num, kv_idx, full_num, full_idx, batch, heads)
     # How many keys there are is known on the device alone; lists that end before them are noticed there.
     block_ops.check_lists(kv_num, kv_idx, full_num, full_idx, queries, layout[2] * block, block)
     lists = [(kv_num if t is None else t).contiguous() for t in (kv_num, kv_idx, full_num, full_idx)]
     cut = built.blocks.within(block)
-    sizes = {"FULL": full_num is not None, "BLOCK": block, "TILE": cut.tile}
+    sizes = {"FULL": full_num is not None} | block_tiles(cut, block, form)
     parts = triton.part_values(query, capacity, softcap, bias, sinks)
     more: list[Any] = []
     if allowed is not None:
@@ -156,6 +159,13 @@ def attend_pages(query: Tensor, *args: Any, table: Tensor | None = None, **unkno
     splits = triton.splits_for(pairs, room * page, triton.multiprocessors(query.device))
     arguments = (*call.operands, triton.base_2(scale))
     return triton.launch_splits(built, call, splits, arguments, found, sizes=sizes)
+
+
+def block_tiles(cut: Blocks, block: int, form: KVForm) -> dict[str, int]:
+    """Tiles that fill a block, for ``cut`` within one, and those of the newest tokens, if a form has any."""
+    return {"BLOCK": block, "TILE": cut.tile} | (
+        {} if form.dense else {"RING": math.gcd(cut.ring, cut.tile, form.group)}
+    )
 
 
 def page_tiles(cut: Blocks, page: int, form: KVForm) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import Program
 from effcompile.lowering.triton_side import Blocks, Side, indent
 from effcompile.lowering.triton_tile import (
@@ -47,13 +46,14 @@ def blocks(
 ) -> list[list[str]]:
     """Many rows that visit listed blocks only: a program per query head and tile of a block of queries."""
     ratio = program.ratio
-    if ringed:
-        raise KernelUnavailable("block lists over packed keys or values have no GPU kernel")
     functions, lists, fixed = [], LISTS, [FIXED, ROWS_FIXED]
     # All slots have a token where slots do not say which.
     bad = "(n > columns * BLOCK) | (n < capacity)" if program.positions else "n > columns * BLOCK"
     # What something besides the predicate is looked up by has to be a token.
     anywhere = program.moved and not program.predicate.key_mask and not program.score.bias
+    # Before the last of them, which may be the one that is cut, all blocks are packed: else the list does not ascend.
+    limit = "tl.where(step < old * (BLOCK // TILE), cut, cut + 1)" if ringed else "columns"
+    stop = "packed" if ringed else "n"
     tokens = [f"    tokens, bad = tokens_of(token_of, start, n, bad, {anywhere}, TILE)"] * program.positions
     lines = [
         "tiles = tl.cdiv(queries, ROWS)",
@@ -66,19 +66,25 @@ def blocks(
         "kv_idx += at * columns",
         f"partial, bad = count_within(tl.load(kv_num + at), columns, {bad})",
         *["bad = ranges_fit(ranges, range_place, range_count, n, bad)"] * program.ranges,
-        "# The block that the end cuts short, or the number behind the last one.",
-        "cut, short = n // BLOCK, 0",
+        *(packed if ringed else []),
+        f"# The block that the end{' of what is packed' * ringed} cuts short, or the number behind the last one.",
+        f"cut, short = {stop} // BLOCK, 0",
+        *([*_newest("kv_idx", "partial", "old", "inner"), "whole, past = 0, 0"] if ringed else []),
         *(["token_of += batch * batch_slots + head % groups * head_slots"] * program.positions),
         "if FULL:",
         "    full_idx += at * columns",
         "    whole, bad = count_within(tl.load(full_num + at), columns, bad)",
         "    # A cut block is tested, whoever lists it, so that no key is counted that is not there.",
-        "    short = (tl.load(full_idx + whole - 1, mask=whole > 0, other=-1) == cut).to(tl.int32)",
-        "    for step in range(0, (whole - short) * (BLOCK // TILE)):",
+        *(
+            indent([*_newest("full_idx", "whole", "past", "short"), "short -= past"])
+            if ringed
+            else ["    short = (tl.load(full_idx + whole - 1, mask=whole > 0, other=-1) == cut).to(tl.int32)"]
+        ),
+        f"    for step in range(0, {'past' if ringed else '(whole - short)'} * (BLOCK // TILE)):",
         "        index = tl.load(full_idx + step // (BLOCK // TILE))",
         "        start, bad = tile_at(index, step, cut, bad, BLOCK, TILE)",
         *(indent(tokens) if program.score.bias else []),
-        *indent(fold("body", "TILE", "n", False, program, keys, values), 8),
+        *indent(fold("body", "TILE", stop, False, program, keys, values), 8),
     ]
     if program.moved:
         fixed = [*fixed, '"batch_stands", "head_stands"']
@@ -86,14 +92,18 @@ def blocks(
         fixed = [*fixed, '"batch_ranges", "head_ranges", "range_count"']
     if program.positions:
         lists, fixed = [*POSITIONS, *LISTS], [*fixed, '"batch_slots", "head_slots"']
+    entries = "inner" if ringed else "partial"
     lines += [
-        "for step in range(0, (partial + short) * (BLOCK // TILE)):",
+        f"for step in range(0, ({entries} + short) * (BLOCK // TILE)):",
         "    index = step // (BLOCK // TILE)",
-        "    index = tl.load(kv_idx + index, mask=index < partial, other=cut)",
-        "    start, bad = tile_at(index, step, columns, bad, BLOCK, TILE)",
+        f"    index = tl.load(kv_idx + index, mask=index < {entries}, other=cut)",
+        f"    start, bad = tile_at(index, step, {limit}, bad, BLOCK, TILE)",
         *tokens,
-        *indent(fold("body", "TILE", "n", True, program, keys, values)),
+        *indent(fold("body", "TILE", stop, True, program, keys, values)),
     ]
+    if ringed:
+        lists = [LISTS[0], LISTS[1].replace("):", ", RING: tl.constexpr):")]
+        lines += _newest_tiles(program, keys, values)
     if program.columns:
         functions = [tile_function(program, keys, values, "gathered", "peak.shape[0]"), _check(program)]
         lists, fixed = ["wrong,", *SINGLE, *LISTS], [*fixed, SINGLE_FIXED]
@@ -115,9 +125,31 @@ def blocks(
         f"@triton.jit(do_not_specialize=[{', '.join(fixed)}])",
         f"def {program.name}({args[0]}",
         *indent([*args[1:-1], args[-1] + ",", *lists], 8),
-        *indent(lines + end),
+        *indent(lines + poison(values) + end),
     ]
     return [*functions, kernel]
+
+
+def _newest(numbers: str, count: str, below: str, within: str) -> list[str]:
+    """Lines that count entries before block ``cut``, and with it, of a list; those behind hold newest tokens alone."""
+    lines = [f"{below} = count_below({numbers}, {count}, cut)"]
+    first = f"tl.load({numbers} + {below}, mask={below} < {count}, other=-1)"
+    return [*lines, f"{within} = {below} + ({first} == cut).to(tl.int32)"]
+
+
+def _newest_tiles(program: Program, keys: Side, values: Side) -> list[str]:
+    """Lines that fold in the tokens that are not packed, of block ``cut`` and those behind it in both lists, tested."""
+    return [
+        *queries_again(program, keys),
+        "# Tiles of which all tokens are packed, or none.",
+        "for step in range(old * (BLOCK // RING), (partial + whole - past) * (BLOCK // RING)):",
+        "    entry = step // (BLOCK // RING)",
+        "    index = tl.load(kv_idx + entry, mask=entry < partial, other=0)",
+        "    if FULL:",
+        "        index += tl.load(full_idx + past + entry - partial, mask=entry >= partial, other=0)",
+        "    start, bad = tile_at(index, step, columns, bad, BLOCK, RING)",
+        *indent(fold("ring", "RING", "tl.where(start < packed, 0, n)", True, program, keys, values)),
+    ]
 
 
 def _check(program: Program) -> list[str]:

@@ -262,7 +262,7 @@ def indent(lines: Sequence[str], by: int = 4) -> list[str]:
     return [" " * by + line if line else line for line in lines]
 
 
-BLOCK_PARTS = ("check_columns", "count_within", "in_ranges", "ranges_fit", "tile_at", "tokens_of")
+BLOCK_PARTS = ("check_columns", "count_below", "count_within", "in_ranges", "ranges_fit", "tile_at", "tokens_of")
 LOAD_PARTS = (
     "dense_tile",
     "keys_4",

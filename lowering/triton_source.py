@@ -41,9 +41,10 @@ def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
     ringed = keys.bits != 16 or values.bits != 16
     # How listed blocks are cut is known at the launch, which names their size.
     cut_later = program.blocks and program.phase == "prefill"
-    functions = [tile_function(program, keys, values, "body", "peak.shape[0]" if cut_later else blocks.rows)]
+    rows = "peak.shape[0]" if cut_later else blocks.rows
+    functions = [tile_function(program, keys, values, "body", rows)]
     if ringed:
-        functions.append(tile_function(program, keys, values, "ring", blocks.rows))
+        functions.append(tile_function(program, keys, values, "ring", rows))
     form = program.form
     packed = [f"packed = packed_length(n, {form.group}, {form.residual})" if ringed else "packed = n"]
     end = attend_end(program, values)

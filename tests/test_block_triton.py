@@ -196,11 +196,6 @@ class TestInterpreted:
         ):
             with pytest.raises(ops.KernelUnavailable, match=said):
                 triton_blocks.attend_blocks(*(changes.get(i, x) for i, x in enumerate(args)))
-        form = KVForm(4, 4)
-        with ops.reference_only():
-            packed = Call(4, 2, 150, 150, (64, 64), form, 64)
-        with pytest.raises(ops.KernelUnavailable, match=form.name):
-            launch(packed)
 
 
 def program(
@@ -242,7 +237,7 @@ class TestAhead:
 
         assert refused() is None
         assert refused(predicate=Predicate(True, 100, True), key_size=80, value_size=256, ratio=7) is None
-        assert "block lists with the parts of" in str(refused(form=KVForm(4, 4)))
+        assert refused(form=KVForm(4, 4)) is None
         assert "block lists with the parts of" in str(refused(predicate=Predicate(segments=True)))
         assert "channels" in str(refused(key_size=300))
         assert "'mps'" in str(all_lowerings.refusal(program(), "mps"))

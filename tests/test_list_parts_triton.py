@@ -22,7 +22,7 @@ from torch import Tensor
 from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
 
 from effcompile import lowering, merge_state
-from effcompile.kernels import block_ops, blocks, columns, ops, ranges
+from effcompile.kernels import block_ops, blocks, columns, ops, quantize, ranges
 from effcompile.kernels.blocks import BlockError
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program, ScoreParts
@@ -54,7 +54,11 @@ def made(
     """A call for two entries of a batch, with heads of values of another size than those of keys."""
     more = {"form": DENSE, "sizes": (size, 96 if size == 80 else size)} | more
     with ops.reference_only():
-        return Call(*heads, *tokens, block=block, dtype=dtype, **more)
+        call = Call(*heads, *tokens, block=block, dtype=dtype, **more)
+    # What attention reads.
+    sides, form = ops.split_state(tuple(call.state)), KVForm.parse(call.rest[0])
+    call.key, call.value = (quantize.load_side(s, tokens[1], form, k) for s, k in zip(sides, ("key", "value")))
+    return call
 
 
 def launch(call: Call, **more: Any) -> tuple[Tensor, Tensor]:
@@ -166,7 +170,7 @@ def spread(call: Call) -> Tensor:
 LOW = -(2**31)
 MOVED = [
     (PLAIN, False, 0),
-    (PLAIN | {"heads": (2, 2), "tokens": (65, 128), "size": 80, "dtype": BF16, "block": 48, "pad": True}, True, 0),
+    (PLAIN | {"heads": (2, 2), "tokens": (33, 128), "size": 80, "dtype": BF16, "block": 48, "pad": True}, True, 0),
     (PLAIN | {"tokens": (33, 128), "window": 20}, True, LOW),
 ]
 MORE_MOVED = [
@@ -252,12 +256,13 @@ def check_state(
     blind = best_lse.isinf()
     assert torch.equal(lse.isinf(), blind)
     assert out[blind].eq(0).all()
-    high = max(largest_score(call.query, call.key, scale), before[1].double().masked_fill(blind, 0).abs().max())
+    given = before[1].double().masked_fill(before[1].isinf(), 0)
+    high = max(largest_score(call.query, call.key, scale), given.abs().max())
     size = max(call.value.double().abs().max(), before[0].double().abs().max())
     rounding = torch.finfo(dtype).eps * best.abs().max() + 8 * 2.0**-24 * high * size
     assert (out.double() - best).abs().max() <= 2 * (low.double() - best).abs().max() + rounding
-    difference, given = ((x - best_lse).masked_fill(blind, 0).abs().max() for x in (lse, low_lse))
-    assert difference <= 2 * given + 8 * 2.0**-24 * high + 1e-6
+    difference, lost = ((x - best_lse).masked_fill(blind, 0).abs().max() for x in (lse, low_lse))
+    assert difference <= 2 * lost + 8 * 2.0**-24 * high + 1e-6
 
 
 def state(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

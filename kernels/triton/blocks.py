@@ -17,6 +17,16 @@ def count_within(count, columns, bad):
 
 
 @triton.jit
+def count_below(numbers, count, limit):
+    """How many of a list of ``count`` numbers that ascends are below ``limit``. The others are few: from the end."""
+    last = tl.load(numbers + count - 1, mask=count > 0, other=-1)
+    while last >= limit:
+        count -= 1
+        last = tl.load(numbers + count - 1, mask=count > 0, other=-1)
+    return count
+
+
+@triton.jit
 def tile_at(index, step, limit, bad, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The first key of tile ``step`` of a list, and ``bad`` or whether its block ``index`` is not one below ``limit``.
 
@@ -35,9 +45,11 @@ def tokens_of(token_of, start, stop, bad, ANYWHERE: tl.constexpr, TILE: tl.const
     slot = start + tl.arange(0, TILE)
     token = tl.load(token_of + slot, mask=slot < stop, other=0)
     if ANYWHERE:
-        return token.to(tl.int64), bad
-    there = tl.minimum(tl.maximum(token, 0), tl.maximum(stop - 1, 0))
-    return there.to(tl.int32), bad | (tl.max((there != token).to(tl.int32), 0) > 0)
+        there = token.to(tl.int64)
+    else:
+        there = tl.minimum(tl.maximum(token, 0), tl.maximum(stop - 1, 0)).to(tl.int32)
+        bad = bad | (tl.max((there != token).to(tl.int32), 0) > 0)
+    return there, bad
 
 
 @triton.jit
