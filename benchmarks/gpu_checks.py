@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from effcompile.kernels import attention, block_ops, blocks, columns, ops, pages, quantize
+from effcompile.kernels import attention, block_ops, blocks, columns, ops, pages, quantize, ranges
 from effcompile.kernels.blocks import BLOCK
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
@@ -28,7 +28,7 @@ from effcompile.passes.sparse_prefill import SparsePrefill
 HEADS, GROUPS, SIZE = 32, 8, 128
 FORMS = [KVForm(16, 16), KVForm(8, 8), KVForm(4, 4)]
 DENSE = FORMS[0].name
-PARTS = ("", "columns", "positions", "given")
+PARTS = ("", "columns", "positions", "given", "moved", "ranges")
 """What ``attend_blocks`` may have besides blocks."""
 
 
@@ -54,6 +54,8 @@ def check(console: Console) -> list[dict[str, Any]]:
         for part in PARTS:
             for size, block, queries, keys in ((128, 128, 700, 700), (64, 64, 300, 1000), (96, 48, 500, 500)):
                 found.append(check_blocks(dtype, size, block, queries, keys, part))
+        for form in FORMS[1:]:
+            found += [check_stored_blocks(form, dtype, 128, block, 300, 900) for block in (64, 128)]
         for form, page in ((KVForm(16, 16), 16), (KVForm(8, 8), 32), (KVForm(4, 4), 64), (KVForm(8, 4, 32, 32), 128)):
             found.append(check_pages(form, dtype, 128, page, 1000))
             found += [check_rules(form, dtype, 64, queries, 700) for queries in (1, 300)]
@@ -142,6 +144,13 @@ def parts_of(
         mask = (visited & (torch.rand(visited.shape) < 0.5)).to(device)
         made = torch.ops.effcompile.mask_blocks.default(mask, block)
         return blocks.BlockLists(*made, block), mask.cpu(), {"allowed": mask}, False
+    tested = blocks.lists(lists.keep(), None, block)
+    if part == "moved":
+        stands = torch.randint(0, keys, (1, heads, queries))
+        return tested, visited & (torch.arange(keys) <= stands[..., None]), {"query_positions": stands.to(device)}, True
+    if part == "ranges":
+        near = ranges.window(queries, keys, 100, 3)
+        return tested, visited & ranges.tokens(near, keys), {"ranges": near.to(device)}, True
     return lists, visited & causal, {}, True
 
 
@@ -166,6 +175,22 @@ def check_blocks(
     wrong = attend()
     loud = bool(wrong[0, 3, block : 2 * block].isnan().all()) and int(wrong.isnan().any(-1).sum()) <= block
     return result | {"form": f"blocks of {block} {part}", "loud": loud, "ok": loud and result["ok"]}
+
+
+def check_stored_blocks(
+    form: KVForm, dtype: torch.dtype, size: int, block: int, queries: int, length: int, device: str = "cuda"
+) -> dict[str, Any]:
+    """The kernel over block lists of a store in few bits against attention in fp64."""
+    torch.manual_seed(0)
+    host, key, value = filled(form, dtype, size, length)
+    query = torch.randn(2, queries, 8, size).to(dtype).transpose(1, 2)
+    lists = random_lists(8, queries, length, block, 0.3, device)
+    seen = blocks.tokens(lists.keep().cpu(), queries, length, block)
+    seen = seen & attention.allowed(Predicate(), queries, length, None, query.device)
+    state = [None if t is None else t.to(device) for t in host]
+    args = (query.to(device), *state, torch.tensor(length, device=device), None, *block_ops.of(lists))
+    out = triton_blocks.attend_blocks(*args, form.name, size**-0.5, True, -1)[0].cpu()
+    return judged(out, query, key, value, seen) | {"form": f"blocks of {block} {form.name}"}
 
 
 def check_pages(
