@@ -38,7 +38,9 @@ ops.library.define(
 )
 ops.library.define(
     f"select_stored_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, str form, str method, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    # It asks the host for the length, once for each layer of a chunk, which no recorded graph can.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 ops.library.define(
     f"attend_blocks(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, Tensor kv_num_blocks, "

@@ -50,7 +50,7 @@ def blocks_for(program: Program, chip: str) -> Blocks:
     wide, single = max(program.key_size, program.value_size) > 128, program.dtype == torch.float32
     packed = (keys.bits != 16) + (values.bits != 16)
     warpgroups = chip in ("sm_90", "sm_100", "sm_103")
-    looked_up = program.positions and program.score.bias
+    looked_up, several = program.positions and program.score.bias, max(keys.parts, values.parts) > 1
     if program.phase == "decode":
         # Keys before RoPE are in registers twice, with their angles: half a tile.
         tile = 32 if single or (wide and not packed) else 64 if wide or packed < 2 or program.rotary else 128
@@ -69,9 +69,9 @@ def blocks_for(program: Program, chip: str) -> Blocks:
         listed = program.columns or program.positions or (program.blocks and program.score.bias)
         tile = 32 if (listed and chip != "sm_90") or program.ranges or looked_up else 64
         blocks = Blocks(128, tile, 64, warps=8, stages=2 if packed else 3)
-    elif packed and vendor_of(chip) == "hip" and (max(keys.parts, values.parts) > 1 or program.rotary):
+    elif packed and vendor_of(chip) == "hip" and (several or program.rotary or program.blocks):
         # Eight warps have half the registers each, which does not hold what a word of several codes becomes, nor keys
-        # before RoPE with their angles.
+        # before RoPE with their angles, nor addresses of listed tiles.
         blocks = Blocks(64, 32, 32, warps=4, stages=2)
     elif packed:
         blocks = Blocks(128, 32, 32, warps=8, stages=2)

@@ -125,7 +125,7 @@ def blocks(
         f"@triton.jit(do_not_specialize=[{', '.join(fixed)}])",
         f"def {program.name}({args[0]}",
         *indent([*args[1:-1], args[-1] + ",", *lists], 8),
-        *indent(lines + end),
+        *indent(lines + poison(values) + end),
     ]
     return [*functions, kernel]
 

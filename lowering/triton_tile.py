@@ -186,18 +186,16 @@ def _normalise(keys: Side) -> list[str]:
 
 
 def attend_end(program: Program, values: Side) -> list[str]:
-    """Write output rows and their natural-log lse. Over block lists rows are NaN where ``bad``."""
+    """Write output rows and their natural-log lse."""
     sink, worth = [], ""
     if program.score.sinks:
         sink, worth = ["peak, total, worth, _ = with_sink(peak, total, tl.load(sinks + member))"], " * worth"
-    place = f"place = (batch * (groups * {program.ratio}) + member) * queries + token"
+    lines = [*sink, f"place = (batch * (groups * {program.ratio}) + member) * queries + token"]
     if program.before:
-        sink, worth = [*sink, place, *_take_in(values, worth)], ""
+        lines, worth = [*lines, *_take_in(values, worth)], ""
     return [
-        *sink,
-        *(poison(values) if program.blocks and program.phase == "prefill" else []),
+        *lines,
         f"factor = reciprocal(total){worth}",
-        place,
         *(
             f"store_rows(out, place, acc{suffix} * factor[:, None], live, {values.size}, {values.cut(first)})"
             for suffix, first in values.halves

@@ -179,12 +179,7 @@ class SparsePrefill(Pass, abc.ABC):
         dtype, sizes = value(site.query).dtype, (shape(site.query)[3], shape(site.value)[3])
         parts: dict[str, Any] = {"blocks": True, "columns": self.gathers, "positions": self.reorders}
         program = Program("prefill", form, mask.predicate, dtype, site.ratio, *sizes, score_of(site), **parts)
-        device = value(site.query).device.type
-        if site.load is not None and device != "cpu":
-            return no(
-                "not-supported", f"on {device} a store's length is not known to the host, which choosing asks for"
-            )
-        if why := lowering.refusal(program, device):
+        if why := lowering.refusal(program, value(site.query).device.type):
             return no("not-supported", why)
         return program
 

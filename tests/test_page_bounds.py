@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 from test_cache_machine import CAPACITY, HEADS, MODEL, SIZE, Lives, _run
 from test_page_selection import Chosen, assert_best, listed
-from test_paged_decode import GREEDY, IDS, generated, llama
+from test_paged_decode import GREEDY, IDS, RATIO, Step, generated, llama
 from test_pages import program
 
 import effcompile as ec
@@ -183,3 +183,16 @@ def test_a_cache_that_was_made_before_has_none(no_inductor: Any) -> None:
         model.generate(IDS, **{**GREEDY, "max_new_tokens": 2}, past_key_values=cache)
     (reason,) = {d.reason.text for d in ec.inspect(model).decisions if d.reason and d.reason.code == "no-page-bounds"}
     assert "after quest was put on the model" in reason
+
+
+@pytest.mark.parametrize("radius", [0, 0.5])
+def test_boxes_shrink_around_their_middles(radius: float) -> None:
+    form, page = KVForm(4, 4), 64
+    step, stop = Step(form, 777), form.packed(777) // page
+    low, high = (x.double()[:, :, :stop].repeat_interleave(RATIO, 1) for x in pages.boxes(step.seen(), page))
+    middle, half = (low + high) / 2, (high - low) / 2
+    query = step.query.double() * step.query.shape[3] ** -0.5
+    wanted = (query * middle + radius * query.abs() * half).sum(-1)
+    found = pages.bounds(step.seen(), page, radius).flatten(1, 2)[:, :, :stop]
+    summed = (query.abs() * torch.maximum(low.abs(), high.abs())).sum(-1)
+    assert ((found - wanted).abs() <= 1e-6 * summed).all()

@@ -174,19 +174,6 @@ def test_no_key_of_a_page_scores_more_than_its_bound(form: KVForm, page: int) ->
     assert (bound - box).abs().max() <= (0.02 if form.key_bits == 8 else 1e-4) * bound.abs().max()
 
 
-@pytest.mark.parametrize("radius", [0, 0.5])
-def test_boxes_shrink_around_their_middles(radius: float) -> None:
-    form, page = KVForm(4, 4), 64
-    step, stop = Step(form, 777), form.packed(777) // page
-    low, high = (x.double()[:, :, :stop].repeat_interleave(RATIO, 1) for x in pages.boxes(step.seen(), page))
-    middle, half = (low + high) / 2, (high - low) / 2
-    query = step.query.double() * SIZE**-0.5
-    wanted = (query * middle + radius * query.abs() * half).sum(-1)
-    found = pages.bounds(step.seen(), page, radius).flatten(1, 2)[:, :, :stop]
-    summed = (query.abs() * torch.maximum(low.abs(), high.abs())).sum(-1)
-    assert ((found - wanted).abs() <= 1e-6 * summed).all()
-
-
 def test_quest_takes_the_pages_of_the_largest_bounds() -> None:
     """By a loop; of query heads that share keys, each bound relative to all ranked pages."""
     form = KVForm(4, 4, 16, 32)
