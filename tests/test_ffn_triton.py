@@ -17,6 +17,7 @@ import torch
 from pairs import pairwise
 from test_ffn_ops import INF, NAN, OPS, Grouped
 from test_triton_aot import SHARED
+from torch import Tensor
 from triton_calls import INSTRUCTION, INTERPRETED, in_the_interpreter
 
 from effcompile.kernels import ffn_ops, ops
@@ -70,7 +71,7 @@ COLUMNS = pairwise(
     biased=[False, True], quantile=[0.0, 0.4, 0.9],
 )  # fmt: skip
 FFNS = pairwise(
-    rows=[1, 2, 8], shape=[(64, 160), (33, 70), (20, 13)], dtype=[torch.float32, torch.bfloat16],
+    rows=[1, 2, 8], shape=[(64, 160), (200, 70), (20, 13)], dtype=[torch.float32, torch.bfloat16],
     activation=list(ACTIVATIONS), gated=[True, False], scaled=[False, True], biased=[False, True],
     quantile=[0.0, 0.5, 0.9],
 )  # fmt: skip
@@ -176,13 +177,41 @@ class TestInterpreted:
         assert order[: bounds[-1]].tolist() == torch.cat(expected).tolist()
         assert (order[bounds[-1] :] == -1).all()
 
+    @pytest.mark.parametrize("rows", [1, 3, 20])
+    def test_nothing_is_written_outside_of_tensors(self, rows: int) -> None:
+        """Programs run one after another here, so that rows of others which one overwrites would not be noticed."""
+        case = Grouped(rows, 33, 9, 17, 3, 2, biases=True)
+        case.chosen[0] = torch.tensor([2, -1])
+        with noted("sm_90") as launches:
+            case.call(triton_ffn.grouped_ffn)
+            triton_ffn.route(case.x, case.gate[:3], case.up[:3], 2, "softmax", "score")
+            turned = case.gate.t().contiguous(), case.up.t().contiguous(), case.down_t
+            triton_ffn.column_ffn(case.x[:5], *turned, torch.zeros(3), "silu", **case.biases)
+        assert len(launches) == 9 - (rows == 1)
+        buffers: dict[int, Tensor] = {}
+
+        def guarded(given: Any) -> Any:
+            if not isinstance(given, Tensor):
+                return given
+            if id(given) not in buffers:
+                buffers[id(given)] = torch.cat([given.flatten(), torch.full((2000,), 77, dtype=given.dtype)])
+            return buffers[id(given)][: given.numel()].view(given.shape)
+
+        for launch in launches:
+            launch.kernel[(launch.grid,)](*map(guarded, launch.args), **launch.options)
+            assert all((buffer[-2000:] == 77).all() for buffer in buffers.values()), launch.kernel
+
     @pytest.mark.parametrize("case", ROUTES, ids=name_of)
     def test_route(self, case: dict[str, Any]) -> None:
         conformance.test_route_against_a_loop_in_fp64(case, "kernel")
 
     def test_route_with_ties_and_nan(self) -> None:
         conformance.test_route_with_ties_and_nan("kernel")
-        # Without a scale the weight is 1 whatever the score is, and -0 is 0.
+        # NaN comes first whatever its sign; without a scale the weight is 1 whatever the score is; -0 is 0.
+        bias = torch.zeros(6)
+        bias[2], bias[4] = INF, torch.tensor(NAN).copysign(torch.tensor(-1.0))
+        chosen, _, _ = OPS.route(torch.ones(1, 2), torch.ones(6, 2), None, 3, "softmax", "unit", choice_bias=bias)
+        assert chosen.tolist() == [[4, 2, 0]]
         x, gate = torch.tensor([[NAN, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, -0.0], [0.0, 0.0], [0.0, -1e-40]])
         chosen, weights, _ = OPS.route(x, gate, None, 2, "abs", "unit")
         assert weights.tolist() == [[1, 1], [1, 1]]
@@ -302,6 +331,13 @@ class TestAhead:
                 # Loads run ahead of the products.
                 assert chip == "gfx942" or "cp.async.wait_group" in assembly
                 assert ("mma.sync" if few else INSTRUCTION.get(chip, "mma.sync")) in assembly
+
+    def test_nan_passes_through_relu(self) -> None:
+        """An instruction for the maximum of two numbers takes the one that is not NaN."""
+        with noted("sm_90") as launches:
+            x, w = torch.empty(1, 64, device="meta"), torch.empty(64, 64, device="meta")
+            triton_ffn.grouped_ffn(x, None, w, w, None, None, 64, 1, "relu")
+        assert "max.f32" not in launches[0].compile("sm_90").asm["ptx"]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("case", MORE_AHEAD, ids=name_of)

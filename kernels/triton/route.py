@@ -12,8 +12,8 @@ MOST = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def sortable(x):
-    """Integers in the order of the numbers ``x``, NaN before all; -0 is 0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    """Integers in the order of the numbers ``x``, which are never -0; NaN before all."""
+    bits = x.to(tl.int32, bitcast=True)
     return tl.where(x != x, MOST, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
 
@@ -44,6 +44,7 @@ def route_tokens(
         peak = tl.max(tl.where(there[None, :], p, -float("inf")), 1)
         p = tl.where(there[None, :], tl.exp(p - peak[:, None]), 0.0)
         p = p / tl.sum(p, 1)[:, None]
+    # No score is -0, and a bias makes none of them that.
     rank = p
     if CHOICE:
         rank += tl.load(choice_bias + group, mask=there, other=0.0)[None, :]
