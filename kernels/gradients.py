@@ -28,6 +28,7 @@ class ReinMaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, sample: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        """The draw as ones and zeros, and the probabilities."""
         p = logits.softmax(-1)
         one_hot = torch.zeros_like(p).scatter(-1, sample.unsqueeze(-1), 1)
         # Half way from the distribution to what was drawn: where the trapezoid's second slope is taken.
@@ -36,8 +37,9 @@ class ReinMaxFunction(torch.autograd.Function):
         return one_hot, p
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_one_hot: Tensor, grad_p: Tensor) -> tuple[Tensor, None, None]:
+        """Twice the slope half way, less half the slope at the beginning."""
         p, half = ctx.saved_tensors
         return _jacobian(half, 2 * grad_one_hot) + _jacobian(p, grad_p - grad_one_hot / 2), None, None
 
@@ -85,7 +87,7 @@ def reinmax(
         sample = _draw(logits.detach(), generator)
     elif sample.shape != logits.shape[:-1]:
         raise ValueError(f"sample is {tuple(sample.shape)}, and should be {tuple(logits.shape[:-1])}.")
-    made: tuple[Tensor, Tensor] = ReinMaxFunction.apply(logits, sample, float(tau))
+    made: tuple[Tensor, Tensor] = ReinMaxFunction.apply(logits, sample, float(tau))  # type: ignore[no-untyped-call]
     return made
 
 
@@ -94,11 +96,13 @@ class SparseMixerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, multiplier: Tensor, share: Tensor, gain: float) -> Tensor:
+        """What stands of the multiplier."""
         ctx.gain = gain
         return multiplier * share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """As if all of it stood, times the gain."""
         return grad * ctx.gain, None, None
 
 
@@ -194,7 +198,7 @@ def sparsemixer(
             else:
                 lucky = whole[..., k : k + 1]
             share = torch.full_like(multiplier, part).masked_fill(lucky | (expert == likely), 1)
-            multiplier = SparseMixerFunction.apply(multiplier, share, gain)
+            multiplier = SparseMixerFunction.apply(multiplier, share, gain)  # type: ignore[no-untyped-call]
         left = left.scatter(-1, expert, -torch.inf)
         experts.append(expert)
         multipliers.append(multiplier)
