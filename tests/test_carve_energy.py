@@ -227,7 +227,7 @@ def test_graph_is_what_the_reference_says(architecture: str, options: dict[str, 
     assert not torch.allclose(logits(expected, ids), logits(model, ids), atol=1e-3)
 
 
-@pytest.mark.parametrize("experts", [(0, 8, 8), (8, 0, 8), (3, 5, 8)], ids=str)
+@pytest.mark.parametrize("experts", [(8, 0, 8), (3, 5, 8)], ids=str)
 def test_with_all_groups_it_is_the_block(experts: tuple[int, int, int], no_inductor: list[Any]) -> None:
     model, ids = MODELS["llama"]("sdpa"), torch.randint(0, 128, (2, 24))
     plan = ec.calibrate(model, [ids], [ec.carve_moe(*experts, **BETTER)], progress=False)
