@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from effcompile.kernels.attention import merge_state
     from effcompile.kernels.form import FormError
+    from effcompile.kernels.gradients import reinmax, sparsemixer
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.anchor_attention import AnchorAttention
     from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
@@ -91,8 +92,10 @@ else:
         "inspect": "passes.report",
         "merge_state": "kernels.attention",
         "options_of": "passes.options",
+        "reinmax": "kernels.gradients",
         "remove": "passes.options",
         "sparse_attention": "passes.options",
+        "sparsemixer": "kernels.gradients",
     }
 
     def __getattr__(name):
@@ -149,9 +152,11 @@ __all__ = [
     "pbs_attn",
     "proxyattn",
     "quest",
+    "reinmax",
     "remove",
     "sliding_window",
     "sparse_attention",
+    "sparsemixer",
     "streaming",
     "teal",
     "vertical_slash",
