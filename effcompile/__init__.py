@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
+    from effcompile.passes.reroute import Reroute
     from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
     from effcompile.passes.teal import Teal
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
     from effcompile.runtime.plan import Plan, PlanError
+    from effcompile.runtime.router_state import expert_counts
 
     anchor_attention = decorator(AnchorAttention)
     blockrank = decorator(BlockRank)
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
     quest = decorator(Quest)
+    reroute = decorator(Reroute)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
     teal = decorator(Teal)
@@ -87,6 +90,7 @@ else:
         "blockrank_layout": "passes.blockrank",
         "blockrank_scores": "passes.blockrank",
         "calibrate": "passes.calibrate",
+        "expert_counts": "runtime.router_state",
         "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
         "merge_state": "kernels.attention",
@@ -139,6 +143,7 @@ __all__ = [
     "carve_moe",
     "compress_kv",
     "delta",
+    "expert_counts",
     "flap",
     "flexprefill",
     "graph_kv",
@@ -150,6 +155,7 @@ __all__ = [
     "proxyattn",
     "quest",
     "remove",
+    "reroute",
     "sliding_window",
     "sparse_attention",
     "streaming",

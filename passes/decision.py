@@ -57,6 +57,8 @@ class Decision:
         Names of the programs that are launched.
     cache
         Bytes of this layer's cache, and of a dense one of the same capacity; 0 without a cache.
+    detail
+        What was found, in words, where its kind does not say that.
     table_bytes
         Of the angles that all layers with keys before RoPE share, in no layer's bytes; 0 without them.
     """
@@ -80,6 +82,7 @@ class Decision:
     cache: tuple[int, int] = (0, 0)
     table_bytes: int = 0
     graph: int = 0
+    detail: str = ""
 
     def _number(self, which: Which, what: str) -> int | None:
         amount = getattr(self, which)
@@ -138,7 +141,10 @@ def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
         rows = _hint(getattr(site, "queries", None))
         sizes = () if rows is None else (("T", rows),)
         place = clean_path(site.module)
-        return Decision(index, site.kind, place, rule, "left", reason=reason, source=site.source, sizes=sizes)
+        detail = getattr(site, "detail", "")
+        return Decision(
+            index, site.kind, place, rule, "left", reason=reason, source=site.source, sizes=sizes, detail=detail
+        )
     common = _common(index, site, rule)
     before = _cost_before(site)
     return Decision(**common, action="left", reason=reason, before=before, after=before)
@@ -147,8 +153,10 @@ def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
 def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     """The decision to put ``rewrite`` in the place of ``site``."""
     if not hasattr(site, "query"):
-        place = clean_path(site.module)
-        return Decision(index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source)
+        place, detail = clean_path(site.module), getattr(site, "detail", "")
+        return Decision(
+            index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source, detail=detail
+        )
     common = _common(index, site, rule)
     program = next((p for p in rewrite.programs if isinstance(p, Program)), None)
     item = site.query.meta["val"].element_size()

@@ -27,6 +27,10 @@ class Rewrite:
     weights
         The user's tensors of which it has prepared others, with the site's module and their nodes: it holds while they
         stay.
+    counts
+        Weights of routers, by their nodes, and the tensors in which the replacement counts their experts.
+    placed
+        The replacement reads the old output: ``emit`` has put it behind that, and handed the uses on itself.
     """
 
     form: str
@@ -34,3 +38,5 @@ class Rewrite:
     programs: tuple[Program | StoreProgram, ...] = ()
     tokens: int | None = None
     weights: tuple[tuple[str, fx.Node, Tensor], ...] = ()
+    counts: tuple[tuple[fx.Node, Tensor], ...] = ()
+    placed: bool = False
