@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.reroute import Reroute
+    from effcompile.passes.rewire import Rewire, RewireError
     from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
     from effcompile.passes.teal import Teal
@@ -87,6 +88,8 @@ else:
         "Plan": "runtime.plan",
         "PlanError": "runtime.plan",
         "Report": "passes.report",
+        "Rewire": "passes.rewire",
+        "RewireError": "passes.rewire",
         "blockrank_layout": "passes.blockrank",
         "blockrank_scores": "passes.blockrank",
         "calibrate": "passes.calibrate",
@@ -134,6 +137,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "Rewire",
+    "RewireError",
     "__version__",
     "anchor_attention",
     "blockrank",

@@ -124,8 +124,8 @@ def effcompile(
     clock.lap("inductor")
     if check is not None:
         compiled = _Verified(compiled, check, record)
-    if counts := [(inputs[n], count) for _, made, _, _ in replaced for n, count in made.counts if n in inputs]:
-        compiled = Owned(compiled, counts)
+    if states := [(inputs[n], what, t) for _, made, _, _ in replaced for n, what, t in made.states if n in inputs]:
+        compiled = Owned(compiled, states)
     return Fresh(compiled, weights) if weights else compiled
 
 

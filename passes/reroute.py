@@ -6,6 +6,7 @@ Paper: Harder Tasks Need More Experts: Dynamic Routing in MoE Models (Huang et a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from effcompile.passes.weights import constant, real
 from effcompile.patterns.linear import VIEWS
 from effcompile.patterns.router import Router, RouterSite
 from effcompile.patterns.walk import arguments, aten, is_call, value
-from effcompile.runtime.router_state import counts_of
+from effcompile.runtime.router_state import What, state_of
 
 _SAME = (aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints)
 """What hands the numbers of experts on as they are, beside views."""
@@ -43,6 +44,8 @@ class Reroute(Pass):
         The fewest experts, by weight, whose weights reach this share of those of the ``top_k``; 1: all of them.
     count
         Keep for each router how many tokens each expert got; see :func:`effcompile.expert_counts`.
+    adapt
+        Add to the logits of each router a vector of its own: zeros, until :class:`effcompile.Rewire` adapts them.
 
     Notes
     -----
@@ -54,6 +57,7 @@ class Reroute(Pass):
     top_k: int | None = None
     threshold: float = 1.0
     count: bool = False
+    adapt: bool = False
 
     name: ClassVar[str] = "reroute"
     paper: ClassVar[str] = "Harder Tasks Need More Experts (Huang et al., ACL 2024), without training"
@@ -81,23 +85,45 @@ class Reroute(Pass):
             )
         fewer = top_k < router.top_k or self.threshold < 1
         told = [f"top {top_k} of {router.top_k}"] * (top_k < router.top_k)
-        told += [f"threshold {self.threshold:g}"] * (self.threshold < 1) + ["counted"] * self.count
+        told += [f"threshold {self.threshold:g}"] * (self.threshold < 1)
+        told += ["counted"] * self.count + ["adapted"] * self.adapt
         if not told:
             return Reason("nothing-to-do", f"a token has {router.top_k} experts here already", site.source)
         if early := [node for node in _readers(site) if node < site.end]:
             text = f"the choice is read ({early[0].target}) before the weights are there"
             return Reason("read-early", text, site.source)
         weight = None if site.weight is None else real(site.weight)
-        if self.count and weight is None:
+        if (self.count or self.adapt) and weight is None:
             return Reason("computed-weight", "the weight of this router is no parameter", site.source)
-        count = counts_of(weight, router.experts) if self.count and weight is not None else None
+        kept: list[What] = [*["counts"] * self.count, *["vector"] * self.adapt]  # type: ignore[list-item]
+        own = {} if weight is None else {what: state_of(what, weight, router.experts) for what in kept}
 
         def emit(graph: fx.Graph) -> fx.Node:
+            if "vector" in own:
+                with graph.inserting_before(site.anchor.next):
+                    _shift(graph, site, own["vector"])
             with graph.inserting_before(site.end.next):
-                return _emit(graph, site, router, (top_k, self.threshold) if fewer else None, count)
+                return _emit(graph, site, router, (top_k, self.threshold) if fewer else None, own.get("counts"))
 
-        counts = () if count is None or site.weight is None else ((site.weight, count),)
-        return Rewrite(f"reroute {', '.join(told)}", emit, counts=counts, placed=True)
+        states = () if site.weight is None else tuple((site.weight, what, state) for what, state in own.items())
+        return Rewrite(f"reroute {', '.join(told)}", emit, states=states, placed=True)
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A call, with the fake value of its result; ``like`` is any node with one."""
+    node = graph.call_function(target, args)
+    with value(like).fake_mode:
+        node.meta["val"] = target(*fx.node.map_arg(args, value))
+    return node
+
+
+def _shift(graph: fx.Graph, site: RouterSite, vector: Tensor) -> None:
+    """Let the router read its logits with ``vector`` added; what else reads them gets them as they are."""
+    logits = site.anchor
+    own = _call(graph, logits, aten.to.dtype, constant(graph, vector, logits), value(logits).dtype)
+    added = _call(graph, logits, aten.add.Tensor, logits, own)
+    for user in [user for user in logits.users if user in site.inner]:
+        user.replace_input_with(logits, added)
 
 
 def _readers(site: RouterSite) -> list[fx.Node]:
@@ -115,12 +141,7 @@ def _emit(
     assert indices is not None
     assert weights is not None
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
-        with value(indices).fake_mode:
-            node.meta["val"] = target(*fx.node.map_arg(args, value))
-        return node
-
+    call = functools.partial(_call, graph, indices)
     readers = _readers(site)
     new, own, used = indices, weights, None
     if fewer is not None:

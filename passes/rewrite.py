@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from effcompile.kernels.program import Program, StoreProgram
+from effcompile.runtime.router_state import What
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Rewrite:
     weights
         The user's tensors of which it has prepared others, with the site's module and their nodes: it holds while they
         stay.
-    counts
-        Weights of routers, by their nodes, and the tensors in which the replacement counts their experts.
+    states
+        Weights of routers, by their nodes, with what the replacement reads or writes of their state.
     placed
         The replacement reads the old output: ``emit`` has put it behind that, and handed the uses on itself.
     """
@@ -38,5 +39,5 @@ class Rewrite:
     programs: tuple[Program | StoreProgram, ...] = ()
     tokens: int | None = None
     weights: tuple[tuple[str, fx.Node, Tensor], ...] = ()
-    counts: tuple[tuple[fx.Node, Tensor], ...] = ()
+    states: tuple[tuple[fx.Node, What, Tensor], ...] = ()
     placed: bool = False

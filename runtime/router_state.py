@@ -1,4 +1,4 @@
-"""What belongs to a router and outlives a call: how often each of its experts was used.
+"""What belongs to a router and outlives a call: how often each of its experts was used, and what adapts it.
 
 It belongs to the router's weight and lives as long as that does, so prompts and steps, and graphs compiled anew, go on
 with the same tensors. They are constants of the graphs, and no part of any module: ``state_dict()`` stays as it is.
@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_counts = WeakTensorKeyDictionary()
-"""Weight of a router -> int64 ``[experts]``."""
+What = Literal["counts", "vector"]
+"""How many tokens each expert got, int64; and what is added to the logits, fp32: both ``[experts]``."""
+_states = {what: WeakTensorKeyDictionary() for what in get_args(What)}
+"""Weight of a router -> its state."""
 
 
-def counts_of(weight: Tensor, experts: int) -> nn.Parameter:
-    """The counts of the router with this weight, int64 ``[experts]``; made, with zeros, when first asked for."""
-    made: nn.Parameter | None = _counts.get(weight)
+def state_of(what: What, weight: Tensor, experts: int) -> nn.Parameter:
+    """The state of the router with this weight, ``[experts]``; made, with zeros, when it is first asked for."""
+    made: nn.Parameter | None = _states[what].get(weight)
     if made is None or made.device != weight.device:
-        before = torch.zeros(experts, dtype=torch.int64) if made is None else made
+        dtype = torch.int64 if what == "counts" else torch.float32
+        before = torch.zeros(experts, dtype=dtype) if made is None else made
         made = nn.Parameter(before.detach().to(weight.device), requires_grad=False)
-        _counts[weight] = made
+        _states[what][weight] = made
     return made
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+def states(what: What, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The states of the routers of ``model``, by their modules, or the names of weights that are no ``weight``."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name.removesuffix(".weight"): _counts[t] for name, t in named if t in _counts}
+    return {name.removesuffix(".weight"): _states[what][t] for name, t in named if t in _states[what]}
 
 
 def expert_counts(model: nn.Module) -> dict[str, Tensor]:
@@ -46,18 +50,18 @@ def expert_counts(model: nn.Module) -> dict[str, Tensor]:
         These are the tensors that compiled code adds to: ``clone()`` them to keep numbers, ``zero_()`` them to begin
         anew. Empty before the first call, and if nothing is counted.
     """
-    return {name: count.detach() for name, count in _named(getattr(model, "_orig_mod", model)).items()}
+    return {name: count.detach() for name, count in states("counts", getattr(model, "_orig_mod", model)).items()}
 
 
 @contextlib.contextmanager
 def not_counting(model: nn.Module) -> Iterator[None]:
     """What is called within this context leaves the counts of ``model`` as they were."""
-    before = {name: count.detach().clone() for name, count in _named(model).items()}
+    before = {name: count.detach().clone() for name, count in states("counts", model).items()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, count in _named(model).items():
+            for name, count in states("counts", model).items():
                 count.copy_(before[name]) if name in before else count.zero_()
 
 
@@ -71,17 +75,18 @@ class Owned:
     ----------
     compiled
         The code.
-    counts
-        Place of a router's weight among the arguments, and the counts in the graph.
+    states
+        Place of a router's weight among the arguments, what it is, and the tensor in the graph.
     """
 
-    def __init__(self, compiled: Callable[..., Any], counts: Sequence[tuple[int, Tensor]]) -> None:
-        self.compiled, self.counts = compiled, dict(counts)  # each once, also where layers share a router
+    def __init__(self, compiled: Callable[..., Any], states: Sequence[tuple[int, What, Tensor]]) -> None:
+        # Each once, also where layers share a router.
+        self.compiled, self.states = compiled, {(place, what): state for place, what, state in states}
 
     def __call__(self, *args: Any) -> Any:
         others = []
-        for place, state in self.counts.items():
-            home = counts_of(args[place], state.numel())
+        for (place, what), state in self.states.items():
+            home = state_of(what, args[place], state.numel())
             if home is not state:
                 others.append((home, state, state.detach().clone()))
                 with torch.no_grad():
