@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
+    from effcompile.passes.reroute import Reroute
+    from effcompile.passes.rewire import Rewire, RewireError
     from effcompile.passes.sliding_window import SlidingWindow
     from effcompile.passes.streaming import Streaming
     from effcompile.passes.teal import Teal
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
     from effcompile.runtime.plan import Plan, PlanError
+    from effcompile.runtime.router_state import expert_counts
 
     anchor_attention = decorator(AnchorAttention)
     blockrank = decorator(BlockRank)
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
     quest = decorator(Quest)
+    reroute = decorator(Reroute)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
     teal = decorator(Teal)
@@ -85,9 +89,12 @@ else:
         "Plan": "runtime.plan",
         "PlanError": "runtime.plan",
         "Report": "passes.report",
+        "Rewire": "passes.rewire",
+        "RewireError": "passes.rewire",
         "blockrank_layout": "passes.blockrank",
         "blockrank_scores": "passes.blockrank",
         "calibrate": "passes.calibrate",
+        "expert_counts": "runtime.router_state",
         "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
         "merge_state": "kernels.attention",
@@ -133,6 +140,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "Rewire",
+    "RewireError",
     "__version__",
     "anchor_attention",
     "blockrank",
@@ -142,6 +151,7 @@ __all__ = [
     "carve_moe",
     "compress_kv",
     "delta",
+    "expert_counts",
     "flap",
     "flexprefill",
     "graph_kv",
@@ -154,6 +164,7 @@ __all__ = [
     "quest",
     "reinmax",
     "remove",
+    "reroute",
     "sliding_window",
     "sparse_attention",
     "sparsemixer",

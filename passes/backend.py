@@ -37,8 +37,10 @@ from effcompile.patterns.layers import find_layers
 from effcompile.patterns.linear import find_heads, find_linears
 from effcompile.patterns.moe import ExpertsSite, find_experts
 from effcompile.patterns.normalize import normalize
+from effcompile.patterns.router import RouterSite, find_routers
 from effcompile.patterns.site import Site
 from effcompile.patterns.walk import mutated_arguments, root
+from effcompile.runtime.router_state import Owned
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +89,12 @@ def effcompile(
     before = report.Snapshot(graph)
     attention = find_attention(graph)
     blocks = find_feed_forward(graph)
+    sites: list[FeedForwardSite | RouterSite] = [*blocks, *find_routers(graph)]
     # Before anything is rewritten: a layer is found by what its attention leads to.
-    kinds = _other_kinds(graph, attention, blocks)
-    decisions, replaced = _rewrite(graph, chosen, attention, blocks)
+    kinds = _other_kinds(graph, attention, sites)
+    decisions, replaced = _rewrite(graph, chosen, attention, sites)
     told = {decision.site for decision in decisions}
-    others = _others(kinds, [block for n, block in enumerate(blocks, len(attention)) if n in told])
+    others = _others(kinds, [site for n, site in enumerate(sites, len(attention)) if n in told])
     clock.lap("match")
     if not replaced:
         log.info("no site was rewritten (%d found); Inductor gets the original graph", len(decisions))
@@ -123,6 +126,8 @@ def effcompile(
     clock.lap("inductor")
     if check is not None:
         compiled = _Verified(compiled, check, record)
+    if states := [(inputs[n], what, t) for _, made, _, _ in replaced for n, what, t in made.states if n in inputs]:
+        compiled = Owned(compiled, states)
     return Fresh(compiled, weights) if weights else compiled
 
 
@@ -145,13 +150,13 @@ def _rewrite(
     gm: fx.GraphModule,
     chosen: choices.BackendOptions,
     attention: Sequence[AttentionSite | Unmatched],
-    blocks: Sequence[FeedForwardSite] = (),
+    others: Sequence[FeedForwardSite | RouterSite] = (),
 ) -> tuple[list[report.Decision], Replaced]:
     """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
     kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
-    for index, site in enumerate([*attention, *blocks]):
+    for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
@@ -175,7 +180,8 @@ def _rewrite(
                 new = answer.emit(gm.graph)
             for key, item in old.meta.items():
                 new.meta.setdefault(key, item)
-            old.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
+            if not answer.placed:
+                old.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
             replaced.append((site, answer, old, new))
             decisions.append(report.rewritten(index, site, rule, answer))
     gm.graph.lint()
@@ -184,20 +190,25 @@ def _rewrite(
 
 
 def _other_kinds(
-    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], feed_forward: Sequence[FeedForwardSite]
+    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], found: Sequence[FeedForwardSite | RouterSite]
 ) -> list[Site]:
     """The sites of kinds beside attention."""
+    feed_forward = [site for site in found if isinstance(site, FeedForwardSite)]
     blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
-    return [*blocks, *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+    return [*found, *find_experts(gm), *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
 
 
 def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision]:
     """Those of which nothing is ``told``, listed for those who want to know what a model is made of."""
     sites = [site for site in found if all(site is not one for one in told)]
-    return [
-        report.left(i, site, "", Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source))
-        for i, site in enumerate(sites)
-    ]
+
+    def why(site: Site) -> Reason:
+        if isinstance(site, RouterSite):
+            asked = Reason("not-asked", "no decorator, rule or option asks for a pass here", site.source)
+            return site.router if isinstance(site.router, Reason) else asked
+        return Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source)
+
+    return [report.left(i, site, "", why(site)) for i, site in enumerate(sites)]
 
 
 def _ask(name: str, resolved: choices.Resolved, site: Any) -> tuple[Rewrite | Reason, str]:

@@ -58,6 +58,8 @@ class Decision:
         Names of the programs that are launched.
     cache
         Bytes of this layer's cache, and of a dense one of the same capacity; 0 without a cache.
+    detail
+        What was found, in words, where its kind does not say that.
     table_bytes
         Of the angles that all layers with keys before RoPE share, in no layer's bytes; 0 without them.
     """
@@ -81,6 +83,7 @@ class Decision:
     cache: tuple[int, int] = (0, 0)
     table_bytes: int = 0
     graph: int = 0
+    detail: str = ""
 
     def _number(self, which: Which, what: str) -> int | None:
         amount = getattr(self, which)
@@ -139,7 +142,10 @@ def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
         rows = _hint(getattr(site, "queries", None))
         sizes = () if rows is None else (("T", rows),)
         place = clean_path(site.module)
-        return Decision(index, site.kind, place, rule, "left", reason=reason, source=site.source, sizes=sizes)
+        detail = getattr(site, "detail", "")
+        return Decision(
+            index, site.kind, place, rule, "left", reason=reason, source=site.source, sizes=sizes, detail=detail
+        )
     common = _common(index, site, rule)
     before = _cost_before(site)
     return Decision(**common, action="left", reason=reason, before=before, after=before)
@@ -148,13 +154,13 @@ def left(index: int, site: Any, rule: str, reason: Reason) -> Decision:
 def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
     """The decision to put ``rewrite`` in the place of ``site``."""
     if not hasattr(site, "query"):
-        place = clean_path(site.module)
+        place, detail = clean_path(site.module), getattr(site, "detail", "")
         # Tokens of what has no batch are those of one entry.
         batches, *tokens = rewrite.rows if len(rewrite.rows) > 1 else (1, *rewrite.rows)
         given = {"B": batches, "T": math.prod(tokens)} if rewrite.rows else {}
         costs = dict(zip(("before", "after"), rewrite.cost or (), strict=False))
         return Decision(
-            index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source, **costs,
+            index, site.kind, place, rule, "rewritten", form=rewrite.form, source=site.source, **costs, detail=detail,
             sizes=tuple((letter, hint) for letter, size in given.items() if (hint := _hint(size)) is not None),
             fixed="".join(letter for letter, size in given.items() if isinstance(size, int)),
             kernels=tuple(p.name for p in rewrite.operators),

@@ -34,6 +34,7 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import BackendOptions
 from effcompile.passes.decision import Decision, Seen, Which, left, rewritten
 from effcompile.passes.options import PREFIX, annotations_of
+from effcompile.runtime.router_state import not_counting
 
 __all__ = [
     "Decision",
@@ -68,6 +69,7 @@ class Site:
     module: str
     source: str
     rewritten: bool
+    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,13 +237,15 @@ class GraphReport:
             "note": None if self.note is None else dataclasses.asdict(self.note),
             "unmatched_rules": list(self.unmatched),
             "decisions": [d.to_dict() for d in self.decisions],
-            "others": [{"kind": d.kind, "module": d.module, "source": d.source} for d in self.others],
+            "others": [
+                {"kind": d.kind, "module": d.module, "source": d.source, "detail": d.detail} for d in self.others
+            ],
         }
 
     @property
     def others_line(self) -> str:
         """How many sites there are of kinds that no pass takes; empty if there are none."""
-        kinds = Counter(d.kind for d in self.others)
+        kinds = Counter(f"{d.kind} ({d.detail})" if d.detail else d.kind for d in self.others)
         return "" if not kinds else "no pass takes: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 
 
@@ -343,9 +347,9 @@ class Report:
         for d in self.decisions:
             before = found.get((d.graph, d.site))
             done = d.action == "rewritten" or (before is not None and before.rewritten)
-            found[d.graph, d.site] = Site(d.graph, d.site, d.kind, d.module, d.source, done)
+            found[d.graph, d.site] = Site(d.graph, d.site, d.kind, d.module, d.source, done, d.detail)
         others = [
-            Site(n, len({x.site for x in g.decisions}) + d.site, d.kind, d.module, d.source, False)
+            Site(n, len({x.site for x in g.decisions}) + d.site, d.kind, d.module, d.source, False, d.detail)
             for n, g in enumerate(self.graphs)
             for d in g.others
         ]
@@ -439,8 +443,8 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """What effcompile did to ``model``: sites, decisions, reasons, costs, kernels.
 
     Without inputs, of everything compiled so far. With inputs, the model is called with them once, under ``no_grad``,
-    on a copy of a cache among them, so the user's state stays as it is. A model that is not compiled yet is compiled
-    for this call only.
+    on a copy of a cache among them and counting nothing, so the user's state stays as it is. A model that is not
+    compiled yet is compiled for this call only.
 
     Raises
     ------
@@ -456,7 +460,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     if args or kwargs:
         run = model if compiled else torch.compile(target, backend="effcompile")
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng(devices), not_counting(target):
             run(*(_copied(a) for a in args), **{name: _copied(value) for name, value in kwargs.items()})
         compiled = True
     return Report(graphs_of(target, compiled=compiled), type(target).__name__)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import OperatorProgram, Program, StoreProgram
+from effcompile.runtime.router_state import What
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Rewrite:
         attention it is known from the site.
     operators
         Those with kernels that serve all sizes, which are built when they are first launched.
+    states
+        Weights of routers, by their nodes, with what the replacement reads or writes of their state.
+    placed
+        The replacement reads the old output: ``emit`` has put it behind that, and handed the uses on itself.
     """
 
     form: str
@@ -44,3 +49,5 @@ class Rewrite:
     cost: tuple[Cost, Cost] | None = None
     rows: tuple[Any, ...] = ()
     operators: tuple[OperatorProgram, ...] = ()
+    states: tuple[tuple[fx.Node, What, Tensor], ...] = ()
+    placed: bool = False

@@ -67,7 +67,7 @@ def _table(title: str, rows: list[list[Decision]]) -> Table:
         d = row[0]
         cells: list[Any] = [
             _span([one.site for one in row]),
-            Text.assemble(_span_of(row), (f"\n{_place(d.source)}", "dim")),
+            Text.assemble(_span_of(row), (f"\n{_place(d.source)}", "dim"), f"\n{d.detail}" * bool(d.detail)),
             Text(d.rule),
             _decision(d),
             _change(d.bytes_before, d.bytes_after),
@@ -94,9 +94,8 @@ def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:
     for d in decisions:
         reason = None if d.reason is None else (d.reason.code, d.reason.text)
         module = re.sub(r"\d+", "#", d.module)
-        groups.setdefault((module, d.rule, d.action, d.form, reason, d.source, d.before, d.after, d.sizes), []).append(
-            d
-        )
+        key = (module, d.rule, d.action, d.form, reason, d.source, d.before, d.after, d.sizes, d.detail)
+        groups.setdefault(key, []).append(d)
     return list(groups.values())
 
 
