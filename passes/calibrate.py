@@ -238,10 +238,14 @@ class _Site:
     samples: Samples
     statistics: list[dict[str, Statistic]]
 
+    @property
+    def collected(self) -> list[Statistic]:
+        """Each statistic once."""
+        return [*{id(s): s for named in self.statistics for s in named.values()}.values(), self.samples]
+
     def update(self, rows: Rows) -> None:
-        for one in {id(s): s for named in self.statistics for s in named.values()}.values():
+        for one in self.collected:
             one.update(rows)
-        self.samples.update(rows)
 
 
 class _Watch:
@@ -288,7 +292,9 @@ class _Watch:
         if module not in self.sites:
             statistics = [method.statistics(block) for method in self.methods]
             parameters = {role: digest(t) for role, t in own.items()}
-            self.sites[module] = _Site(module, block, parameters, Samples(SAMPLES), _shared(statistics))
+            site = self.sites[module] = _Site(module, block, parameters, Samples(SAMPLES), _shared(statistics))
+            for one in site.collected:
+                one.prepare(block)
         return self.sites[module]
 
 

@@ -3,6 +3,9 @@
 A statistic is made for one site, is given the rows of each batch (:class:`Rows`), and keeps numbers. Which statistics a
 site needs is what the passes ask for; equal ones are collected once. Sums are in fp64: thousands of rows of activations
 with outliers lose digits in fp32.
+
+What is kept is made before the first batch and written in place. A new tensor for it would land in the room that a
+batch's activations leave, and keep the rest of that room from the next ones: memory would grow by much more than that.
 """
 
 from __future__ import annotations
@@ -29,6 +32,11 @@ class Rows:
     block: FeedForward
 
 
+def channels(block: FeedForward, where: Where) -> int:
+    """How many numbers a row has there."""
+    return block.up.shape[1] if where == "input" else block.width
+
+
 class Statistic(abc.ABC):
     """One statistic of one site. Equal statistics of a site are collected once."""
 
@@ -36,6 +44,10 @@ class Statistic(abc.ABC):
     @abc.abstractmethod
     def key(self) -> tuple[Any, ...]:
         """What is collected: statistics of one site with equal keys are one."""
+
+    @abc.abstractmethod
+    def prepare(self, block: FeedForward) -> None:
+        """Make room for what is kept of ``block``; once, before the first batch."""
 
     @abc.abstractmethod
     def update(self, rows: Rows) -> None:
@@ -56,14 +68,21 @@ class Moments(Statistic):
         """Where it looks."""
         return "moments", self.where
 
+    def prepare(self, block: FeedForward) -> None:
+        """Moments of no rows."""
+        self.mean, self._square = (
+            block.up.new_zeros(channels(block, self.where), dtype=torch.float64) for _ in range(2)
+        )
+
     def update(self, rows: Rows) -> None:
         """Join the moments of the batch to those before (Chan, Golub and LeVeque, 1979)."""
+        if self.mean is None or self._square is None:
+            self.prepare(rows.block)
+        assert self.mean is not None
+        assert self._square is not None
         x = getattr(rows, self.where).double()
         mean, n = x.mean(0), x.shape[0]
         square = (x - mean).square().sum(0)
-        if self.mean is None or self._square is None:
-            self.count, self.mean, self._square = n, mean, square
-            return
         total, delta = self.count + n, mean - self.mean
         self._square += square + delta.square() * (self.count * n / total)
         self.mean += delta * (n / total)
@@ -97,16 +116,22 @@ class Magnitudes(Statistic):
         """Where it looks, and what it multiplies with."""
         return "magnitudes", self.where, None if self.scale is None else self.scale.data_ptr()
 
+    def prepare(self, block: FeedForward) -> None:
+        """Empty bins."""
+        self.counts = block.up.new_zeros(BINS + 1, dtype=torch.int64)
+
     def update(self, rows: Rows) -> None:
         """Count the batch."""
+        if self.counts is None:
+            self.prepare(rows.block)
+        assert self.counts is not None
         x = getattr(rows, self.where).float().abs()
         if self.scale is not None:
             x = x * self.scale.float()
         place = (x.clamp(LEAST, MOST) / LEAST).log2() * (BINS / torch.log2(torch.tensor(MOST / LEAST)))
         # What is exactly 0 stands below every bin: it is dropped at any threshold.
         place = torch.where(x == 0, -1, place.long().clamp(max=BINS - 1)) + 1
-        found = torch.bincount(place.flatten(), minlength=BINS + 1)
-        self.counts = found if self.counts is None else self.counts + found
+        self.counts += torch.bincount(place.flatten(), minlength=BINS + 1)
 
     def quantile(self, share: float) -> float:
         """The value below which a ``share`` of the entries lies; 0 for a share of 0, at which nothing is dropped."""
@@ -128,24 +153,41 @@ class TopMarkers(Statistic):
 
     k: int
     normalised: bool = False
-    found: list[Tensor] = dataclasses.field(default_factory=list)
+    _kept: Tensor | None = None
+    _seen: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
         """How many, of which activations."""
         return "top", self.k, self.normalised
 
+    def prepare(self, block: FeedForward) -> None:
+        """Room for some batches."""
+        self._kept = block.up.new_empty((1 << 14, self.k), dtype=torch.int32)
+
     def update(self, rows: Rows) -> None:
         """Mark the batch."""
+        if self._kept is None:
+            self.prepare(rows.block)
+        assert self._kept is not None
         middle = rows.middle
         if self.normalised:
             middle = rows.block.normalised().middle(torch.nn.functional.normalize(rows.input.float(), dim=-1))
-        self.found.append(middle.float().abs().topk(self.k, dim=-1).indices.int())
+        found = middle.float().abs().topk(self.k, dim=-1).indices
+        stop = self._seen + found.shape[0]
+        if stop > self._kept.shape[0]:
+            # Twice the room each time, so that it is made anew a few times only.
+            more = self._kept.new_empty((2 * stop, self.k))
+            more[: self._seen] = self._kept[: self._seen]
+            self._kept = more
+        self._kept[self._seen : stop] = found
+        self._seen = stop
 
     @property
     def indices(self) -> Tensor:
         """Of all rows, in the order they came."""
-        return torch.cat(self.found)
+        assert self._kept is not None
+        return self._kept[: self._seen]
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,6 +196,7 @@ class Samples(Statistic):
 
     count: int
     _kept: Tensor | None = None
+    _held: int = 0
     _seen: int = 0
     _step: int = 1
 
@@ -162,18 +205,30 @@ class Samples(Statistic):
         """How many."""
         return "samples", self.count
 
+    def prepare(self, block: FeedForward) -> None:
+        """Room for twice the count, in the dtype of the weights."""
+        self._kept = block.up.new_empty((2 * self.count, block.up.shape[1]))
+
     def update(self, rows: Rows) -> None:
         """Keep every ``step``-th row; when twice as many as wanted are kept, every other one goes."""
+        if self._kept is None:
+            self.prepare(rows.block)
+        assert self._kept is not None
+        room = 2 * self.count
         first = -self._seen % self._step
-        new = rows.input[first :: self._step]
-        self._kept = new.clone() if self._kept is None else torch.cat([self._kept, new])
         self._seen += rows.input.shape[0]
-        while self._kept.shape[0] > 2 * self.count:
-            self._kept = self._kept[::2].clone()
-            self._step *= 2
+        new = rows.input[first :: self._step]
+        while self._held + new.shape[0] > room:
+            # Every other one of both, counted through.
+            new = new[self._held % 2 :: 2]
+            half = self._kept[: self._held : 2].clone()
+            self._held, self._step = half.shape[0], 2 * self._step
+            self._kept[: self._held] = half
+        self._kept[self._held : self._held + new.shape[0]] = new
+        self._held += new.shape[0]
 
     @property
     def input(self) -> Tensor:
         """At most twice ``count`` rows."""
         assert self._kept is not None
-        return self._kept
+        return self._kept[: self._held]

@@ -447,3 +447,18 @@ def test_samples_are_even(block: FeedForward) -> None:
     assert 16 <= values.numel() <= 32
     assert torch.equal(values, values.sort().values)
     assert values.diff().max() <= 3
+
+
+def test_what_is_kept_stays_where_it_is(block: FeedForward) -> None:
+    """From before the first batch on: new tensors between those of a batch would cut its room into pieces."""
+    moments, magnitudes, markers, samples = Moments("middle"), Magnitudes("input"), TopMarkers(5), Samples(16)
+    every: list[Any] = [moments, magnitudes, markers, samples]
+    for one in every:
+        one.prepare(block)
+    kept = [t for one in every for t in vars(one).values() if isinstance(t, torch.Tensor)]
+    places = [t.data_ptr() for t in kept]
+    for _ in range(20):
+        for one in every:
+            one.update(rows_of(torch.randn(50, 8), block))
+    assert len(kept) == 5
+    assert [t.data_ptr() for one in every for t in vars(one).values() if isinstance(t, torch.Tensor)] == places
