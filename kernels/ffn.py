@@ -77,6 +77,8 @@ class FeedForward:
         )
 
     def normalised(self) -> FeedForward:
-        """Rows of gate and up of length 1, in fp32."""
+        """Rows of gate and up of length 1, in fp32, and so their biases."""
+        biases = (None if b is None else b.float() for b in (self.up_bias, self.gate_bias))
         gate = None if self.gate is None else F.normalize(self.gate.float(), dim=-1)
-        return dataclasses.replace(self, up=F.normalize(self.up.float(), dim=-1), gate=gate)
+        up, (up_bias, gate_bias) = F.normalize(self.up.float(), dim=-1), biases
+        return dataclasses.replace(self, up=up, gate=gate, up_bias=up_bias, gate_bias=gate_bias)

@@ -26,7 +26,7 @@ from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.options import Decorator, remove
 from effcompile.passes.sparse_prefill import SparsePrefill
 from effcompile.passes.tree import place_of
-from effcompile.passes.weights import block_of, originals
+from effcompile.passes.weights import block_of, nodes_of, originals
 from effcompile.patterns.ffn import describe, find_feed_forward
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.walk import aten, is_call
@@ -57,7 +57,7 @@ def calibrate(
         with. Decorators on it are not applied while it is calibrated.
     batches
         Each ``input_ids`` ``[B, T]``, or keyword arguments of the model. Rows that an ``attention_mask`` ``[B, T]``
-        hides do not count.
+        hides do not count, but in a model with a decoder of its own (``decoder_input_ids``).
     passes
         Such as ``ec.flap(ratio=0.25)``; methods that need no data need no calibration.
     progress
@@ -199,6 +199,8 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 def _run(model: Any, batch: Any, watch: _Watch) -> int:
     """One batch through the model; returns the tokens that count."""
     mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        mask = None  # it is the encoder's alone, and which rows are those of the encoder is not known here
     watch.keep = mask.bool().flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     _call(model, batch)
     return _count(batch)
@@ -273,6 +275,7 @@ class _Watch:
             self.reasons.append(graph)
             return gm.forward
         looked_at: dict[fx.Node, list[tuple[_Site, str]]] = {}
+        weights: dict[fx.Node, tuple[Tensor, _Site]] = {}
         for found in find_feed_forward(graph):
             parts = describe(found)
             own = None if isinstance(parts, Reason) else originals(parts)
@@ -286,7 +289,8 @@ class _Watch:
             assert isinstance(last, fx.Node)
             looked_at.setdefault(parts.input, []).append((site, "input"))
             looked_at.setdefault(last, []).append((site, "middle"))
-        return _Looking(graph, looked_at, self).run
+            weights |= {node: (own[role], site) for role, node in nodes_of(parts).items()}
+        return _Looking(graph, looked_at, weights, self).run
 
     def _site(self, module: str, block: FeedForward, own: Mapping[str, Tensor]) -> _Site:
         if module not in self.sites:
@@ -307,13 +311,27 @@ def _shared(statistics: list[dict[str, Statistic]]) -> list[dict[str, Statistic]
 class _Looking(fx.Interpreter):
     """Runs a graph node by node, and hands what some nodes give to the sites."""
 
-    def __init__(self, gm: fx.GraphModule, looked_at: Mapping[fx.Node, list[tuple[_Site, str]]], watch: _Watch) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        looked_at: Mapping[fx.Node, list[tuple[_Site, str]]],
+        weights: Mapping[fx.Node, tuple[Tensor, _Site]],
+        watch: _Watch,
+    ) -> None:
         super().__init__(gm)
-        self.looked_at, self.watch = looked_at, watch
+        self.looked_at, self.weights, self.watch = looked_at, weights, watch
         self.inputs: dict[int, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if n in self.weights and n.op == "placeholder":
+            weight, site = self.weights[n]
+            if result.data_ptr() != weight.data_ptr():
+                # Dynamo reuses what it compiled for one layer, so rows would be counted for the wrong one.
+                raise CalibrationError(
+                    f"calibrate(...): the code of {site.module} runs with the weights of another module. A graph break "
+                    "inside the model lets layers share code; remove it (TORCH_LOGS=graph_breaks shows where)."
+                )
         for site, what in self.looked_at.get(n, ()):
             rows = result.detach().flatten(0, -2)
             keep = self.watch.keep
@@ -324,7 +342,9 @@ class _Looking(fx.Interpreter):
                 continue
             if not rows.isfinite().all():
                 raise CalibrationError(f"calibrate(...): activations of {site.module} hold NaN or infinity.")
-            site.update(Rows(self.inputs.pop(id(site)), rows, site.block))
+            given = self.inputs.pop(id(site))
+            if rows.shape[0]:  # a batch may be hidden as a whole
+                site.update(Rows(given, rows, site.block))
         return result
 
 

@@ -108,7 +108,9 @@ class FeedForwardPass(Pass, abc.ABC):
         record: Record | None = getattr(site, "record", None)
         if record is None:
             return no("no-plan", f"no plan says what {self.name} does here; see effcompile.calibrate")
-        if dict(record.options) != json.loads(self.text):
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        # A plan of an earlier version lacks the options that came since.
+        if defaults | dict(record.options) != json.loads(self.text):
             told = f"made with {dict(record.options)}, and here {json.loads(self.text)} is asked for"
             return no("other-options", f"the plan was {told}")
         parts = describe(site)

@@ -26,6 +26,15 @@ from effcompile.runtime.router_state import What, state_of
 
 _SAME = (aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints)
 """What hands the numbers of experts on as they are, beside views."""
+_COUNTS = (aten.cumsum.default, aten.searchsorted.Tensor, aten.bincount.default, aten.histc.default)
+_COMPARES = tuple(
+    getattr(getattr(aten, name), kind) for name in ("lt", "le", "gt", "ge") for kind in ("Scalar", "Tensor")
+)
+_PRODUCTS = (
+    aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default, aten.einsum.default,
+    aten.addmm.default, aten.baddbmm.default, aten._grouped_mm.default,
+)  # fmt: skip
+_MIXES = (aten.sum.dim_IntList, aten.index_add.default, aten.scatter_add.default, aten.index_put.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,8 @@ class Reroute(Pass):
         if early := [node for node in _readers(site) if node < site.end]:
             text = f"the choice is read ({early[0].target}) before the weights are there"
             return Reason("read-early", text, site.source)
+        if fewer and (why := _not_silent(site)):
+            return Reason("slots-not-weighed", f"a slot of weight 0 would still tell here: {why}", site.source)
         weight = None if site.weight is None else real(site.weight)
         if (self.count or self.adapt) and weight is None:
             return Reason("computed-weight", "the weight of this router is no parameter", site.source)
@@ -161,6 +172,73 @@ def _emit(
     if count is not None:
         call(router_ops.COUNT_EXPERTS, constant(graph, count, indices), indices, used)
     return own
+
+
+def _not_silent(site: RouterSite) -> str:
+    """Why a slot that is left out would change what others give, or '' if its weight of 0 is all there is to it."""
+    assert site.indices is not None
+    assert site.weights is not None
+    if (node := _limit(site.indices)) is not None:
+        return f"experts have room for a number of slots each ({node.target})"
+    if (node := _biased(site.weights)) is not None:
+        return f"weights multiply what experts read, and a bias is added behind that ({node.target})"
+    return ""
+
+
+def _limit(indices: fx.Node) -> fx.Node | None:
+    """Where slots, counted or ranked over tokens, are compared with something: those that are left out count too."""
+    found, queue = {indices: False}, [indices]
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            if found[node] and is_call(user, *_COMPARES):
+                return user
+            counted = found[node] or is_call(user, *_COUNTS)
+            val = user.meta.get("val")
+            numbers = isinstance(val, Tensor) and val.is_floating_point()
+            if numbers and not is_call(user, *_COUNTS, *_SAME, *VIEWS):
+                continue  # what experts make of the slots
+            if user in found and found[user] >= counted:
+                continue
+            found[user] = counted
+            queue.append(user)
+    return None
+
+
+def _biased(weights: fx.Node) -> fx.Node | None:
+    """Where a parameter is added to what experts make of tokens that were weighed before."""
+    queue, seen = [(user, False, False) for user in weights.users], set()
+    while queue and len(seen) < 256:
+        node, weighed, through = queue.pop()
+        if (node, weighed, through) in seen:
+            continue
+        seen.add((node, weighed, through))
+        if is_call(node, aten.mul.Tensor):
+            weighed = True
+        elif is_call(node, *_PRODUCTS):
+            if not weighed:
+                continue  # weights that are summed with in one product
+            if is_call(node, aten.addmm.default, aten.baddbmm.default) or (
+                is_call(node, aten.linear.default) and len(node.args) > 2 and node.args[2] is not None
+            ):
+                return node
+            through = True
+        elif is_call(node, aten.add.Tensor):
+            if through and any(_is_parameter(a) for a in node.all_input_nodes):
+                return node
+            if not any(_is_parameter(a) for a in node.all_input_nodes):
+                continue  # with other tokens' or other experts' results: the mixture is behind us
+        elif is_call(node, *_MIXES):
+            continue
+        queue += [(user, weighed, through) for user in node.users]
+    return None
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether this is a parameter, or rows of one."""
+    while is_call(node, aten.index.Tensor, aten.index_select.default, aten.gather.default, *VIEWS, *_SAME):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op in ("placeholder", "get_attr") and real(node) is not None
 
 
 def _by_slot(readers: list[fx.Node], indices: fx.Node) -> bool:

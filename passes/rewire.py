@@ -21,7 +21,7 @@ from effcompile.passes.options import PREFIX, annotations_of, read_annotation
 from effcompile.passes.report import graphs_of
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.router import Router, RouterSite, find_routers
-from effcompile.runtime.router_state import state_of, states
+from effcompile.runtime.router_state import has_state, state_of, states
 
 
 class RewireError(ValueError):
@@ -83,6 +83,7 @@ class Rewire:
             raise RewireError(f"prefer={self.prefer!r}; expected 'high' or 'low'.")
         self.model = getattr(self.model, "_orig_mod", self.model)
         self._copy: nn.Module | None = None
+        self._copied: list[Tensor] = []
         self._watch = _Watch()
 
     def __enter__(self) -> Rewire:
@@ -114,8 +115,8 @@ class Rewire:
         Raises
         ------
         RewireError
-            For a batch of several contexts, one of fewer than two tokens, a loss that is no number, or a model without
-            routers that can be adapted.
+            For a batch of several contexts, one of fewer than two tokens, a loss that is no number, a model without
+            routers that can be adapted or that was not called yet, or one whose routers give fewer experts besides.
         """
         given = dict(context) if hasattr(context, "keys") else {"input_ids": context}
         ids, mask = given["input_ids"], given.get("attention_mask")
@@ -128,8 +129,18 @@ class Rewire:
                 f"no code of {type(self.model).__name__} reads the vectors; decorate it with ec.reroute(adapt=True), "
                 "or ask for that in options= and call the compiled model once."
             )
-        if self._copy is None:
-            self._copy = _shared_copy(self.model).eval()
+        if not states("vector", self.model):
+            raise RewireError(
+                f"no code of {type(self.model).__name__} reads the vectors yet; call the model once before."
+            )
+        if fewer := [f for f in self._forms() if "adapted" in f and ("top" in f or "threshold" in f)]:
+            raise RewireError(
+                f"a router has the form {fewer[0]!r}; the loss is that of all experts that the model takes, so adapt "
+                "without top_k and threshold."
+            )
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if self._copy is None or [*map(id, tensors)] != [*map(id, self._copied)]:
+            self._copy, self._copied = _shared_copy(self.model).eval(), tensors
             self._copy.compile(backend=self._watch)
         self._watch.seen.clear()
         optimizer, losses = None, []
@@ -159,7 +170,10 @@ class Rewire:
         asked = (annotations_of(module).get(f"{PREFIX}reroute") for module in self.model.modules())
         if any(text is not None and getattr(read_annotation("reroute", text)[0], "adapt", False) for text in asked):
             return True
-        return any("adapted" in d.form for graph in graphs_of(self.model) for d in graph.decisions)
+        return any("adapted" in form for form in self._forms())
+
+    def _forms(self) -> list[str]:
+        return [d.form for graph in graphs_of(self.model) for d in graph.decisions]
 
     def _factors(self, seen: Sequence[_Seen]) -> Sequence[float]:
         confidence = [float(router.confidence) for router in seen] if self.layers != "all" else []
@@ -229,6 +243,8 @@ class _Shifting(fx.Interpreter):
             rows = self.logits[n].weight
             assert rows is not None
             weight = self.env[rows]
+            if not has_state("vector", weight):
+                return result  # a router that compiled code leaves alone
             state = state_of("vector", weight, result.shape[-1])
             if id(weight) not in self.watch.seen:
                 self.watch.seen[id(weight)] = _Seen(state, state.detach().clone().requires_grad_())
@@ -237,6 +253,8 @@ class _Shifting(fx.Interpreter):
             site = self.chosen[n]
             assert isinstance(site.router, Router)
             assert site.weight is not None
+            if id(self.env[site.weight]) not in self.watch.seen:
+                return result
             logits = self.env[site.anchor].detach().float()
             p = logits.softmax(-1) if site.router.score == "softmax" else logits.sigmoid()
             self.watch.seen[id(self.env[site.weight])].confidence = -p.gather(-1, result).log().mean()

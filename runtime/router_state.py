@@ -31,6 +31,11 @@ def state_of(what: What, weight: Tensor, experts: int) -> nn.Parameter:
     return made
 
 
+def has_state(what: What, weight: Tensor) -> bool:
+    """Whether the router with this weight has that state: some compiled code has asked for it."""
+    return weight in _states[what]
+
+
 def states(what: What, model: nn.Module) -> dict[str, nn.Parameter]:
     """The states of the routers of ``model``, by their modules, or the names of weights that are no ``weight``."""
     named = [*model.named_parameters(), *model.named_buffers()]

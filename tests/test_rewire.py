@@ -127,7 +127,35 @@ def test_what_it_says(no_inductor: list[Any]) -> None:
     plain.compile(backend="effcompile", options={"reroute": {"adapt": True}})
     logits_of(plain)
     assert len(ec.Rewire(plain)(CONTEXT)) == 5
-    dense = adapted("gathered")
-    dense.mix = nn.ModuleList()
-    with pytest.raises(ec.RewireError, match="no router of Written can be adapted"):
-        ec.Rewire(dense)(CONTEXT)
+    with pytest.raises(ec.RewireError, match="call the model once before"):
+        ec.Rewire(adapted("gathered"))(CONTEXT)
+    fewer = adapted("gathered", top_k=1)
+    logits_of(fewer)
+    with pytest.raises(ec.RewireError, match="adapt without top_k and threshold"):
+        ec.Rewire(fewer)(CONTEXT)
+
+
+def test_routers_of_some_layers(no_inductor: list[Any]) -> None:
+    """Those that compiled code does not adapt stay as they are in the loss, too."""
+    model = MIXTURES["gathered"].make(3)
+    ec.reroute(adapt=True)(model.mix[0])
+    model.compile(backend="effcompile")
+    logits_of(model)
+    rewire = ec.Rewire(model, steps=2, lr=0.5)
+    first, second = rewire(CONTEXT)
+    assert list(rewire.vectors) == ["mix.0.gate"]
+    assert first == pytest.approx(loss_of(MIXTURES["gathered"].make(3)), abs=1e-5)
+    again = ec.Rewire(model, steps=1, lr=0.0)
+    assert again(CONTEXT)[0] == pytest.approx(loss_of(model), abs=1e-5)
+    assert second < first
+
+
+def test_weights_that_are_replaced(no_inductor: list[Any]) -> None:
+    model = adapted("gathered")
+    logits_of(model)
+    rewire = ec.Rewire(model, steps=1, lr=0.5)
+    rewire(CONTEXT)
+    model.load_state_dict({name: 0.5 * t for name, t in model.state_dict().items()}, assign=True)
+    now = loss_of(model)
+    assert rewire(CONTEXT)[0] == pytest.approx(now, abs=1e-5)
+    assert all(vector.any() for vector in rewire.vectors.values())
