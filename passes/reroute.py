@@ -207,7 +207,8 @@ def _limit(indices: fx.Node) -> fx.Node | None:
 
 def _biased(weights: fx.Node) -> fx.Node | None:
     """Where a parameter is added to what experts make of tokens that were weighed before."""
-    queue, seen = [(user, False, False) for user in weights.users], set()
+    queue = [(user, False, False) for user in weights.users]
+    seen: set[tuple[fx.Node, bool, bool]] = set()
     while queue and len(seen) < 256:
         node, weighed, through = queue.pop()
         if (node, weighed, through) in seen:
