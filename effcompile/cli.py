@@ -214,7 +214,8 @@ def methods(as_json: AsJson = False) -> None:
         return
     table = Table(show_lines=True)
     for column in ("method", "options and defaults", "phases", "exact at", "paper"):
-        table.add_column(column, overflow="fold")
+        # Options are read as lines: what else is there takes more of them.
+        table.add_column(column, overflow="fold", min_width=36 if column.startswith("options") else None)
     for row in rows:
         given = "\n".join(f"{o}: {facts['type']} = {facts['default']!r}" for o, facts in row["options"].items())
         exact = "\n".join(f"{o}={value!r}" for o, value in row["exact_at"].items())
