@@ -98,8 +98,10 @@ def route_cut(rows: int, groups: int, dtype: torch.dtype) -> Cut:
     columns = _power(groups)
     if rows <= ROUTED_ALONE:
         return Cut(1, columns, max(16, min(1024, 8192 // columns)), 8)
-    # Products of matrices have 16 columns at least.
-    return Cut(16, max(16, columns), 32 if dtype is torch.float32 else 64, 8 if columns > 64 else 4, 2)
+    # Products of matrices have 16 columns at least; of two stages, with as many rows, gfx942 has 64 KiB to hold.
+    columns = max(16, columns)
+    depth = min(32 if dtype is torch.float32 else 64, 16384 // (columns * dtype.itemsize))
+    return Cut(16, columns, depth, 8 if columns > 64 else 4, 2)
 
 
 @functools.cache
