@@ -44,20 +44,3 @@ def test_a_long_prompt_beside_dense(capsys: pytest.CaptureFixture[str]) -> None:
     assert sparse[3].startswith("71432")
     # At this length the choice costs next to nothing, and may gain.
     assert 0.95 < float(sparse[4]) / float(dense[4]) < 1.1
-
-
-@pytest.mark.slow
-def test_carved_blocks_beside_a_static_mask(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    example = load("carve_moe")
-    monkeypatch.setattr(example, "SEQUENCES", 1)
-    example.main()
-    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    found = {r[1].strip(): [cell.strip() for cell in r[2:-1]] for r in rows}
-    assert list(found) == ["eager", "effcompile, dense blocks", "as the paper does", "by energy", "static mask"]
-    perplexity = {name: float(cells[0]) for name, cells in found.items()}
-    assert perplexity["effcompile, dense blocks"] == pytest.approx(perplexity["eager"], abs=0.01)
-    assert perplexity["eager"] < perplexity["by energy"] < perplexity["static mask"] < perplexity["as the paper does"]
-    for name in ("eager", "effcompile, dense blocks"):
-        assert found[name][3].startswith("71432")
