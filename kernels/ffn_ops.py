@@ -121,6 +121,10 @@ def check_grouped(
     shared: int,
     width: int,
     activation: str,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> int:
     """The number of groups. Raises ``ValueError`` if arguments of ``grouped_ffn`` do not fit each other."""
     known(activation, ACTIVATIONS, "activation")
@@ -129,6 +133,7 @@ def check_grouped(
     if x.shape[-1] != size:
         raise ValueError(f"x has {x.shape[-1]} channels, and up {size}.")
     check_shapes(gate=(gate, (neurons, size)), down_t=(down_t, (neurons, size)))
+    check_shapes(gate_bias=(gate_bias, (neurons,)), up_bias=(up_bias, (neurons,)), down_bias=(down_bias, (size,)))
     if chosen is not None:
         tokens = x.numel() // size
         if chosen.dim() != 2 or chosen.shape[0] not in (1, tokens) or chosen.dtype is not torch.int32:
@@ -170,7 +175,8 @@ def grouped_reference(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """The meaning of ``grouped_ffn``: every neuron, and then those that count."""
-    groups = check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation)
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    groups = check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
     gated = None if gate is None else F.linear(x, gate, gate_bias)
     hidden = middle(F.linear(x, up, up_bias), gated, activation).flatten(0, -2)
     if chosen is None:
@@ -198,7 +204,8 @@ def route_reference(
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The meaning of ``route``."""
-    check_route(x, gate, up, top_k, score, weigh, activation)
+    vectors = {"choice_bias": choice_bias, "logit_bias": logit_bias, "scale": scale}
+    check_route(x, gate, up, top_k, score, weigh, activation, **vectors)
     groups = gate.shape[0]
     # In fp32, since a rounding decides which group is taken; fp64 stays what it is.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -224,12 +231,22 @@ def route_reference(
     return chosen, taken.where(used, 0), counts[:groups].clone()
 
 
-def check_route(x: Tensor, gate: Tensor, up: Tensor | None, top_k: int, score: str, weigh: str, act: str) -> None:
-    """Raise ``ValueError`` if arguments of ``route`` do not fit each other."""
-    known(act, ACTIVATIONS, "activation")
+def check_route(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    top_k: int,
+    score: str,
+    weigh: str,
+    activation: str,
+    **vectors: Tensor | None,
+) -> None:
+    """Raise ``ValueError`` if arguments of ``route`` do not fit. ``vectors`` have a number for each group."""
+    known(activation, ACTIVATIONS, "activation")
     known(score, SCORES, "score")
     known(weigh, WEIGHTS, "weigh")
     check_shapes(gate=(gate, (gate.shape[0], x.shape[-1])), up=(up, tuple(gate.shape)))
+    check_shapes(**{name: (vector, (gate.shape[0],)) for name, vector in vectors.items()})
     if not 1 <= top_k <= gate.shape[0]:
         raise ValueError(f"top_k is {top_k}; there are {gate.shape[0]} groups.")
 
@@ -244,18 +261,25 @@ def column_linear_reference(
     x: Tensor, weight_t: Tensor, threshold: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """The meaning of ``column_linear``."""
-    check_columns(x, weight_t, threshold, 1, scale)
+    check_columns(x, weight_t, threshold, 1, scale, bias)
     return F.linear(kept(x, threshold.reshape(()), scale), weight_t.t(), bias).contiguous()
 
 
-def check_columns(x: Tensor, weight_t: Tensor, threshold: Tensor, count: int, scale: Tensor | None) -> None:
+def check_columns(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor,
+    count: int,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
     """Raise ``ValueError`` if ``x``, a transposed weight and what chooses its rows do not fit each other."""
     if x.shape[-1] != weight_t.shape[0] or threshold.numel() != count:
         raise ValueError(
             f"x {tuple(x.shape)}, weight_t {tuple(weight_t.shape)} and {threshold.numel()} thresholds do not fit: "
             f"weight_t is [inputs, outputs], and the thresholds are {count}."
         )
-    check_shapes(scale=(scale, (x.shape[-1],)))
+    check_shapes(scale=(scale, (x.shape[-1],)), bias=(bias, (weight_t.shape[1],)))
 
 
 def column_ffn_reference(
@@ -273,7 +297,9 @@ def column_ffn_reference(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """The meaning of ``column_ffn``."""
-    check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation)
+    scales = {"gate_scale": gate_scale, "up_scale": up_scale, "down_scale": down_scale}
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
     first, second, third = thresholds.unbind()
     gated = None if gate_t is None else column_linear_reference(x, gate_t, first, gate_scale, gate_bias)
     hidden = middle(column_linear_reference(x, up_t, second, up_scale, up_bias), gated, activation)
@@ -281,12 +307,27 @@ def column_ffn_reference(
 
 
 def check_column_ffn(
-    x: Tensor, gate_t: Tensor | None, up_t: Tensor, down_t: Tensor, thresholds: Tensor, activation: str
+    x: Tensor,
+    gate_t: Tensor | None,
+    up_t: Tensor,
+    down_t: Tensor,
+    thresholds: Tensor,
+    activation: str,
+    *,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> None:
     """Raise ``ValueError`` if arguments of ``column_ffn`` do not fit each other."""
     known(activation, ACTIVATIONS, "activation")
-    check_columns(x, up_t, thresholds, 3, None)
-    check_shapes(gate_t=(gate_t, tuple(up_t.shape)), down_t=(down_t, (up_t.shape[1], up_t.shape[0])))
+    check_columns(x, up_t, thresholds, 3)
+    size, neurons = up_t.shape
+    check_shapes(gate_t=(gate_t, (size, neurons)), down_t=(down_t, (neurons, size)))
+    check_shapes(gate_scale=(gate_scale, (size,)), up_scale=(up_scale, (size,)), down_scale=(down_scale, (neurons,)))
+    check_shapes(gate_bias=(gate_bias, (neurons,)), up_bias=(up_bias, (neurons,)), down_bias=(down_bias, (size,)))
 
 
 def _body(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,26 +341,34 @@ def _body(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fake_grouped_ffn(x: Tensor, *args: Any, **given: Any) -> Tensor:
-    check_grouped(x, *args)
+    check_grouped(x, *args, **given)
     return x.new_empty(x.shape)
 
 
 def _fake_route(
-    x: Tensor, gate: Tensor, up: Tensor | None, top_k: int, score: str, weigh: str, **given: Any
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    top_k: int,
+    score: str,
+    weigh: str,
+    threshold: float | None = None,
+    activation: str = "silu",
+    **vectors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_route(x, gate, up, top_k, score, weigh, given.get("activation", "silu"))
+    check_route(x, gate, up, top_k, score, weigh, activation, **vectors)
     tokens = x.numel() // x.shape[-1]
     chosen, counts = (x.new_empty(shape, dtype=torch.int32) for shape in ((tokens, top_k), (gate.shape[0],)))
     return chosen, x.new_empty(tokens, top_k, dtype=torch.promote_types(x.dtype, torch.float32)), counts
 
 
 def _fake_column_linear(x: Tensor, weight_t: Tensor, threshold: Tensor, **given: Any) -> Tensor:
-    check_columns(x, weight_t, threshold, 1, given.get("scale"))
+    check_columns(x, weight_t, threshold, 1, **given)
     return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
 
 
 def _fake_column_ffn(x: Tensor, *args: Any, **given: Any) -> Tensor:
-    check_column_ffn(x, *args)
+    check_column_ffn(x, *args, **given)
     return x.new_empty(x.shape)
 
 

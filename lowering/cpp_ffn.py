@@ -117,10 +117,6 @@ def _pointer(tensor: Tensor | None, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-def _check_biases(**given: tuple[Tensor | None, int]) -> None:
-    ffn_ops.check_shapes(**{name: (tensor, (size,)) for name, (tensor, size) in given.items()})
-
-
 def grouped_ffn(
     x: Tensor,
     gate: Tensor | None,
@@ -143,9 +139,9 @@ def grouped_ffn(
     IndexError
         If a slot names a group that is not there.
     """
-    groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation)
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
     neurons, size = up.shape
-    _check_biases(gate_bias=(gate_bias, neurons), up_bias=(up_bias, neurons), down_bias=(down_bias, size))
     rows, dtype = x.numel() // size, x.dtype
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -157,7 +153,7 @@ def grouped_ffn(
     code = entry(
         _GROUPED(
             x.data_ptr(),
-            *(_pointer(t, dtype) for t in (gate, up, down_t, gate_bias, up_bias, down_bias)),
+            *(_pointer(t, dtype) for t in (gate, up, down_t, *biases.values())),
             _pointer(chosen, torch.int32),
             _pointer(weights, torch.float32),
             out.data_ptr(),
@@ -191,9 +187,9 @@ def route(
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of ``effcompile::route`` on CPUs. Arguments and results are the operator's."""
-    ffn_ops.check_route(x, gate, up, top_k, score, weigh, activation)
+    vectors = {"choice_bias": choice_bias, "logit_bias": logit_bias, "scale": scale}
+    ffn_ops.check_route(x, gate, up, top_k, score, weigh, activation, **vectors)
     groups, size = gate.shape
-    _check_biases(choice_bias=(choice_bias, groups), logit_bias=(logit_bias, groups), scale=(scale, groups))
     rows, dtype = x.numel() // size, x.dtype
     x = x.contiguous()
     chosen = x.new_empty((rows, top_k), dtype=torch.int32)
@@ -205,7 +201,7 @@ def route(
             x.data_ptr(),
             _pointer(gate, dtype),
             _pointer(up, dtype),
-            *(_pointer(t, torch.float32) for t in (choice_bias, logit_bias, scale)),
+            *(_pointer(t, torch.float32) for t in vectors.values()),
             chosen.data_ptr(),
             weights.data_ptr(),
             counts.data_ptr(),
@@ -232,8 +228,7 @@ def column_linear(
     rows, dtype = x.numel() // inputs, x.dtype
     if rows > ffn_ops.COLUMN_ROWS or not rows:
         return ffn_ops.column_linear_reference(x, weight_t, threshold, scale, bias)
-    ffn_ops.check_columns(x, weight_t, threshold, 1, scale)
-    _check_biases(bias=(bias, outputs))
+    ffn_ops.check_columns(x, weight_t, threshold, 1, scale, bias)
     entry, x = _entry("column_linear", dtype), x.contiguous()
     out = x.new_empty((*x.shape[:-1], outputs))
     entry(
@@ -269,14 +264,13 @@ def column_ffn(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """Launcher of ``effcompile::column_ffn`` on CPUs. Arguments and result are the operator's."""
-    scales, biases = (gate_scale, up_scale, down_scale), (gate_bias, up_bias, down_bias)
+    scales = {"gate_scale": gate_scale, "up_scale": up_scale, "down_scale": down_scale}
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
     size, neurons = up_t.shape
     rows, dtype = x.numel() // size, x.dtype
     if rows > ffn_ops.COLUMN_ROWS or not rows:
-        return ffn_ops.column_ffn_reference(x, gate_t, up_t, down_t, thresholds, activation, *scales, *biases)
-    ffn_ops.check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation)
-    _check_biases(gate_scale=(gate_scale, size), up_scale=(up_scale, size), down_scale=(down_scale, neurons))
-    _check_biases(gate_bias=(gate_bias, neurons), up_bias=(up_bias, neurons), down_bias=(down_bias, size))
+        return ffn_ops.column_ffn_reference(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
+    ffn_ops.check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
     entry, x = _entry("column_ffn", dtype), x.contiguous()
     out = torch.empty_like(x)
     entry(
@@ -284,8 +278,8 @@ def column_ffn(
             x.data_ptr(),
             *(_pointer(t, dtype) for t in (gate_t, up_t, down_t)),
             _pointer(thresholds, torch.float32),
-            *(_pointer(t, torch.float32) for t in scales),
-            *(_pointer(t, dtype) for t in biases),
+            *(_pointer(t, torch.float32) for t in scales.values()),
+            *(_pointer(t, dtype) for t in biases.values()),
             out.data_ptr(),
             rows,
             size,

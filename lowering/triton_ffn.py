@@ -180,11 +180,10 @@ def grouped_ffn(
     A few tokens with one list: three kernels, which read what is listed. Many with lists of their own: products over
     tiles, and the shared neurons by the library. Many with one list: the library, on what was gathered.
     """
-    groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation)
-    neurons, size = up.shape
-    biases = {"gate_bias": gate_bias, "up_bias": up_bias}
-    ffn_ops.check_shapes(**{name: (t, (neurons,)) for name, t in biases.items()}, down_bias=(down_bias, (size,)))
-    _check(x.dtype, gate=gate, up=up, down_t=down_t, **biases, down_bias=down_bias)
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
+    size = up.shape[1]
+    _check(x.dtype, gate=gate, up=up, down_t=down_t, **biases)
     _check(torch.float32, weights=weights)
     if chosen is not None and not groups:
         raise KernelUnavailable("lists of groups for an FFN that has none")
@@ -309,12 +308,11 @@ def route(
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of ``effcompile::route`` on GPUs."""
-    ffn_ops.check_route(x, gate, up, top_k, score, weigh, activation)
+    vectors = {"choice_bias": choice_bias, "logit_bias": logit_bias, "scale": scale}
+    ffn_ops.check_route(x, gate, up, top_k, score, weigh, activation, **vectors)
     groups, size = gate.shape
     if groups > MAX_ROUTED:
         raise KernelUnavailable(f"a router of {groups} groups; one program ranks {MAX_ROUTED}")
-    vectors = {"choice_bias": choice_bias, "logit_bias": logit_bias, "scale": scale}
-    ffn_ops.check_shapes(**{name: (t, (groups,)) for name, t in vectors.items()})
     _check(x.dtype, gate=gate, up=up)
     _check(torch.float32, **vectors)
     rows = x.numel() // size
@@ -360,8 +358,7 @@ def column_linear(
     rows = x.numel() // inputs
     if rows > ffn_ops.COLUMN_ROWS or not rows:
         return ffn_ops.column_linear_reference(x, weight_t, threshold, scale, bias)
-    ffn_ops.check_columns(x, weight_t, threshold, 1, scale)
-    ffn_ops.check_shapes(bias=(bias, (outputs,)))
+    ffn_ops.check_columns(x, weight_t, threshold, 1, scale, bias)
     _check(x.dtype, weight_t=weight_t, bias=bias)
     _check(torch.float32, threshold=threshold, scale=scale)
     parts = _column_parts(x.contiguous().view(rows, inputs), None, weight_t, threshold, None, scale)
@@ -385,19 +382,15 @@ def column_ffn(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """Launcher of ``effcompile::column_ffn`` on GPUs: gate and up in one product, the activation, down, the sum."""
-    scales, biases = (gate_scale, up_scale, down_scale), (gate_bias, up_bias, down_bias)
+    scales = {"gate_scale": gate_scale, "up_scale": up_scale, "down_scale": down_scale}
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
     size, neurons = up_t.shape
     rows = x.numel() // size
     if rows > ffn_ops.COLUMN_ROWS or not rows:
-        return ffn_ops.column_ffn_reference(x, gate_t, up_t, down_t, thresholds, activation, *scales, *biases)
-    ffn_ops.check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation)
-    for what, tensors in (("scale", scales), ("bias", biases)):
-        lengths = (size, size, neurons) if what == "scale" else (neurons, neurons, size)
-        given = {f"{name}_{what}": t for name, t in zip(("gate", "up", "down"), tensors)}
-        ffn_ops.check_shapes(**{name: (t, (n,)) for (name, t), n in zip(given.items(), lengths)})
-        _check(torch.float32 if what == "scale" else x.dtype, **given)
-    _check(x.dtype, gate_t=gate_t, up_t=up_t, down_t=down_t)
-    _check(torch.float32, thresholds=thresholds)
+        return ffn_ops.column_ffn_reference(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
+    ffn_ops.check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
+    _check(x.dtype, gate_t=gate_t, up_t=up_t, down_t=down_t, **biases)
+    _check(torch.float32, thresholds=thresholds, **scales)
     first = thresholds if gate_t is not None else thresholds[1:]
     parts = _column_parts(x.contiguous().view(rows, size), gate_t, up_t, first, gate_scale, up_scale)
     hidden = x.new_empty((rows, neurons))

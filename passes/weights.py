@@ -100,10 +100,13 @@ def prepared(key: str, of: Sequence[Tensor], make: Callable[[], dict[str, Tensor
 
 
 def constant(graph: fx.Graph, tensor: Tensor, like: fx.Node) -> fx.Node:
-    """``tensor`` as a constant of the graph, where the insertion point is; ``like`` is any node with a fake value."""
+    """``tensor`` as a constant of the graph, where the insertion point is; ``like`` is any node with a fake value.
+
+    One tensor has one name in a graph, however often it is read: AOTAutograd refuses two.
+    """
     gm: Any = graph.owning_module
     number = 0
-    while hasattr(gm, name := f"effcompile_weight_{number}"):
+    while getattr(gm, name := f"effcompile_weight_{number}", tensor) is not tensor:
         number += 1
     gm.register_parameter(name, tensor)
     sources = vars(gm).get("_param_name_to_source")

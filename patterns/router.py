@@ -402,6 +402,8 @@ class _Trial:
                     return "dropout is active; call model.eval()"
                 arguments, keywords = fx.node.map_arg((node.args, dict(node.kwargs)), read)
                 arguments, keywords = pytree.tree_map(plain, (arguments, keywords))
+                if is_call(node, *_MADE) and value(node).is_floating_point():
+                    keywords = {**keywords, "dtype": torch.float64}
                 known[node] = target(*arguments, **keywords)
         except Exception as error:
             return f"it cannot be run by itself: {error}"

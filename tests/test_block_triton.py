@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from pairs import pairwise
 from test_block_lists import Call
 from test_triton_aot import SHARED
 from test_triton_kernels import attend, name_of
 from torch import Tensor
-from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
+from triton_calls import assert_within_budget, fits
 
 from effcompile import lowering as all_lowerings
 from effcompile.kernels import block_ops, blocks, ops
@@ -43,17 +44,7 @@ PLAIN: dict[str, Any] = {"tokens": (150, 150), "sizes": (64, 64), "dtype": torch
                          "batch": 1, "rule": "causal", "shared": False, "groups": 1}  # fmt: skip
 
 
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter(__file__, "-m", "slow")
-
-
-test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
-test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def made(case: dict[str, Any], density: float = 0.3) -> Call:
@@ -222,14 +213,8 @@ MORE_AHEAD = [(program(c["size"], c["dtype"], c["rule"]), c["chip"], c["block"])
 class TestAhead:
     __test__ = not INTERPRETED
 
-    @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        assert_fits(program, chip, block)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_more(self, program: Program, chip: str, block: int) -> None:
-        self.test_fits_a_chip(program, chip, block)
+    test_fits_a_chip = fits(AHEAD)
+    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
 
     def test_what_is_refused_for_gpus(self) -> None:
         def refused(**changes: Any) -> str | None:

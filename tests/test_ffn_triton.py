@@ -14,11 +14,12 @@ import pytest
 import test_column_sparse as columns
 import test_ffn_ops as conformance
 import torch
+from interpreter import INTERPRETED, interpreted
 from pairs import pairwise
 from test_ffn_ops import INF, NAN, OPS, Grouped
 from test_triton_aot import SHARED
 from torch import Tensor
-from triton_calls import INSTRUCTION, INTERPRETED, in_the_interpreter
+from triton_calls import INSTRUCTION
 
 from effcompile.kernels import ffn_ops, ops
 from effcompile.kernels.ffn import ACTIVATIONS
@@ -32,17 +33,7 @@ def name_of(case: dict[str, Any]) -> str:
     return "-".join(str(v).replace("torch.", "") for v in case.values())
 
 
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter(__file__, "-m", "slow")
-
-
-test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
-test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 AXES = {"dtype": DTYPES, "activation": list(ACTIVATIONS), "gated": [True, False], "biases": [False, True]}
 SIZE = {"size": [64, 33, 1]}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from test_block_parts import PARTS, values
 from test_block_triton import seen_by
 from test_list_parts_triton import (
@@ -26,25 +27,15 @@ from test_list_parts_triton import (
     state,
 )
 from test_ranges import pairs, some
-from triton_calls import INTERPRETED, assert_fits, in_the_interpreter
+from triton_calls import fits
 
 from effcompile import lowering
 from effcompile.kernels import ops
 from effcompile.kernels.form import KVForm
-from effcompile.kernels.program import Predicate, Program
+from effcompile.kernels.program import Predicate
 from effcompile.lowering import triton
 
-
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter(__file__, "-m", "slow")
-
-
-test_in_the_interpreter.__test__ = test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 PACKED = [
@@ -142,14 +133,8 @@ MORE_AHEAD = [
 class TestAhead:
     __test__ = not INTERPRETED
 
-    @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        assert_fits(program, chip, block)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_more(self, program: Program, chip: str, block: int) -> None:
-        self.test_fits_a_chip(program, chip, block)
+    test_fits_a_chip = fits(AHEAD)
+    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
 
     def test_what_is_refused_for_gpus(self) -> None:
         for form in FORMS:

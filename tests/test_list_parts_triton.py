@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from test_block_lists import Call
 from test_block_parts import PARTS, values
 from test_block_triton import seen_by
@@ -19,7 +20,7 @@ from test_query_positions import seen_at
 from test_ranges import pairs, some
 from test_triton_kernels import attend, largest_score, name_of
 from torch import Tensor
-from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
+from triton_calls import assert_within_budget, fits
 
 from effcompile import lowering, merge_state
 from effcompile.kernels import block_ops, blocks, columns, ops, quantize, ranges
@@ -32,16 +33,7 @@ DENSE = KVForm(16, 16)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter(__file__, "-m", "slow")
-
-
-test_in_the_interpreter.__test__ = test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def id_of(value: Any) -> str:
@@ -413,14 +405,8 @@ MORE_AHEAD = [
 class TestAhead:
     __test__ = not INTERPRETED
 
-    @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        assert_fits(program, chip, block)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_more(self, program: Program, chip: str, block: int) -> None:
-        self.test_fits_a_chip(program, chip, block)
+    test_fits_a_chip = fits(AHEAD)
+    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
 
     def test_what_is_refused_for_gpus(self) -> None:
         for kind in KINDS:

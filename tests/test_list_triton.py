@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from pairs import pairwise
 from test_columns import Call
 from test_triton_aot import CHIPS, SHARED
 from test_triton_kernels import divides, empty, name_of, reference_store, tokens
 from torch import Tensor
-from triton_calls import INTERPRETED, assert_fits, assert_within_budget, in_the_interpreter
+from triton_calls import assert_within_budget, fits
 
 from effcompile import lowering as all_lowerings
 from effcompile.kernels import attention, block_ops, blocks, columns, ops, pages, quantize
@@ -31,16 +32,7 @@ from effcompile.lowering.triton_build import build
 DENSE = KVForm(16, 16)
 
 
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter(__file__, "-m", "slow")
-
-
-test_in_the_interpreter.__test__ = test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def launch(call: Call, **changes: Any) -> tuple[Tensor, Tensor]:
@@ -393,14 +385,8 @@ MORE_PAGES = [
 class TestAhead:
     __test__ = not INTERPRETED
 
-    @pytest.mark.parametrize(("program", "chip", "block"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_a_chip(self, program: Program, chip: str, block: int) -> None:
-        assert_fits(program, chip, block)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("program", "chip", "block"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
-    def test_fits_more(self, program: Program, chip: str, block: int) -> None:
-        self.test_fits_a_chip(program, chip, block)
+    test_fits_a_chip = fits(AHEAD)
+    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
 
     @pytest.mark.parametrize(("program", "chip", "page"), PAGES_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
     def test_pages_fit_a_chip(self, program: Program, chip: str, page: int) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from pairs import pairwise
 from test_triton_aot import CHIPS, check
 from test_triton_kernels import divides, empty, name_of, reference_store, tokens
-from triton_calls import INTERPRETED, assert_within_budget, in_the_interpreter
+from triton_calls import assert_within_budget
 
 from effcompile import lowering as all_lowerings
 from effcompile.kernels import attention, ops, quantize
@@ -38,16 +39,7 @@ MORE_CASES = [
 ]  # fmt: skip
 
 
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter(__file__, "-m", "slow")
-
-
-test_in_the_interpreter.__test__ = test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 class TestInterpreted:

@@ -294,6 +294,19 @@ def test_through_inductor() -> None:
         assert [int(count.sum()) for count in ec.expert_counts(fast).values()] == [total] * 2
 
 
+@pytest.mark.slow
+def test_layers_with_one_router_count_together() -> None:
+    """AOTAutograd, which traces the graph for Inductor, takes no tensor under two names."""
+    model = MIXTURES["mixtral"].make(3)
+    model.model.layers[1].mlp.gate = model.model.layers[0].mlp.gate
+    expected = logits_of(model)
+    fast = ec.reroute(count=True, adapt=True)(model)
+    fast.compile(backend="effcompile")
+    torch.testing.assert_close(logits_of(fast), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    (count,) = ec.expert_counts(fast).values()
+    assert int(count.sum()) == 2 * 3 * IDS.numel()
+
+
 def test_what_it_says(no_inductor: list[Any]) -> None:
     model = MIXTURES["mixtral"].make(3)
     wrong = rerouted(model, top_k=4)

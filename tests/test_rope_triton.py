@@ -5,13 +5,11 @@ As in ``test_triton_kernels.py`` the interpreter needs a child process, which th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from pairs import pairwise
 from test_triton_aot import SHARED, check
 from test_triton_kernels import assert_same, attend, divides, empty, largest_score, name_of, tokens
@@ -24,7 +22,6 @@ from effcompile.lowering import triton as lowering
 from effcompile.lowering.triton_aot import compile_ahead, resources
 from effcompile.lowering.triton_build import build
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALVES = [
     KVForm(2, 2, rope="pre"),
     KVForm(4, 4, 32, 32, rope="pre"),
@@ -81,14 +78,7 @@ def table_of(batch: int, capacity: int, rotary: int, length: int) -> torch.Tenso
     return table
 
 
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:]
-    assert " passed" in child.stdout
-
-
-test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter = interpreted(__file__)[0]
 
 
 @pytest.fixture(autouse=True)

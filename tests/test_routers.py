@@ -90,6 +90,11 @@ def in_two_dtypes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, value.bfloat16(), index
 
 
+def scattered(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    value, index = F.linear(x, rows).topk(3)
+    return torch.zeros(5, 7, 8).scatter(-1, index, value.softmax(-1)), index
+
+
 def weighed_by_a_vector(x: Tensor, rows: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """Behind the router: as that of whoever reads the weights."""
     value, index = F.linear(x, rows).softmax(-1).topk(3)
@@ -107,11 +112,20 @@ def weighed_by_a_vector(x: Tensor, rows: Tensor, each: Tensor) -> tuple[Tensor, 
         (in_place, (), Router(8, 3, "softmax", "all", True, 3.0)),
         (weighed_by_a_vector, (8,), Router(8, 3, "softmax", "all", False)),
         (in_two_dtypes, (), Router(8, 3, "softmax", "all", False)),
+        (scattered, (), Router(8, 3, "softmax", "chosen", True)),
     ],
 )
 def test_spellings(function: Callable[..., Any], more: tuple[int, ...], expected: Router) -> None:
     (site,) = routers(function, *map(torch.randn, more))
     assert site.router == expected
+
+
+def halved(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return (0.5 * F.linear(x, rows)).softmax(-1).topk(3)
+
+
+def clamped(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return F.linear(x, rows).clamp(-1, 1).softmax(-1).topk(3)
 
 
 def worst(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +178,14 @@ def not_dense(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     ("function", "more"),
     [
         *((f, ()) for f in (worst, across_tokens, over_tokens, squared, of_other_slots, numbers_alone, weights_alone)),
-        *((f, ()) for f in (both_weights, not_dense)),
+        *((f, ()) for f in (both_weights, not_dense, halved, clamped)),
         (of_two_vectors, (8, 8)),
     ],
 )
 def test_what_is_no_router_that_is_known(function: Callable[..., Any], more: tuple[int, ...]) -> None:
-    for site in routers(function, *map(torch.randn, more)):
+    sites = routers(function, *map(torch.randn, more))
+    assert sites
+    for site in sites:
         assert isinstance(site.router, Reason)
         assert site.router.code == "unknown-router"
 

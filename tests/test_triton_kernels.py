@@ -6,12 +6,9 @@ one test that pytest sees here starts it. ``TRITON_INTERPRET=1 pytest tests/test
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted
 from pairs import pairwise
 from stores import fp8_edges
 from torch import Tensor
@@ -21,7 +18,6 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, ScoreParts
 from effcompile.lowering import triton as lowering
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import triton
     import triton.language as tl
@@ -37,25 +33,7 @@ if INTERPRETED:
 State = list[Tensor | None]
 
 
-def in_the_interpreter(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += options
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:]
-    assert " passed" in child.stdout
-
-
-def test_in_the_interpreter() -> None:
-    in_the_interpreter()
-
-
-@pytest.mark.slow
-def test_more_in_the_interpreter() -> None:
-    in_the_interpreter("-m", "slow")
-
-
-test_more_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
-test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

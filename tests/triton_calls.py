@@ -1,12 +1,11 @@
-"""What tests of Triton kernels share: the child process with the interpreter, and budgets of errors and registers."""
+"""What tests of Triton kernels share: budgets of errors, and of what a chip has."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from test_triton_aot import SHARED
 from test_triton_kernels import attend, largest_score
@@ -17,17 +16,8 @@ from effcompile.lowering.triton_aot import compile_ahead, resources
 from effcompile.lowering.triton_blocks import block_tiles
 from effcompile.lowering.triton_build import build
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 """The product of matrices that a chip should be using; ``mma.sync`` on others."""
-
-
-def in_the_interpreter(file: str, *options: str) -> None:
-    """Run a test file in a child process: the interpreter is chosen when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file, *options]
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:]
-    assert " passed" in child.stdout
 
 
 def assert_within_budget(
@@ -85,3 +75,13 @@ def assert_fits(program: Program, chip: str, block: int) -> None:
     if program.columns:
         used = resources(compile_ahead(built, program, chip, sizes, "check_"))
         assert used["spilled"] == 0
+
+
+def fits(cases: Sequence[tuple[Program, str, int]]) -> Callable[..., None]:
+    """A test of a class: each program over block lists, for a chip and blocks of so many tokens, fits the chip."""
+
+    @pytest.mark.parametrize(("program", "chip", "block"), cases, ids=lambda v: getattr(v, "name", str(v)))
+    def test(self: Any, program: Program, chip: str, block: int) -> None:
+        assert_fits(program, chip, block)
+
+    return test
