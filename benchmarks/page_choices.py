@@ -69,7 +69,8 @@ class Masked:
         assert self.method is not None
         padded = F.pad(key, (0, 0, 0, -key.shape[2] % PAGE))
         units = padded.unflatten(2, (-1, PAGE))
-        bounds = torch.stack([units.amin(3), units.amax(3)], 3).expand(len(lengths), -1, -1, -1, -1)
+        kind = self.method.rank_by if isinstance(self.method, Quest) else "bounds"
+        bounds = pages.summarise(units, kind).expand(len(lengths), -1, -1, -1, -1)
         best = logits.softmax(-1).amax(1 if self.own else (0, 1))
         mass = self.paged(best).reshape(-1, len(lengths), units.shape[2]).transpose(0, 1)
         rows, length = query[0].transpose(0, 1).unsqueeze(2), lengths[:, None, None]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import effcompile as ec
 from effcompile import smollm2
+from effcompile.kernels import pages
 from effcompile.kernels.block_ops import method_text
 from effcompile.kernels.form import KVForm
 from effcompile.passes.delta import Delta
@@ -36,26 +37,40 @@ QUEST = Side(
     **EIGHT,
     sparse=("quest", (("token_budget", 1392), ("skip_layers", 0), ("radius", 0.5))),
 )
+MOMENTS = Side(
+    "quest by moments, 1,392 tokens",
+    **EIGHT,
+    sparse=("quest", (("token_budget", 1392), ("skip_layers", 0), ("rank_by", "moments"))),
+)
 DELTA = Side("delta, 768 tokens", **EIGHT, sparse=("delta", (("token_budget", 768), ("full_cache_layers", (0, 3, 12)))))
 """A fifth of 7,000 tokens on the average over layers."""
 LAYERS = 30
 LENGTHS = (1000, 1500, 2000, 3000, 4000, 7000, 16_000)
 
 
-def _stores(form: KVForm, length: int) -> list[list[Tensor | None]]:
-    """A model's worth of filled stores, so that each layer's comes from memory."""
-    made = []
+def _stores(form: KVForm, length: int) -> tuple[list[list[Tensor | None]], list[Tensor]]:
+    """A model's worth of filled stores, so that each layer's comes from memory, and the moments of their pages."""
+    made, moments = [], []
     for _ in range(LAYERS):
-        state = store(form, 1, -(-(length + 1) // 512) * 512)
+        capacity, unit = -(-(length + 1) // 512) * 512, pages.unit_of(form)
+        state, kept = store(form, 1, capacity), torch.zeros(1, GROUPS, capacity // unit, 2, SIZE)
         key, value = torch.randn(2, 1, GROUPS, length, SIZE).unbind()
+        rows = state[0] if state[2] is None else state[2]
+        OPS.bound_store(kept, rows, torch.tensor(0), key, unit, "moments")
         OPS.kv_store(*state, torch.tensor(0), key, value, form.name)
         made.append(state)
-    return made
+        moments.append(kept)
+    return made, moments
+
+
+def by_moments(method: PagedDecode) -> bool:
+    """Whether the cache must keep moments for ``method``."""
+    return isinstance(method, Quest) and method.rank_by == "moments"
 
 
 def attention(form: KVForm, length: int, methods: dict[str, PagedDecode]) -> dict[str, Callable[[], Any]]:
     """One step of attention in all layers: over all keys, and over the pages that a method chooses, choice included."""
-    states, total, scale, name = _stores(form, length), torch.tensor(length), SIZE**-0.5, form.name
+    (states, moments), total, scale, name = _stores(form, length), torch.tensor(length), SIZE**-0.5, form.name
     query = torch.randn(1, GROUPS * RATIO, 1, SIZE)
 
     def dense(state: list[Tensor | None]) -> Any:
@@ -70,7 +85,7 @@ def attention(form: KVForm, length: int, methods: dict[str, PagedDecode]) -> dic
             if layer < method.skip_layers:
                 dense(state)
             else:
-                lists = choose(method, state)
+                lists = choose(method, state, **({"bounds": moments[layer]} if by_moments(method) else {}))
                 OPS.attend_pages(query, *state, total, None, *lists, method.page, name, scale)
 
     def delta(method: Delta) -> None:
@@ -89,7 +104,7 @@ def attention(form: KVForm, length: int, methods: dict[str, PagedDecode]) -> dic
     for title, method in methods.items():
         fitted: Any = method.for_store(form)
         run: Any = quest if isinstance(method, Quest) else delta
-        if isinstance(method, Delta) or form.bounds_keys:
+        if isinstance(method, Delta) or form.bounds_keys or by_moments(method):
             made[title] = lambda run=run, fitted=fitted: run(fitted)
     return made
 
@@ -145,7 +160,7 @@ def loss(sides: list[Side], tokens: int, steps: int, windows: list[int]) -> list
     for side in others:
         more = [a - b for a, b in zip(nats[side.name], nats[plain.name])]
         error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
-        done = sum(d.form.startswith(side.name.split(",")[0]) for d in ec.inspect(models[side.name]).decisions)
+        done = sum(d.form.startswith(side.name.split()[0].strip(",")) for d in ec.inspect(models[side.name]).decisions)
         note = f"standard error {100 * error:.2f} over {len(more)} places of {steps} tokens, {done} layers"
         value = 100 * math.expm1(statistics.mean(more))
         rows.append(Measured(f"{side.name}: perplexity over all keys", value, " %", 1.0, False, note))
@@ -154,9 +169,10 @@ def loss(sides: list[Side], tokens: int, steps: int, windows: list[int]) -> list
 
 def run(quick: bool = False) -> list[Measured]:
     """Attention alone, whole steps, loss and pass keys of a fifth of the keys."""
-    sides = [ALL, QUEST, DELTA]
+    sides = [ALL, QUEST, MOMENTS, DELTA]
     form = KVForm(8, 8, 16)
     options = {"quest": Quest(**dict(QUEST.sparse[1])), "delta": Delta(**dict(DELTA.sparse[1]))}  # type: ignore[index]
+    options["quest by moments"] = Quest(**dict(MOMENTS.sparse[1]))  # type: ignore[index]
     rows = layers((form,), (2000,) if quick else (2000, 4000, 7000), 3 if quick else 15, options)
     for length in (1500,) if quick else (4000, 7000):
         found = decode.rounds_of(sides, length, 1, 2 if quick else 7, 6 if quick else 12)

@@ -4,14 +4,14 @@ As in :mod:`effcompile.kernels.block_ops`: ``select_pages`` runs the policy that
 is ``attend`` over the listed pages only (:mod:`effcompile.kernels.pages`). The store may have any form; tokens that
 are not packed yet are read where they are listed, as all others. ``attend_mass`` is ``attend`` of one query, which also
 says what each page was worth to it; a method that chooses by that gives it to ``select_pages``. ``bound_store`` comes
-before the ``kv_store`` of the same keys, for forms that do not bound keys themselves.
+before the ``kv_store`` of the same keys, where bounds or moments of keys are kept beside the store.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ ops.library.define(
     f"select_pages(Tensor query, {_KEYS}, Tensor length, Tensor? key_mask, str method, str form, float scale, *, "
     "Tensor? mass=None, Tensor? bounds=None) -> (Tensor, Tensor)"
 )
-ops.library.define("bound_store(Tensor(a!) bounds, Tensor rows, Tensor length, Tensor key, int unit) -> ()")
+ops.library.define("bound_store(Tensor(a!) bounds, Tensor rows, Tensor length, Tensor key, int unit, str kind) -> ()")
 ops.library.define(
     f"attend_mass(Tensor query, {ops.READ}, Tensor length, Tensor? key_mask, int page, str form, float scale, *, "
     "Tensor? table=None) -> (Tensor, Tensor, Tensor)"
@@ -54,7 +54,8 @@ class Policy:
         ``scores`` has +inf there.
     shared
         Whether there is one list for all heads: then ``scores`` are ``step.mass`` but for infinities, else shares of
-        :func:`effcompile.kernels.pages.bounds`, with the option ``radius`` if there is one.
+        :func:`effcompile.kernels.pages.bounds`, with the option ``radius`` if there is one; with the option
+        ``rank_by="moments"`` of :func:`effcompile.kernels.pages.likely`, with the option ``deviations``.
     """
 
     scores: Callable[..., Tensor]
@@ -96,6 +97,8 @@ def _select_pages(
     policy, options = policy_of(method)
     if policy.shared and mass is None:
         raise BlockError(f"{method} ranks pages by the mass that attend_mass found, and none is given.")
+    if options.get("rank_by") == "moments" and bounds is None:
+        raise BlockError(f"{method} ranks pages by moments of their keys, and none are given as bounds.")
     args = query, k0, k1, k2, length, key_mask, method, form, scale
     try:
         result: tuple[Tensor, Tensor] = ops.launch("select_pages", query.device.type, *args, mass=mass, bounds=bounds)
@@ -169,9 +172,11 @@ def _fake_attend_pages(query: Tensor, *args: Any, table: Tensor | None = None) -
     )
 
 
-def _bound_store(bounds: Tensor, rows: Tensor, length: Tensor, key: Tensor, unit: int) -> None:
+def _bound_store(bounds: Tensor, rows: Tensor, length: Tensor, key: Tensor, unit: int, kind: pages.Kept) -> None:
+    if kind not in get_args(pages.Kept):
+        raise BlockError(f"kind={kind!r} of page; expected one of {', '.join(get_args(pages.Kept))}.")
     # Once in `unit` steps a few operations of PyTorch, else none: no kernel of ours would gain.
-    pages.store_bounds(bounds, rows, int(length), key, unit)
+    pages.store_bounds(bounds, rows, int(length), key, unit, kind)
 
 
 def _on_host(length: Tensor) -> bool:

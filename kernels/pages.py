@@ -12,6 +12,7 @@ host.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from effcompile.kernels.form import KVForm
 
 PAGE = 16
 """Tokens in a page in the papers."""
+
+Kept = Literal["bounds", "moments"]
+"""What a cache keeps of the keys of a page, channel by channel (:func:`summarise`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Step:
     mass
         What attention to all keys found each page to be worth (:func:`mass`), fp32 ``[B, 1, nP]``, where that is known.
     bounds
-        The least and the largest of each channel of the keys in every unit of ``u`` tokens that is whole, in the
-        model's dtype ``[B, G, C/u, 2, D]``, where the cache keeps them; ``u`` divides pages.
+        What the cache keeps of the keys in every unit of ``u`` tokens that is whole, where it does: their bounds or
+        their moments (:func:`summarise`), in the model's dtype ``[B, G, C/u, 2, D]``; ``u`` divides pages.
     """
 
     query: Tensor
@@ -58,7 +62,7 @@ class Step:
 
     @property
     def bounded(self) -> Tensor:
-        """The first tokens whose keys have bounds: int64 0-d. On the device, as the length is."""
+        """The first tokens whose keys have bounds, or moments: int64 0-d. On the device, as the length is."""
         if self.bounds is not None:
             unit = self.capacity // self.bounds.shape[2]
             return self.length // unit * unit
@@ -89,16 +93,28 @@ def _paged(x: Tensor, page: int, fill: float) -> Tensor:
 
 
 def unit_of(form: KVForm) -> int:
-    """``u``, the tokens whose keys a cache of ``form`` keeps bounds for: what pages are multiples of."""
+    """``u``, the tokens whose keys a cache of ``form`` keeps bounds or moments for: what pages are multiples of."""
     return PAGE if form.dense else form.group
 
 
-def store_bounds(bounds: Tensor, rows: Tensor, length: int, key: Tensor, unit: int) -> None:
-    """Note in place the least and the largest of each channel in every unit that ``key`` makes whole.
+def summarise(units: Tensor, kind: Kept) -> Tensor:
+    """What is kept of units of keys ``[..., u, D]``: two numbers for each channel, in their dtype ``[..., 2, D]``.
+
+    ``"bounds"``: the least and the largest. ``"moments"``: the mean, and the standard deviation around it, of the ``u``
+    keys as a whole (no sample, so ``u`` divides); a variance would leave the range of fp16.
+    """
+    if kind == "bounds":
+        return torch.stack([units.amin(-2), units.amax(-2)], -2)
+    deviation, mean = torch.std_mean(units.float(), -2, correction=0)
+    return torch.stack([mean, deviation], -2).to(units.dtype)
+
+
+def store_bounds(bounds: Tensor, rows: Tensor, length: int, key: Tensor, unit: int, kind: Kept) -> None:
+    """Note in place the bounds or the moments of each channel in every unit that ``key`` makes whole.
 
     ``bounds`` ``[B, G, C/u, 2, D]``; ``key`` ``[B, G, T, D]``, which comes behind ``length`` tokens. ``rows`` is what
-    the store holds in the model's dtype before it takes ``key``: all keys, or the ring of the newest. So a unit's
-    bounds follow from its tokens alone, however they came and whatever was removed meanwhile: while a unit is not whole
+    the store holds in the model's dtype before it takes ``key``: all keys, or the ring of the newest. So what is kept
+    of a unit follows from its tokens alone, however they came and whatever was removed meanwhile: while it is not whole
     nothing is kept of it but the tokens, which no crop takes from the ring (``CompressedLayer.removable``).
     """
     first, stop = length // unit, min((length + key.shape[2]) // unit, bounds.shape[2])
@@ -106,7 +122,7 @@ def store_bounds(bounds: Tensor, rows: Tensor, length: int, key: Tensor, unit: i
         return
     old = torch.arange(first * unit, length, device=key.device) % rows.shape[2]
     whole = torch.cat([rows[:, :, old], key[:, :, : stop * unit - length]], 2).unflatten(2, (-1, unit))
-    bounds[:, :, first:stop] = torch.stack([whole.amin(3), whole.amax(3)], 3)
+    bounds[:, :, first:stop] = summarise(whole, kind)
 
 
 def boxes(step: Step, page: int) -> tuple[Tensor, Tensor]:
@@ -135,9 +151,41 @@ def bounds(step: Step, page: int, radius: float = 1.0) -> Tensor:
     low, high = boxes(step, page)
     if radius < 1:
         low, high = low.lerp(high, (1 - radius) / 2), high.lerp(low, (1 - radius) / 2)
-    query = (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (low.shape[1], -1))
+    query = _grouped(step)
     most: Tensor = query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT
     return most
+
+
+def _grouped(step: Step) -> Tensor:
+    """The query, scaled, by key/value heads: fp32 ``[B, G, R, D]``."""
+    return (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (step.keys[0].shape[1], -1))
+
+
+def moments(step: Step, page: int) -> tuple[Tensor, Tensor]:
+    """The mean and the variance of each channel of the keys in each page: fp32 ``[B, G, nP, D]``, two of them.
+
+    Of several units in a page, which are equally long: the mean of their means, and the mean of their variances with
+    the variance of their means. They hold for the keys as they were given, and mean nothing behind
+    :attr:`Step.bounded`.
+    """
+    assert step.bounds is not None
+    units = page * step.bounds.shape[2] // step.capacity
+    means, deviations = (_paged(x.mT, units, 0) for x in step.bounds.float().unbind(3))
+    mean = means.mean(-1, keepdim=True)
+    variance = (deviations.square() + (means - mean).square()).mean(-1)
+    return mean[..., 0].mT, variance.mT
+
+
+def likely(step: Step, page: int, deviations: float) -> Tensor:
+    """About the best score in a page, for each query head: fp32 ``[B, G, R, nP]``.
+
+    ``q . mean + deviations * sqrt(sum_d q_d^2 variance_d)`` over :func:`moments`: the mean of the scores, which is
+    exact, and so many standard deviations, as they would be if channels did not depend on each other.
+    """
+    mean, variance = moments(step, page)
+    query = _grouped(step)
+    best: Tensor = query @ mean.mT + deviations * (query.square() @ variance.mT).sqrt()
+    return best
 
 
 def mass(

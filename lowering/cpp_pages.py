@@ -26,7 +26,7 @@ from effcompile.lowering.cpp_arguments import (
 
 # Fields of PageArgs in kernels/cpp/pages.h, and of SelectArgs in kernels/cpp/select.h, behind their AttendArgs.
 _LISTS = struct.Struct("=2q 2q 2q q").pack
-_SELECT = struct.Struct("=4q 4q d").pack
+_SELECT = struct.Struct("=4q 5q d").pack
 
 
 def _whole_groups(form: KVForm, page: int) -> None:
@@ -93,11 +93,15 @@ def attend_mass(query: Tensor, *args: Any, table: Tensor | None = None) -> tuple
 
 
 @functools.cache
-def _numbers(method: str) -> tuple[bool, int, int, tuple[int, int], float]:
-    """Of a method: whether heads share a list, tokens in a page, pages, how many always are taken, radius of boxes."""
+def _numbers(method: str) -> tuple[bool, int, int, tuple[int, int], bool, float]:
+    """Of a method: whether heads share a list, tokens in a page, pages, how many always are taken, whether by moments.
+
+    And the deviations above the mean if so, else the radius of boxes.
+    """
     policy, options = page_ops.policy_of(method)
-    count, always = policy.count(**options), policy.always(**options)
-    return policy.shared, options["page_size"], count, always, options.get("radius", 1.0)
+    count, always, moments = policy.count(**options), policy.always(**options), options.get("rank_by") == "moments"
+    reach = options["deviations"] if moments else options.get("radius", 1.0)
+    return policy.shared, options["page_size"], count, always, moments, reach
 
 
 def select_pages(
@@ -115,7 +119,7 @@ def select_pages(
     bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::select_pages`` on CPUs. Arguments and results are the operator's."""
-    shared, page, count, always, radius = _numbers(method)
+    shared, page, count, always, moments, reach = _numbers(method)
     (batch, heads, _, size), groups, dtype = query.shape, k0.shape[1], query.dtype
     capacity, ratio = k0.shape[2] * (k0.shape[4] if k0.ndim == 5 else 1), heads // groups
     unit = None if bounds is None else capacity // bounds.shape[2]
@@ -168,7 +172,7 @@ def select_pages(
         scale,
     )
     results = listed.data_ptr(), counts.data_ptr()
-    if entry(packed + _SELECT(*pointers[3:], *results, width, page, *always, radius)):
+    if entry(packed + _SELECT(*pointers[3:], *results, width, page, *always, moments, reach)):
         raise CapacityError(f"the length, {int(length)}, is not within the capacity of the store.")
     return listed, counts
 

@@ -6,7 +6,8 @@ Paper: Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (Tan
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +20,7 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.paged_decode import PagedDecode, place_of
 from effcompile.passes.rewrite import Rewrite
 from effcompile.patterns.attention import AttentionSite
-from effcompile.patterns.walk import root, shape, value
+from effcompile.patterns.walk import operand, root, shape, value
 from effcompile.runtime import adapter
 
 bound_store = torch.ops.effcompile.bound_store.default
@@ -34,7 +35,8 @@ class Quest(PagedDecode):
     numbers already: they are what its groups are scaled with, so Quest costs no memory and keeps no state. They hold
     for the keys as they are read back, so that the bound is one for the very scores that attention computes. Other
     caches, of a model that is decorated, keep them besides, for the keys as they are given: an eighth of the bytes of
-    unpacked keys, with pages of 16.
+    unpacked keys, with pages of 16. ``rank_by="moments"``, which is not the paper's, keeps as many other numbers, for
+    caches of every form.
 
     The newest tokens, which have no bounds yet, are always visited, and the page of the newest token; they count.
 
@@ -50,6 +52,14 @@ class Quest(PagedDecode):
         above; but no key of a page is at its best in every channel, and 0.5 ranks pages better. From 0 to 1.
     skip_layers
         The first layers of the model, which attend to everything: attention is not sparse there (section 4.1).
+    rank_by
+        What is known of a page: ``"bounds"``, the paper's, or ``"moments"``, the mean and the standard deviation of
+        each channel of its keys. With these a page is worth the mean of the scores of its keys and ``deviations`` of
+        their standard deviations (:func:`effcompile.kernels.pages.likely`), ``radius`` says nothing, and keys that
+        padding hides count where they share a page with others: that is the first page that a query sees (``sink``).
+    deviations
+        Standard deviations above the mean. The best of 16 normal numbers is expected 1.77 above; 0 ranks pages by their
+        mean key, as MoBA does (Lu et al., 2025, section 2.2).
 
     Notes
     -----
@@ -61,6 +71,8 @@ class Quest(PagedDecode):
     sink: int = 16
     radius: float = 1.0
     skip_layers: int = 2
+    rank_by: pages.Kept = "bounds"
+    deviations: float = 1.8
 
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "Quest (Tang et al., ICML 2024)"
@@ -77,6 +89,10 @@ class Quest(PagedDecode):
             raise ValueError(f"sink={self.sink!r}; expected a number of tokens, 0 or more.")
         if not 0 <= self.radius <= 1:
             raise ValueError(f"radius={self.radius!r}; expected a share from 0 to 1, which is the paper's.")
+        if self.rank_by not in get_args(pages.Kept):
+            raise ValueError(f"rank_by={self.rank_by!r}; expected one of {', '.join(get_args(pages.Kept))}.")
+        if not (self.deviations >= 0 and math.isfinite(self.deviations)):
+            raise ValueError(f"deviations={self.deviations!r}; expected a finite number, 0 or more.")
 
     @property
     def always(self) -> tuple[int, int]:
@@ -84,8 +100,8 @@ class Quest(PagedDecode):
         return count_blocks(self.sink, self.page), 1
 
     def on_decorate(self, module: nn.Module) -> None:
-        """Have the caches of this model that are made from now on keep bounds where their form has none."""
-        module.__dict__[adapter.BOUNDS] = self.skip_layers
+        """Have the caches of this model that are made from now on keep what pages are ranked by."""
+        module.__dict__[adapter.BOUNDS] = self.skip_layers, self.rank_by
 
     def on_remove(self, module: nn.Module) -> None:
         """Undo that."""
@@ -93,7 +109,11 @@ class Quest(PagedDecode):
 
     def scores(self, step: pages.Step) -> Tensor:
         """Logarithms of shares, ``[B, G, nP]``: +inf where tokens are not packed, -inf where no token can be seen."""
-        bound, present = pages.bounds(step, self.page, self.radius), step.present(self.page)
+        if self.rank_by == "moments":
+            bound = pages.likely(step, self.page, self.deviations)
+        else:
+            bound = pages.bounds(step, self.page, self.radius)
+        present = step.present(self.page)
         open_ = step.ends_after(self.page, torch.minimum(step.bounded, step.length - 1))
         ranked, unknown = (present & ~open_).unsqueeze(2), ~bound.isfinite()
         share = bound.masked_fill(unknown | ~ranked, -torch.inf).log_softmax(-1)
@@ -103,7 +123,7 @@ class Quest(PagedDecode):
         return torch.where(present, torch.where(always, torch.inf, best), -torch.inf)
 
     def serve(self, site: AttentionSite, load: fx.Node, form: KVForm) -> Rewrite | Reason:
-        """The choice and attention over it, for a store whose groups know the ends of their channels."""
+        """The choice and attention over it, for a store of whose pages bounds or moments are known."""
 
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
@@ -112,12 +132,16 @@ class Quest(PagedDecode):
         if layer < self.skip_layers:
             text = f"layer {layer} of {layers} attends to everything (skip_layers={self.skip_layers})"
             return no("dense-layer", text)
-        bounds = None if form.bounds_keys else bounds_of(load)
-        if bounds is None and not form.bounds_keys:
+        free, kept = form.bounds_keys and self.rank_by == "bounds", kept_beside(load)
+        bounds = None if free else kept.get(self.rank_by)
+        if bounds is None and not free:
+            option = "" if self.rank_by == "bounds" else "rank_by='moments'"
+            held = "the least and the largest key" if self.rank_by == "bounds" else "mean and deviation of the keys"
+            other = f", and holds {' and '.join(kept)} instead" if kept else ""
             return no(
-                "no-page-bounds",
-                f"a cache of {form.name} holds the least and the largest key of a page if it was made on a CPU, after "
-                "quest was put on the model as a decorator, ec.quest()(model); this one was not. delta needs neither",
+                f"no-page-{self.rank_by}",
+                f"a cache of {form.name} holds {held} of a page if it was made on a CPU, after quest was put on the "
+                f"model as a decorator, ec.quest({option})(model); this one was not{other}. delta needs neither",
             )
         open_ = form.slots if bounds is None else self.page
         held = count_blocks(open_, self.page) + 1 + self.always[0]
@@ -138,10 +162,11 @@ class Quest(PagedDecode):
         return dataclasses.replace(made, programs=(*made.programs, ranks))
 
 
-def bounds_of(load: fx.Node) -> fx.Node | None:
-    """The buffer of bounds that is kept beside the store that ``load`` reads, or None."""
+def kept_beside(load: fx.Node) -> dict[str, fx.Node]:
+    """The buffer of bounds or of moments that is kept beside the store that ``load`` reads, if any, by which it is."""
     stored = {root(x) for x in load.args[:3] if isinstance(x, fx.Node)}
-    for call in load.graph.find_nodes(op="call_function", target=bound_store):
-        if root(call.args[1]) in stored:
-            return call.args[0]  # type: ignore[no-any-return]
-    return None
+    return {
+        str(call.args[5]): operand(call, 0)
+        for call in load.graph.find_nodes(op="call_function", target=bound_store)
+        if root(call.args[1]) in stored
+    }

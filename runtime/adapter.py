@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from effcompile.kernels.form import KVForm
+from effcompile.kernels.pages import Kept
 from effcompile.runtime import rules
 from effcompile.runtime.rules import FormRule
 
@@ -28,9 +29,10 @@ FORM = "_effcompile_form"
 RULES = "_effcompile_rules"
 """Instance attribute with the rules that came with it, for some of the layers below."""
 BOUNDS = "_effcompile_bounds"
-"""Instance attribute with the number of layers, of those with a compressed cache, before the first that needs bounds.
+"""Instance attribute with the number of layers, of those with a compressed cache, before the first that keeps more.
 
-On a module that a method for decoding was put on, for the caches that are made from then on.
+And with what it is to keep of pages of keys, bounds or moments (:data:`effcompile.kernels.pages.Kept`). On a module
+that a method for decoding was put on, for the caches that are made from then on.
 """
 HOOK = "_effcompile_hook"
 """Instance attribute with the handle of the forward pre-hook, on a model, on the models within it, on attentions."""
@@ -84,19 +86,22 @@ def layer_forms(model: nn.Module, default: KVForm, count: int, found: tuple[Form
     return forms
 
 
-def bounded_layers(model: nn.Module, full: list[int]) -> set[int]:
-    """Those of the layers ``full`` whose caches keep bounds of keys, by what was put on ``model`` and within it."""
+def bounded_layers(model: nn.Module, full: list[int]) -> dict[int, Kept]:
+    """Those of the layers ``full`` whose caches keep bounds or moments of keys, by what was put on ``model``.
+
+    Of several that ask for a layer the deepest decides, as it does about the layer's attention.
+    """
     asked = {
         rules.clean(path): module.__dict__[BOUNDS]
         for path, module in model.named_modules()
         if BOUNDS in module.__dict__
     }
-    return {
-        index
-        for path, index in rules.layers(model)
-        for on, first in asked.items()
-        if index in full[first:] and (on == "" or path == on or path.startswith(on + "."))
-    }
+    found: dict[int, tuple[int, Kept]] = {}
+    for path, index in rules.layers(model):
+        for on, (first, kind) in asked.items():
+            if index in full[first:] and (on == "" or path == on or path.startswith(on + ".")):
+                found[index] = max(found.get(index, (-1, kind)), (len(on), kind))
+    return {index: kind for index, (_, kind) in found.items()}
 
 
 def attach_hooks(module: nn.Module) -> None:

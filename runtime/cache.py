@@ -149,14 +149,16 @@ class Cache(cache_utils.Cache):
         check(chosen, model, full)
         forms = adapter.layer_forms(model, default, len(layers), chosen)
         # Where no program reads pages, nobody would read their bounds, and noting them would wait for the device.
-        bounded = adapter.bounded_layers(model, full) if device.type == "cpu" else set()
+        bounded = adapter.bounded_layers(model, full) if device.type == "cpu" else {}
         learned = learn(model, [i for i in full if forms[i].pre])
         self.angles = Angles.of(learned, self.capacity, device)
         for i in full:
             form = dataclasses.replace(forms[i], rope=learned[i].rope) if i in learned else forms[i]
             angles, ends = self.angles if form.pre else None, (full[0], full[-1])
-            bounds = i in bounded and not form.bounds_keys
-            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles, bounds)
+            kept = bounded.get(i)
+            if kept == "bounds" and form.bounds_keys:
+                kept = None
+            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles, kept)
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
         adapter.attach_hooks(model)

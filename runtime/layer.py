@@ -100,9 +100,11 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         For each packed side ``[B, G, L, D]``: what the slots of the newest ``L`` tokens held before them.
     angles
         The cache's table of angles, where keys are kept before RoPE.
+    kept
+        What is kept of the keys in every ``unit`` tokens, ``"bounds"`` or ``"moments"``, where a method for decoding
+        asks for it; else None.
     bounds
-        The least and the largest of each channel of the keys in every ``unit`` tokens
-        (:func:`effcompile.kernels.pages.store_bounds`), where a method for decoding asks for them; else None.
+        The buffer with that (:func:`effcompile.kernels.pages.store_bounds`), or None.
     given
         cos and sin of the call in progress, from the hook on this layer's attention to the ``update`` that takes them.
     """
@@ -119,7 +121,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         index: int,
         ends: tuple[int, int],
         angles: Angles | None = None,
-        bounded: bool = False,
+        kept: pages.Kept | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
@@ -138,7 +140,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.overrun: tuple[Tensor, Tensor] | None = None
         self.angles = angles
         self.given: Any = None
-        self.bounded, self.unit = bounded, pages.unit_of(form)
+        self.kept, self.unit = kept, pages.unit_of(form)
         self.bounds: Tensor | None = None
 
     def allocate(self, batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> None:
@@ -150,7 +152,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
                 buffers: list[Tensor | None] = [torch.zeros(s, dtype=d, device=self.length.device) for s, d in shapes]
                 state += buffers + [None] * (3 - len(buffers))
             # Keeping them asks for the length, for which a GPU would have to be waited: quest says so there.
-            if self.bounded and self.length.device.type == "cpu":
+            if self.kept is not None and self.length.device.type == "cpu":
                 shape = batch, heads, self.capacity // self.unit, 2, key_size
                 self.bounds = torch.zeros(shape, dtype=dtype, device=self.length.device)
         self.state = tuple(state)
@@ -227,7 +229,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             table["table"] = self.angles.write(self.index, self.length, given, key_states.shape[0], count)
         if self.bounds is not None:
             rows = self.state[0] if self.state[2] is None else self.state[2]
-            torch.ops.effcompile.bound_store(self.bounds, rows, self.length, stored[0], self.unit)
+            torch.ops.effcompile.bound_store(self.bounds, rows, self.length, stored[0], self.unit, self.kept)
         torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name, **table)
         if self.fresh:
             result = key_states, value_states

@@ -97,12 +97,12 @@ def test_only_the_layers_that_ask_keep_bounds() -> None:
     ec.quest(skip_layers=0)(model.model.layers[1])
     ec.quest(skip_layers=2)(model.model.layers[3].self_attn)
     dense = {"key_bits": 16, "value_bits": 16}
-    assert [layer.bounded for layer in ec.Cache(model, **dense).compressed] == [False, True, False, True]
-    assert not any(layer.bounded for layer in ec.Cache(model, key_bits=4).compressed)  # whose scales bound its keys
+    assert [bool(layer.kept) for layer in ec.Cache(model, **dense).compressed] == [False, True, False, True]
+    assert not any(layer.kept for layer in ec.Cache(model, key_bits=4).compressed)  # whose scales bound its keys
     ec.quest(skip_layers=2)(model)
-    assert [layer.bounded for layer in ec.Cache(model, **dense).compressed] == [False, True, True, True]
+    assert [bool(layer.kept) for layer in ec.Cache(model, **dense).compressed] == [False, True, True, True]
     ec.remove(model)
-    assert not any(layer.bounded for layer in ec.Cache(model, **dense).compressed)
+    assert not any(layer.kept for layer in ec.Cache(model, **dense).compressed)
 
 
 def with_bounds(form: KVForm, dtype: torch.dtype, length: int, ratio: int = 3) -> tuple[Chosen, torch.Tensor]:
@@ -111,7 +111,7 @@ def with_bounds(form: KVForm, dtype: torch.dtype, length: int, ratio: int = 3) -
     capacity = (length // form.group + 2) * form.group
     bounds = torch.full((2, 2, capacity // unit, 2, 64), torch.nan, dtype=dtype)
     rows = call.state[0] if call.state[2] is None else call.state[2]
-    BOUND(bounds, rows, torch.tensor(0), call.key, unit)
+    BOUND(bounds, rows, torch.tensor(0), call.key, unit, "bounds")
     return call, bounds
 
 
@@ -144,11 +144,11 @@ def test_no_key_scores_more_than_its_bound() -> None:
 
 def test_the_operator_keeps_torchs_contract() -> None:
     bounds, rows, key = torch.zeros(2, 1, 4, 2, 8), torch.randn(2, 1, 64, 8), torch.randn(2, 1, 20, 8)
-    torch.library.opcheck(BOUND, (bounds, rows, torch.tensor(30), key, 16))
+    torch.library.opcheck(BOUND, (bounds, rows, torch.tensor(30), key, 16, "bounds"))
     before = bounds.clone()
-    BOUND(bounds, rows, torch.tensor(3), key[:, :, :12], 16)  # 15 tokens are no unit
+    BOUND(bounds, rows, torch.tensor(3), key[:, :, :12], 16, "bounds")  # 15 tokens are no unit
     assert torch.equal(bounds, before)
-    BOUND(bounds, rows, torch.tensor(50), key, 16)  # more than there is room for, which kv_store says
+    BOUND(bounds, rows, torch.tensor(50), key, 16, "bounds")  # more than there is room for, which kv_store says
     assert torch.equal(bounds[:, :, :3], before[:, :, :3])
     assert bounds[:, :, 3].any()
 

@@ -1,5 +1,5 @@
-// Which pages of a store a step of decoding reads (effcompile/kernels/pages.py): by what attention to all of them found, or
-// by a bound on the scores of their keys.
+// Which pages of a store a step of decoding reads (effcompile/kernels/pages.py): by what attention to all of them found, by
+// a bound on the scores of their keys, or by their moments.
 #pragma once
 #include <algorithm>
 
@@ -10,12 +10,13 @@ namespace ec {
 struct SelectArgs {
   AttendArgs attend;      // without values and results
   const float* mass;      // [B, nP], or null: by bounds
-  const void* bounds;     // [B, G, C/g, 2, D], or null: the ends of groups that are packed per channel
+  const void* bounds;     // [B, G, C/g, 2, D], or moments; or null: the ends of groups that are packed per channel
   int32_t* pages;         // [B, G or 1, K]
   int32_t* counts;        // [B, G or 1]
   int64_t width, page;    // K, and the tokens in a page
   int64_t first, recent;  // how many of the first and of the newest pages are always listed
-  double radius;          // of the boxes that bounds are taken of, beside their own
+  int64_t moments;        // whether that is what `bounds` holds
+  double reach;           // deviations above the mean, or the radius of the boxes that bounds are taken of, to their own
 };
 
 // The least and the largest value of each channel of the keys in groups [from, to): low[DP], high[DP].
@@ -45,10 +46,29 @@ inline void ends_of(const SelectArgs& b, const Side<P, Kind::key>& keys, int64_t
   }
 }
 
-// The worth of pages [0, count) of one key/value head: of its query heads' bounds the largest, each relative to all pages in
-// [0, count) that the mask lets through, as logarithms of shares. See Quest.scores in effcompile/passes/quest.py.
+// The mean and the variance of each channel of the keys in units [from, to): mean[DP], variance[DP].
 template <class P>
-inline void rank_by_bounds(const SelectArgs& b, int64_t head, int64_t count, const bool* there, float* worth) {
+inline void moments_of(const SelectArgs& b, int64_t head, int64_t from, int64_t to, float* mean, float* variance) {
+  constexpr int64_t D = P::key_size;
+  const auto* at = static_cast<const typename P::scalar*>(b.bounds) + head * (b.attend.capacity / P::group) * 2 * D;
+  const Vec share(1.f / static_cast<float>(to - from));
+  for (int64_t d = 0; d < D; d += VL) {
+    Vec sum(0.f), spread(0.f);
+    for (int64_t unit = from; unit < to; ++unit) sum = sum + load_f32(at + unit * 2 * D + d, D - d);
+    const Vec middle = sum * share;
+    for (int64_t unit = from; unit < to; ++unit) {
+      const Vec off = load_f32(at + unit * 2 * D + d, D - d) - middle, own = load_f32(at + (unit * 2 + 1) * D + d, D - d);
+      spread = at::vec::fmadd(own, own, at::vec::fmadd(off, off, spread));
+    }
+    middle.store(mean + d), (spread * share).store(variance + d);
+  }
+}
+
+// The worth of pages [0, count) of one key/value head: of its query heads' bounds the largest, each relative to all pages in
+// [0, count) that the mask lets through, as logarithms of shares. See Quest.scores in effcompile/passes/quest.py. By moments
+// what bounds are is the score that is likely the best.
+template <class P>
+inline void rank(const SelectArgs& b, int64_t head, int64_t count, const bool* there, float* worth) {
   constexpr int64_t DP = round_up(P::key_size, VL);
   const AttendArgs& a = b.attend;
   const Scale scale(a.scale);
@@ -56,13 +76,19 @@ inline void rank_by_bounds(const SelectArgs& b, int64_t head, int64_t count, con
   const int64_t ld = round_up(most(1, count), VL);
   struct Work;
   float* q = scratch<Work>(P::ratio * 2 * DP + 2 * DP + (P::ratio + 1) * ld);
-  const auto near = static_cast<float>((1 + b.radius) / 2), far = static_cast<float>((1 - b.radius) / 2);
+  const auto reach = static_cast<float>(b.reach);
+  const auto near = static_cast<float>((1 + b.reach) / 2), far = static_cast<float>((1 - b.reach) / 2);
   float *low = q + P::ratio * 2 * DP, *high = low + DP, *weights = high + DP, *bound = weights + ld;
   for (int row = 0; row < P::ratio; ++row) {
     float *up = q + row * 2 * DP, *down = up + DP;
     read_query<P>(a, scale, head, row, up);
     for (int64_t d = 0; d < DP; d += VL) {
-      const Vec x = Vec::loadu(up + d), below = at::vec::minimum(x, Vec(0.f)), above = at::vec::maximum(x, Vec(0.f));
+      const Vec x = Vec::loadu(up + d);
+      if (b.moments) {
+        (x * x).store(down + d);
+        continue;
+      }
+      const Vec below = at::vec::minimum(x, Vec(0.f)), above = at::vec::maximum(x, Vec(0.f));
       // A smaller box around the same middle: each end is a mean of both.
       (Vec(near) * below + Vec(far) * above).store(down + d);
       (Vec(near) * above + Vec(far) * below).store(up + d);
@@ -70,15 +96,19 @@ inline void rank_by_bounds(const SelectArgs& b, int64_t head, int64_t count, con
   }
   for (int64_t p = 0; p < count; ++p) {
     if (!there[p]) continue;
-    ends_of<P>(b, keys, head, p * b.page / P::group, (p + 1) * b.page / P::group, low, high);
+    const int64_t from = p * b.page / P::group, to = (p + 1) * b.page / P::group;
+    if (b.moments)
+      moments_of<P>(b, head, from, to, high, low);
+    else
+      ends_of<P>(b, keys, head, from, to, low, high);
     for (int row = 0; row < P::ratio; ++row) {
       const float *up = q + row * 2 * DP, *down = up + DP;
-      Vec sum(0.f);
+      Vec ahead(0.f), behind(0.f);
       for (int64_t d = 0; d < DP; d += VL) {
-        sum = at::vec::fmadd(Vec::loadu(up + d), Vec::loadu(high + d), sum);
-        sum = at::vec::fmadd(Vec::loadu(down + d), Vec::loadu(low + d), sum);
+        ahead = at::vec::fmadd(Vec::loadu(up + d), Vec::loadu(high + d), ahead);
+        behind = at::vec::fmadd(Vec::loadu(down + d), Vec::loadu(low + d), behind);
       }
-      bound[row * ld + p] = sum_of(sum);
+      bound[row * ld + p] = b.moments ? sum_of(ahead) + reach * std::sqrt(sum_of(behind)) : sum_of(ahead + behind);
     }
   }
   for (int64_t p = 0; p < count; ++p) worth[p] = -INF;
@@ -139,7 +169,7 @@ int64_t select_pages(const SelectArgs& b) {
     if (b.mass)
       std::copy(b.mass + entry * all, b.mass + entry * all + ranked, worth);
     else
-      rank_by_bounds<P>(b, list, ranked, there, worth);
+      rank<P>(b, list, ranked, there, worth);
     for (int64_t p = 0, seen = 0; p < total; ++p) {
       seen += there[p];
       if (p >= ranked || seen <= b.first) worth[p] = INF;
