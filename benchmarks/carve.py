@@ -1,10 +1,14 @@
 """Feed-forward blocks that do less: what each method loses at each sparsity, beside a static mask of equal width.
 
+What a prompt chooses is measured on what follows it, token by token, and so is the static mask there.
+
 Calibrated on ``pydoc_data.topics`` from token 40,000 on, 8 texts of 2,048 tokens; measured on other tokens of it.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import statistics
 from typing import Any
 
@@ -23,6 +27,8 @@ CALIBRATION, SEQUENCES, LENGTH = 40_000, 8, 2048
 """First token, number of texts, tokens of each."""
 MEASURED = 1024
 """Tokens of each text that is measured on."""
+PROMPT, FOLLOWING = 512, 256
+"""Tokens of a prompt that chooses neurons, and of what follows it."""
 STATIC = "static mask"
 ENERGY: dict[str, Any] = {"grouping": "energy", "router": "fitted", "bias": True}
 """Carved by what neurons write, and not as in the paper."""
@@ -148,4 +154,94 @@ def loss(quick: bool = False) -> list[Measured]:
         ("carve_moe S2A2E8, energy", "carve_moe S1A1E8, energy"),
     ):
         rows.append(Measured(f"KL, {worse} over {better}", found[worse].kl / found[better].kl, " x", 1.0))
+    return rows
+
+
+CHOSEN: dict[str, dict[str, Any]] = {
+    "20 %": {"beta": 0.2},
+    "40 %": {"beta": 0.4},
+    "40 %, code's alpha": {"beta": 0.4, "alpha": 0.2},
+    "40 %, by size": {"beta": 0.4, "score": "magnitude"},
+    "40 %, all blocks": {"beta": 0.4, "layers": (0.0, 1.0)},
+    "60 %": {"beta": 0.6},
+    "60 %, by size": {"beta": 0.6, "score": "magnitude"},
+    "80 %": {"beta": 0.8},
+    "80 %, by size": {"beta": 0.8, "score": "magnitude"},
+}
+"""Settings of CoreInfer, by the share of neurons that is kept in the blocks that are rewritten."""
+
+
+def _masked(beta: float, given: list[Tensor], modules: set[str]) -> ec.Plan:
+    """A static mask that keeps the share ``beta`` of the neurons in these modules."""
+    method = ec.flap(1 - beta, metric="WIFN", structure="UL-UM", round_to=1, bias=False).options
+    (plan,) = each(shared()[0], given, [method])
+    return ec.Plan({(r.module, r.method): r for r in plan if r.module in modules})
+
+
+@torch.no_grad()
+def chosen(quick: bool = False) -> list[Measured]:
+    """What is lost behind a prompt that chooses the neurons: perplexity, KL and agreement, beside a static mask."""
+    from transformers import DynamicCache
+
+    model = shared()[0]
+    following = 64 if quick else FOLLOWING
+    read = [text[:, : PROMPT + following] for text in texts(2048 if quick else 4096)]
+    prompts = []
+    for text in read:
+        cache = DynamicCache(config=model.config)
+        model(text[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+        prompts.append(cache)
+
+    def after(told: Any, text: Tensor, cache: Any, step: int) -> Tensor:
+        """``[T, V]`` of the tokens behind the prompt, ``step`` at a time."""
+        pieces = text[:, PROMPT:-1].split(step, 1)
+        logits = [told(piece, past_key_values=cache).logits[0].float() for piece in pieces]
+        return torch.cat(logits).log_softmax(-1)
+
+    dense = [after(model, text, copy.deepcopy(cache), FOLLOWING) for text, cache in zip(read, prompts)]
+    plain = Distance()
+    for text, theirs in zip(read, dense):
+        plain.add(theirs, theirs, text[0, PROMPT + 1 :])
+    rows = [Measured(f"dense, behind {PROMPT} tokens: perplexity", plain.perplexity)]
+
+    def told(name: str, found: Distance) -> None:
+        note = (
+            f"perplexity {found.perplexity:.2f}, KL {found.kl / found.count:.3f}, same first choice "
+            f"{found.same / found.count:.1%}, {found.count} tokens behind prompts of {PROMPT}"
+        )
+        rows.append(
+            Measured(f"{name}: perplexity over dense", 100 * (found.perplexity / plain.perplexity - 1), " %", note=note)
+        )
+
+    masks: dict[tuple[float, int], Distance] = {}
+    for name, options in CHOSEN.items():
+        say(f"carve: coreinfer {name}")
+        ours = Distance()
+        with _without_inductor():
+            fast = ec.coreinfer(**options)(Side(name).model())
+            fast.compile(backend="effcompile")
+            for text, theirs in zip(read, dense):
+                cache = DynamicCache(config=model.config)
+                fast(text[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+                ours.add(after(fast, text, cache, 1), theirs, text[0, PROMPT + 1 :])
+            modules = {block.removesuffix(".down_proj") for block in ec.core_neurons(fast)}
+            kept = {core.shape[1] for core in ec.core_neurons(fast).values()}
+        width = model.config.intermediate_size
+        if not modules or kept != {int(options["beta"] * width)}:
+            raise AssertionError(f"coreinfer {name}: {len(modules)} blocks keep {kept} of {width} neurons")
+        told(f"coreinfer {name}", ours)
+        size = options["beta"], len(modules)
+        if size in masks:
+            continue
+        say(f"carve: {STATIC}, {size[0]:.0%} of {size[1]} blocks")
+        plan, masks[size] = _masked(size[0], batches(2, 1024) if quick else batches(), modules), Distance()
+        with _without_inductor():
+            other = dataclasses.replace(EAGER, name=STATIC, backend="effcompile", plan=plan).model()
+            for text, cache, theirs in zip(read, prompts, dense):
+                found = after(other, text, copy.deepcopy(cache), FOLLOWING)
+                masks[size].add(found, theirs, text[0, PROMPT + 1 :])
+            done = [d for d in ec.inspect(other).decisions if d.kind == "ffn" and d.action == "rewritten"]
+        if len(done) % len(modules) or not done:
+            raise AssertionError(f"the static mask is at {len(done)} blocks, and should be at {len(modules)}")
+        told(f"{STATIC}, {size[0]:.0%} of {size[1]} blocks", masks[size])
     return rows

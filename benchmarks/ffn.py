@@ -7,6 +7,7 @@ neighbours. Weights are random and thresholds are those at which half is kept: t
 
 ``dense`` is what a user has today; ``dense, our linear`` the same with the linear of few rows; ``dense, grouped`` all
 neurons in one operator; ``static, Inductor`` a dense FFN of half the width. The router is part of ``routed``.
+``indexed`` are single neurons from one list, and ``prompted`` the same with what ``coreinfer`` keeps of its text.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 import effcompile.lowering  # noqa: F401  (registers the kernels)
+from effcompile.kernels import core_ops  # noqa: F401  (registers an operator)
 
 SIZE, NEURONS, LAYERS = 576, 1536, 30
 GROUPS, SHARED, CHOSEN = 8, 2, 2
@@ -54,6 +56,9 @@ def sides(rows: int, dtype: torch.dtype) -> tuple[dict[str, Layer], Tensor]:
     routers = [torch.randn(2, GROUPS - SHARED, SIZE, dtype=dtype).unbind(0) for _ in range(LAYERS)]
     frozen = [torch.randperm(NEURONS)[: NEURONS // 2].sort()[0].to(torch.int32).unsqueeze(0) for _ in range(LAYERS)]
     thresholds: list[Tensor] = []
+    # As coreinfer has it: a list with room for all, and where its text goes on.
+    core = [F.pad(one, (0, NEURONS - one.shape[1]), value=-1) for one in frozen]
+    texts = [torch.tensor([9, 1]) for _ in range(LAYERS)]
 
     def dense(x: Tensor, i: int) -> Tensor:
         gate, up, _ = full[i]
@@ -80,6 +85,10 @@ def sides(rows: int, dtype: torch.dtype) -> tuple[dict[str, Layer], Tensor]:
     def indexed(x: Tensor, i: int) -> Tensor:
         return OPS.grouped_ffn(x, *full[i], frozen[i], None, 0, 1, "silu")
 
+    def prompted(x: Tensor, i: int) -> Tensor:
+        chosen = OPS.core_list(texts[i], core[i], texts[i][0].clone(), 1)
+        return OPS.grouped_ffn(x, *full[i], chosen, None, 0, 1, "silu")
+
     def columns(x: Tensor, i: int) -> Tensor:
         return OPS.column_ffn(x, *turned[i], full[i][2], thresholds[i], "silu")
 
@@ -97,7 +106,13 @@ def sides(rows: int, dtype: torch.dtype) -> tuple[dict[str, Layer], Tensor]:
         thresholds.append(torch.stack([keep, keep, hidden.float().abs().median()]))
         at = at + columns(at, i)
     found = {"dense": dense, "dense, grouped": everything, "static, Inductor": narrow, "static": static}
-    found |= {"routed": routed, "indexed": indexed, "column-sparse": columns, "three columns": three}
+    found |= {
+        "routed": routed,
+        "indexed": indexed,
+        "prompted": prompted,
+        "column-sparse": columns,
+        "three columns": three,
+    }
     if rows <= 8 and dtype is torch.float32:
         found["dense, our linear"] = linear
     return found, x

@@ -46,6 +46,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "prompt": ("A long prompt, sparse", sparse.prompt),
     "carve": ("Feed-forward blocks that do less", carve.loss),
     "calibrate": ("What calibrating costs", calibration.run),
+    "carve-prompt": ("Neurons chosen by the prompt", carve.chosen),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),

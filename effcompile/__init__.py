@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from effcompile.passes.calibrate import CalibrationError, calibrate
     from effcompile.passes.carve_moe import CarveMoE
     from effcompile.passes.compress_kv import CompressKV
+    from effcompile.passes.coreinfer import CoreInfer
     from effcompile.passes.delta import Delta
     from effcompile.passes.flap import Flap
     from effcompile.passes.flexprefill import FlexPrefill
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from effcompile.passes.wina import Wina
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
+    from effcompile.runtime.core_state import core_neurons, forget_core_neurons
     from effcompile.runtime.plan import Plan, PlanError
     from effcompile.runtime.router_state import expert_counts
 
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     blockrank = decorator(BlockRank)
     carve_moe = decorator(CarveMoE)
     compress_kv = decorator(CompressKV)
+    coreinfer = decorator(CoreInfer)
     delta = decorator(Delta)
     flap = decorator(Flap)
     flexprefill = decorator(FlexPrefill)
@@ -94,7 +97,9 @@ else:
         "blockrank_layout": "passes.blockrank",
         "blockrank_scores": "passes.blockrank",
         "calibrate": "passes.calibrate",
+        "core_neurons": "runtime.core_state",
         "expert_counts": "runtime.router_state",
+        "forget_core_neurons": "runtime.core_state",
         "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
         "merge_state": "kernels.attention",
@@ -150,10 +155,13 @@ __all__ = [
     "calibrate",
     "carve_moe",
     "compress_kv",
+    "core_neurons",
+    "coreinfer",
     "delta",
     "expert_counts",
     "flap",
     "flexprefill",
+    "forget_core_neurons",
     "graph_kv",
     "graph_kv_layout",
     "inspect",

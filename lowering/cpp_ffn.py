@@ -1,4 +1,5 @@
-"""FFNs that read a part of their weights, on CPUs: launchers of the operators of :mod:`effcompile.kernels.ffn_ops`.
+"""FFNs that read a part of their weights, on CPUs: launchers of the operators of :mod:`effcompile.kernels.ffn_ops`,
+and of what counts votes for neurons (:mod:`effcompile.kernels.core_ops`).
 
 Few tokens are limited by the weights that are read, and read none twice and none that do not count; many of them by
 ATen's matrix products. All shapes share a library; the dtype chooses it.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effcompile.kernels import ffn_ops, ops
+from effcompile.kernels import core_ops, ffn_ops, ops
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.lowering import toolchain
 
@@ -22,12 +23,13 @@ _SCALARS = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float
 # Headers, entry points and their arguments, by library. Headers of ATen take long to compile, and decoding needs none.
 _LIBRARIES = {
     "ffn": (
-        ("grouped.h", "route.h", "sparse.h"),
+        ("grouped.h", "route.h", "sparse.h", "core.h"),
         {
             "grouped_ffn": "GroupedArgs",
             "route": "RouteArgs",
             "column_linear": "ColumnArgs",
             "column_ffn": "ColumnFfnArgs",
+            "core_votes": "VotesArgs",
         },
     ),
     "ffn_many": (("grouped_many.h",), {"grouped_ffn_many": "GroupedArgs"}),
@@ -37,6 +39,7 @@ _GROUPED = struct.Struct("=4q 3q 3q 9q").pack
 _ROUTE = struct.Struct("=9q 8q d q").pack
 _COLUMN = struct.Struct("=6q 4q").pack
 _COLUMN_FFN = struct.Struct("=q 3q q 3q 3q q 5q").pack
+_VOTES = struct.Struct("=3q 5q d q").pack
 WITH_KERNELS = ("silu", "gelu", "gelu_tanh", "relu")
 """Those that have a kernel, in the order of ``kernels/cpp/rows.h``."""
 
@@ -291,7 +294,33 @@ def column_ffn(
     return out
 
 
+def core_votes(hidden: Tensor, counted: Tensor | None, rows: int, alpha: float, magnitude: bool) -> Tensor:
+    """Launcher of ``effcompile::core_votes`` on CPUs. Arguments and result are the operator's."""
+    core_ops.check_votes(hidden, counted, rows, alpha)
+    neurons, dtype = hidden.shape[-1], hidden.dtype
+    entry = _entry("core_votes", dtype)
+    hidden = hidden.contiguous()
+    counted = None if counted is None else counted.contiguous()
+    votes = hidden.new_empty((rows, neurons), dtype=torch.int32)
+    entry(
+        _VOTES(
+            hidden.data_ptr(),
+            _pointer(counted, torch.bool),
+            votes.data_ptr(),
+            rows,
+            hidden.numel() // (rows * neurons),
+            neurons,
+            1 if counted is None else counted.shape[0],
+            magnitude,
+            alpha,
+            torch.get_num_threads(),
+        )
+    )
+    return votes
+
+
 for _name, _launcher in (
+    ("core_votes", core_votes),
     ("grouped_ffn", grouped_ffn),
     ("route", route),
     ("column_linear", column_linear),

@@ -1,4 +1,5 @@
-"""FFNs that read a part of their weights, on GPUs: launchers of the operators of :mod:`effcompile.kernels.ffn_ops`.
+"""FFNs that read a part of their weights, on GPUs: launchers of the operators of :mod:`effcompile.kernels.ffn_ops`,
+and of what counts votes for neurons (:mod:`effcompile.kernels.core_ops`).
 
 Nothing waits for the device and no shape depends on data: slots are sorted by group there, into as many tiles as there
 could be. So a slot that names a group which is not there makes its token NaN, where a CPU raises ``IndexError``. Sums
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effcompile.kernels import ffn_ops, ops
+from effcompile.kernels import core_ops, ffn_ops, ops
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES
 from effcompile.lowering.triton import WAVES, multiprocessors
@@ -32,6 +33,8 @@ ROUTED_ALONE = 64
 """Tokens up to which each has a program of its own in a router; with more, 16 share what they read of it."""
 MAX_ROUTED = 256
 """Groups that one program can rank."""
+MAX_VOTED = 32768
+"""Neurons of which one program can tell the largest: it holds all that a token says."""
 BAND = 8
 """Tiles that are multiplied with the same part of a weight at a time, so that it is read from the cache."""
 
@@ -118,7 +121,7 @@ def _kernel(where: str, name: str, dtype: torch.dtype) -> Built:
 
 def written(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     """The file of an operator's kernels, which Triton builds for each dtype and size it meets, and its text."""
-    names = {"route": "route", "column_linear": "columns", "column_ffn": "columns"}
+    names = {"route": "route", "column_linear": "columns", "column_ffn": "columns", "core_votes": "core"}
     file = Path(ffn_ops.__file__).parent / "triton" / f"{names.get(operator, 'ffn')}.py"
     return str(file), file.read_text()
 
@@ -404,5 +407,25 @@ def column_ffn(
     return _add_up(parts, out, len(parts), (rows * size, size), down_bias).view(x.shape)
 
 
-for _launcher in (grouped_ffn, route, column_linear, column_ffn):
+def core_votes(hidden: Tensor, counted: Tensor | None, rows: int, alpha: float, magnitude: bool) -> Tensor:
+    """Launcher of ``effcompile::core_votes`` on GPUs: each token's last core neuron is found bit by bit, unsorted."""
+    core_ops.check_votes(hidden, counted, rows, alpha)
+    neurons = hidden.shape[-1]
+    if neurons > MAX_VOTED:
+        raise KernelUnavailable(f"votes for {neurons} neurons; one program ranks {MAX_VOTED}")
+    tokens = hidden.numel() // (rows * neurons)
+    counted = None if counted is None else counted.contiguous()
+    # In fp64, as the operator means it; an argument of a kernel would be fp32.
+    limits = (alpha * torch.arange(neurons + 1, dtype=torch.float64, device=hidden.device)).to(torch.int32)
+    votes = limits.new_zeros(rows, neurons)
+    room = max(16, _power(neurons))
+    _kernel("core", "token_votes", hidden.dtype).launch(
+        "", rows * tokens, hidden.contiguous(), limits if counted is None else counted, limits, votes,
+        tokens, 0 if counted is None or len(counted) == 1 else tokens, neurons, MASKED=counted is not None,
+        MAGNITUDE=magnitude, NEURONS=room, BITS=room.bit_length(), num_warps=min(16, max(4, room // 1024)),
+    )  # fmt: skip
+    return votes
+
+
+for _launcher in (grouped_ffn, route, column_linear, column_ffn, core_votes):
     ops.register_launcher(_launcher.__name__, "cuda", _launcher)

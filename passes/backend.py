@@ -39,6 +39,7 @@ from effcompile.patterns.moe import ExpertsSite, find_experts
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.router import RouterSite, find_routers
 from effcompile.patterns.site import Site
+from effcompile.patterns.text import locate
 from effcompile.patterns.walk import mutated_arguments, root
 from effcompile.runtime.router_state import Owned
 
@@ -89,6 +90,7 @@ def effcompile(
     before = report.Snapshot(graph)
     attention = find_attention(graph)
     blocks = find_feed_forward(graph)
+    locate(blocks, attention)
     sites: list[FeedForwardSite | RouterSite] = [*blocks, *find_routers(graph)]
     # Before anything is rewritten: a layer is found by what its attention leads to.
     kinds = _other_kinds(graph, attention, sites)

@@ -33,6 +33,7 @@ REGISTRY: dict[str, str] = {
     "xattention": "effcompile.passes.xattention:XAttention",
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
     "carve_moe": "effcompile.passes.carve_moe:CarveMoE",
+    "coreinfer": "effcompile.passes.coreinfer:CoreInfer",
     "flap": "effcompile.passes.flap:Flap",
     "reroute": "effcompile.passes.reroute:Reroute",
     "teal": "effcompile.passes.teal:Teal",

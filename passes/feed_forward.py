@@ -113,39 +113,61 @@ class FeedForwardPass(Pass, abc.ABC):
         if defaults | dict(record.options) != json.loads(self.text):
             told = f"made with {dict(record.options)}, and here {json.loads(self.text)} is asked for"
             return no("other-options", f"the plan was {told}")
-        parts = describe(site)
-        if isinstance(parts, Reason):
-            return parts
-        own = originals(parts)
-        if own is None:
-            return no("computed-weight", "a weight of this block is no parameter")
+        found = parts_of(site, self.name)
+        if isinstance(found, Reason):
+            return found
+        parts, own = found
         check_weights(record, own)
-        nodes = [parts.up.linear.weight, parts.down.weight, *([parts.gate.linear.weight] if parts.gate else [])]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in own.values()):
-            return no("gradients", f"gradients are needed, and {self.name} has none; use torch.no_grad()")
-        if len({value(n).dtype for n in (parts.input, *nodes, site.anchor)}) > 1:
-            return no("mixed-dtypes", "this block reads and writes different dtypes, as under autocast")
-
-        if not same_shape(shape(parts.input)[:-1], shape(site.anchor)[:-1]):
-            return no("not-supported", "a view between the linears of this block folds or unfolds its rows")
-        weights = tuple((site.module, node, own[role]) for role, node in nodes_of(parts).items())
 
         def emit(graph: fx.Graph) -> fx.Node:
             return self.emit(Put(graph, parts, own, record.text), record)
 
-        given, up = value(parts.input), parts.up
-        neurons = up.linear.outputs if up.width is None else up.width
-        rows = tuple(given.shape[:-1])
-        sizes = Sizes(given.shape[-1], neurons, given.dtype.itemsize, parts.gate is not None)
+        given, sizes = value(parts.input), sizes_of(parts)
         after = self.cost(sizes, record)
         return Rewrite(
             self.describes(record),
             emit,
-            weights=weights,
-            cost=None if after is None else (sizes.dense(neurons), after),
-            rows=rows,
+            weights=prepared_from(site, parts, own),
+            cost=None if after is None else (sizes.dense(sizes.neurons), after),
+            rows=tuple(given.shape[:-1]),
             operators=tuple(OperatorProgram(operator, given.dtype) for operator in self.operators),
         )
+
+
+def parts_of(site: FeedForwardSite, name: str) -> tuple[BlockParts, dict[str, Tensor]] | Reason:
+    """The linears of a block and the user's tensors by role, or why no form of the method ``name`` can stand there."""
+
+    def no(code: str, text: str) -> Reason:
+        return Reason(code, text, site.source)
+
+    parts = describe(site)
+    if isinstance(parts, Reason):
+        return parts
+    own = originals(parts)
+    if own is None:
+        return no("computed-weight", "a weight of this block is no parameter")
+    nodes = [parts.up.linear.weight, parts.down.weight, *([parts.gate.linear.weight] if parts.gate else [])]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in own.values()):
+        return no("gradients", f"gradients are needed, and {name} has none; use torch.no_grad()")
+    if len({value(n).dtype for n in (parts.input, *nodes, site.anchor)}) > 1:
+        return no("mixed-dtypes", "this block reads and writes different dtypes, as under autocast")
+    if not same_shape(shape(parts.input)[:-1], shape(site.anchor)[:-1]):
+        return no("not-supported", "a view between the linears of this block folds or unfolds its rows")
+    return parts, own
+
+
+def sizes_of(parts: BlockParts) -> Sizes:
+    """What the cost of a block depends on."""
+    given, up = value(parts.input), parts.up
+    neurons = up.linear.outputs if up.width is None else up.width
+    return Sizes(given.shape[-1], neurons, given.dtype.itemsize, parts.gate is not None)
+
+
+def prepared_from(
+    site: FeedForwardSite, parts: BlockParts, own: Mapping[str, Tensor]
+) -> tuple[tuple[str, fx.Node, Tensor], ...]:
+    """The weights of a rewrite (:class:`~effcompile.passes.rewrite.Rewrite`) that prepares its own from all of them."""
+    return tuple((site.module, node, own[role]) for role, node in nodes_of(parts).items())
 
 
 def check_weights(record: Record, own: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import BackendOptions
 from effcompile.passes.decision import Decision, Seen, Which, left, rewritten
 from effcompile.passes.options import PREFIX, annotations_of
-from effcompile.runtime.router_state import not_counting
+from effcompile.runtime.router_state import unchanged
 
 __all__ = [
     "Decision",
@@ -460,7 +460,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     if args or kwargs:
         run = model if compiled else torch.compile(target, backend="effcompile")
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.no_grad(), torch.random.fork_rng(devices), not_counting(target):
+        with torch.no_grad(), torch.random.fork_rng(devices), unchanged(target):
             run(*(_copied(a) for a in args), **{name: _copied(value) for name, value in kwargs.items()})
         compiled = True
     return Report(graphs_of(target, compiled=compiled), type(target).__name__)

@@ -36,7 +36,7 @@ class Rewrite:
     operators
         Those with kernels that serve all sizes, which are built when they are first launched.
     states
-        Weights of routers, by their nodes, with what the replacement reads or writes of their state.
+        Weights, by their nodes, with what the replacement reads or writes of the state that belongs to them.
     placed
         The replacement reads the old output: ``emit`` has put it behind that, and handed the uses on itself.
     """

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,10 @@ from effcompile.kernels.ffn import ACTIVATIONS as NAMED
 from effcompile.kernels.reason import Reason
 from effcompile.patterns.linear import VIEWS, Linear, input_of, is_linear, operands_of
 from effcompile.patterns.site import Site
-from effcompile.patterns.walk import aten, is_call, module_path, same_size, shape, value
+from effcompile.patterns.walk import aten, is_call, module_path, operand, same_size, shape, value
+
+if TYPE_CHECKING:
+    from effcompile.patterns.text import Text
 
 ACTIVATIONS = (
     aten.silu.default,
@@ -63,6 +67,10 @@ class FeedForwardSite(Site):
     """The calls between the linears, arithmetic on elements all of them."""
     number: int = 0
     """How many blocks of the same module come before it in the graph."""
+    text: Callable[[], Text | Reason] | None = None
+    """Its tokens, or why they are not known (:func:`effcompile.patterns.text.locate`)."""
+    depth: float = 0.0
+    """The share of the graph's blocks that come before it."""
 
     @property
     def down(self) -> fx.Node:
@@ -73,6 +81,12 @@ class FeedForwardSite(Site):
     def label(self) -> str:
         """``module``, or ``module#1`` for the second block in one module, as hand-written models have them."""
         return self.module + (f"#{self.number}" if self.number else "")
+
+    @property
+    def middle(self) -> fx.Node:
+        """What the linear out of the block reads."""
+        middle: fx.Node = operand(self.anchor, 1 if is_call(self.anchor, aten.addmm.default) else 0)
+        return middle
 
     @property
     def output(self) -> fx.Node:
