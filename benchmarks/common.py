@@ -41,6 +41,8 @@ class Side:
     group: int = 32
     plan: Any = None
     """A plan to compile with."""
+    weights: tuple[tuple[str, Any], ...] = ()
+    """Options of ``quantize_weights``."""
 
     def model(self) -> Any:
         """A model of this side. All share one set of weights, so that many can be held at a time."""
@@ -55,6 +57,10 @@ class Side:
             import effcompile as ec
 
             ec.sparse_attention(self.sparse[0], **dict(self.sparse[1]))(model)
+        if self.weights:
+            import effcompile as ec
+
+            ec.quantize_weights(**dict(self.weights))(model)
         if self.backend:
             options = {} if self.plan is None else {"options": {"plan": self.plan}}
             model.compile(backend=self.backend, dynamic=self.dynamic, **options)

@@ -26,6 +26,7 @@ import prefill
 import quality
 import sparse
 import steady
+import weights
 from common import HERE, Measured, console, machine, markdown, say, table
 
 Section = Callable[[bool], list[Measured]]
@@ -48,6 +49,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "calibrate": ("What calibrating costs", calibration.run),
     "carve-prompt": ("Neurons chosen by the prompt", carve.chosen),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
+    "weights": ("Weights in few bits", weights.run),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from effcompile.passes.pbs_attn import PBSAttn
     from effcompile.passes.proxyattn import ProxyAttn
+    from effcompile.passes.quantize_weights import QuantizeWeights
     from effcompile.passes.quest import Quest
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.reroute import Reroute
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     graph_kv = decorator(GraphKV)
     pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
+    quantize_weights = decorator(QuantizeWeights)
     quest = decorator(Quest)
     reroute = decorator(Reroute)
     sliding_window = decorator(SlidingWindow)
@@ -169,6 +171,7 @@ __all__ = [
     "options_of",
     "pbs_attn",
     "proxyattn",
+    "quantize_weights",
     "quest",
     "reinmax",
     "remove",

@@ -14,6 +14,7 @@ from effcompile.lowering import (  # noqa: F401
     cpp_ffn,
     cpp_linear,
     cpp_pages,
+    cpp_weights,
     triton,
     triton_blocks,
     triton_ffn,
@@ -31,6 +32,8 @@ def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> No
 
 def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:
     """The file of an operator's kernels, ``""`` if it is not built yet, and its text."""
+    if program.operator == "quantized_linear":
+        return cpp_weights.written(program.dtype)
     module = cpp_ffn if device_type == "cpu" else triton_ffn
     path, source = module.written(program.operator, program.dtype)
     return path, source

@@ -34,7 +34,7 @@ from effcompile.passes.weights import Fresh
 from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
 from effcompile.patterns.ffn import FeedForwardSite, find_feed_forward
 from effcompile.patterns.layers import find_layers
-from effcompile.patterns.linear import find_heads, find_linears
+from effcompile.patterns.linear import LinearSite, find_heads, find_linears
 from effcompile.patterns.moe import ExpertsSite, find_experts
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.router import RouterSite, find_routers
@@ -44,6 +44,9 @@ from effcompile.patterns.walk import mutated_arguments, root
 from effcompile.runtime.router_state import Owned
 
 log = logging.getLogger(__name__)
+
+Other = FeedForwardSite | RouterSite | LinearSite
+"""A site that is no attention."""
 
 
 def effcompile(
@@ -91,7 +94,8 @@ def effcompile(
     attention = find_attention(graph)
     blocks = find_feed_forward(graph)
     locate(blocks, attention)
-    sites: list[FeedForwardSite | RouterSite] = [*blocks, *find_routers(graph)]
+    routers = find_routers(graph)
+    sites: list[Other] = [*blocks, *routers, *find_linears(graph, [site.anchor for site in routers])]
     # Before anything is rewritten: a layer is found by what its attention leads to.
     kinds = _other_kinds(graph, attention, sites)
     decisions, replaced = _rewrite(graph, chosen, attention, sites)
@@ -152,17 +156,18 @@ def _rewrite(
     gm: fx.GraphModule,
     chosen: choices.BackendOptions,
     attention: Sequence[AttentionSite | Unmatched],
-    others: Sequence[FeedForwardSite | RouterSite] = (),
+    others: Sequence[Other] = (),
 ) -> tuple[list[report.Decision], Replaced]:
     """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
     kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
+    inside: dict[fx.Node, str] = {}
     for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
-        taken = ""
+        taken = inside.get(site.anchor, "") if isinstance(site, LinearSite) else ""
         answers = {}
         for name in [name for name, kind in kinds.items() if kind == site.kind]:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
@@ -177,6 +182,8 @@ def _rewrite(
                 decisions.append(report.left(index, site, rule, answer))
                 continue
             taken = name
+            if isinstance(site, FeedForwardSite):
+                inside |= dict.fromkeys((*site.ups, site.down), name)
             old = site.output
             with gm.graph.inserting_before(old):
                 new = answer.emit(gm.graph)
@@ -192,12 +199,12 @@ def _rewrite(
 
 
 def _other_kinds(
-    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], found: Sequence[FeedForwardSite | RouterSite]
+    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], found: Sequence[Other]
 ) -> list[Site]:
     """The sites of kinds beside attention."""
     feed_forward = [site for site in found if isinstance(site, FeedForwardSite)]
     blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
-    return [*found, *find_experts(gm), *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+    return [*found, *find_experts(gm), *find_heads(gm), *find_layers(gm, attention, blocks)]
 
 
 def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision]:

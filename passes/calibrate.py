@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import time
@@ -24,6 +25,8 @@ from effcompile.passes.backend_options import clean_path
 from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found
 from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.options import Decorator, remove
+from effcompile.passes.quantize_weights import QuantizeWeights
+from effcompile.passes.reconstruct import WINDOW, ReconstructionError, read, reconstruct, rows_of_blocks
 from effcompile.passes.sparse_prefill import SparsePrefill
 from effcompile.passes.tree import place_of
 from effcompile.passes.weights import block_of, nodes_of, originals
@@ -86,8 +89,10 @@ def calibrate(
     attention = [method for method in methods if isinstance(method, SparsePrefill)]
     blocks = [method for method in methods if isinstance(method, FeedForwardPass)]
     # A fit reads them more than once.
-    texts: Any = list(batches) if attention else batches
+    weights = [method for method in methods if isinstance(method, QuantizeWeights)]
+    texts: Any = list(batches) if attention or weights else batches
     plans = [_fitted(model, texts, method, progress) for method in attention]
+    plans += [_rounded(model, texts, method, progress) for method in weights]
     plans += each(model, texts, blocks, progress=progress) if blocks else []
     made = {name: value for plan in plans for name, value in plan.made.items()}
     made["seconds"] = round(sum(plan.made["seconds"] for plan in plans), 1)
@@ -170,9 +175,48 @@ def _last_logits(model: nn.Module, batch: Any) -> Tensor:
     return logits[:, -LAST:].flatten(0, 1).float().log_softmax(-1)
 
 
-def _method(thing: Any) -> FeedForwardPass | SparsePrefill:
+def _rounded(model: nn.Module, batches: Sequence[Any], method: QuantizeWeights, progress: bool) -> Plan:
+    """A plan with the codes of each linear in the layers (:mod:`effcompile.passes.reconstruct`)."""
+    model = getattr(model, "_orig_mod", model)
+    copied = _shared_copy(model).eval()
+    started, cbq = time.time(), method.method == "cbq"
+    try:
+        path, layers = rows_of_blocks(copied)
+        texts = read(layers, batches, functools.partial(_call, copied), _mask)
+        if not texts:
+            raise CalibrationError("calibrate(...): batches is empty; give some text.")
+        found = reconstruct(
+            layers,
+            path,
+            texts,
+            method.make,
+            window=WINDOW if cbq else 1,
+            iterations=method.iterations,
+            lr=method.lr,
+            crossed=cbq,
+            shown=functools.partial(_shown, progress=progress),
+        )
+    except ReconstructionError as error:
+        raise CalibrationError(f"calibrate(...): {method}: {error}.") from None
+    options = json.loads(method.text)
+    made = []
+    for one in found:
+        tensors = {name: t for name, t in one.packed._asdict().items() if t is not None}
+        made.append(Record(one.module, method.name, options, {"linear": one.digest}, one.numbers, tensors))
+    return _plan(made, model, sum(map(_count, batches)), started)
+
+
+def _mask(batch: Any) -> Tensor | None:
+    """Which tokens of a batch count, bool ``[B, T]``; None for all."""
+    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _method(thing: Any) -> FeedForwardPass | SparsePrefill | QuantizeWeights:
     options = thing.options if isinstance(thing, Decorator) else thing
-    if not isinstance(options, FeedForwardPass | SparsePrefill):
+    if not isinstance(options, FeedForwardPass | SparsePrefill | QuantizeWeights) or (
+        isinstance(options, QuantizeWeights) and (options.method == "rtn" or options.bits == 16)
+    ):
         raise TypeError(
             f"calibrate(...): {thing!r} is not calibrated; give passes such as ec.flap(ratio=0.25), with their options."
         )
@@ -198,10 +242,10 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 def _run(model: Any, batch: Any, watch: _Watch) -> int:
     """One batch through the model; returns the tokens that count."""
-    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    mask = _mask(batch)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         mask = None  # it is the encoder's alone, and which rows are those of the encoder is not known here
-    watch.keep = mask.bool().flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    watch.keep = None if mask is None else mask.flatten()
     _call(model, batch)
     return _count(batch)
 

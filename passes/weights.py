@@ -138,8 +138,8 @@ class Fresh:
                 continue
             if digest(tensor) != expected:
                 raise PlanError(
-                    f"{where}: its weights are not those that were prepared for the compiled code. Calibrate again, "
-                    "call torch._dynamo.reset(), and compile with the new plan."
+                    f"{where}: its weights are not those that were prepared for the compiled code. Call "
+                    "torch._dynamo.reset() and compile again; a plan has to be made again by calibrating."
                 )
             self.seen[place] = weakref.ref(tensor), version_of(tensor)
         return self.compiled(*args)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Collection
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
@@ -18,6 +19,14 @@ class LinearSite(Site):
     """``x @ weight.T + bias`` (``linear``), ``x @ weight + bias`` (``addmm``), or a product with a weight."""
 
     kind: ClassVar[str] = "linear"
+
+    role: Literal["", "head", "router"] = ""
+    """What it is for, where that matters: it makes the logits, or chooses experts."""
+
+    @property
+    def output(self) -> fx.Node:
+        """The node that a rewrite replaces: the linear itself."""
+        return self.anchor
 
 
 @dataclasses.dataclass
@@ -85,13 +94,33 @@ def operands_of(linear: fx.Node) -> Linear | None:
     return Linear(linear, x, weight, flipped, bias)  # type: ignore[arg-type]
 
 
-def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
-    """All linears of a normalised graph, in graph order."""
-    return [LinearSite(node) for node in gm.graph.nodes if is_linear(node)]
+def find_linears(gm: fx.GraphModule, routers: Collection[fx.Node] = ()) -> list[LinearSite]:
+    """All linears of a normalised graph, in graph order. Those that choose experts are among ``routers``.
+
+    A head is what makes a result of the graph or what a loss reads, or has the weight of an embedding.
+    """
+    heads = {*_last(gm)}
+    for loss in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+        node = strip_casts(loss.args[0])
+        while is_call(node, aten.slice.Tensor, *VIEWS):
+            node = strip_casts(node.args[0])
+        heads.add(node)
+    found = []
+    for node in gm.graph.nodes:
+        if is_linear(node):
+            parts = operands_of(node)
+            tied = parts is not None and any(is_call(user, aten.embedding.default) for user in parts.weight.users)
+            found.append(LinearSite(node, "router" if node in routers else "head" if node in heads or tied else ""))
+    return found
 
 
 def find_heads(gm: fx.GraphModule) -> list[HeadSite]:
     """The linears that make what the graph returns, of another width than they read, and feed nothing else."""
+    return [HeadSite(node) for node in _last(gm) if not same_size(shape(node)[-1], shape(input_of(node))[-1])]
+
+
+def _last(gm: fx.GraphModule) -> list[fx.Node]:
+    """The linears whose result leaves the graph, but for scaling and capping, and feeds nothing else."""
     found = []
     for made in gm.graph.output_node().all_input_nodes:
         node = made
@@ -101,6 +130,6 @@ def find_heads(gm: fx.GraphModule) -> list[HeadSite]:
             if not (numbers or is_call(node, aten.tanh.default, aten.slice.Tensor, *VIEWS)):
                 break
             node = node.args[0]
-        if is_linear(node) and len(node.users) == 1 and not same_size(shape(node)[-1], shape(input_of(node))[-1]):
-            found.append(HeadSite(node))
+        if is_linear(node) and len(node.users) == 1:
+            found.append(node)
     return found

@@ -1,0 +1,189 @@
+"""Weights in few bits: linears that read codes of 8 to 2 bits, unpacked inside the product.
+
+Papers: round to nearest in groups, as in GPTQ (Frantar et al., ICLR 2023) and the formats that followed; the codes of
+FlexRound (Lee et al., ICML 2023) and CBQ (Ding et al., ICLR 2025) are learned (:mod:`effcompile.passes.reconstruct`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from effcompile.kernels import cost, weight_ops
+from effcompile.kernels.cost import Cost
+from effcompile.kernels.program import DTYPES, OperatorProgram
+from effcompile.kernels.reason import Reason
+from effcompile.passes.base import Pass
+from effcompile.passes.feed_forward import check_weights
+from effcompile.passes.reconstruct import ROUNDINGS, Rounding
+from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.weights import constant, prepared, real
+from effcompile.patterns.linear import LinearSite, operands_of
+from effcompile.patterns.walk import shape, value
+from effcompile.runtime.plan import Record
+
+NORMAL = 2.0**-14
+"""The least fp16 number with all its digits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Read the weights of linears in few bits: codes, and for each group of inputs of each output a scale and a zero.
+
+    What is multiplied by is ``code * scale + zero``; activations stay as they are. The user's parameters stay as they
+    are, too: the packed ones are made when the model is compiled, and belong to the compiled code.
+
+    Parameters
+    ----------
+    bits
+        8, 4, 3 or 2; 16 leaves weights as they are.
+    group
+        Inputs that share a scale: fewer are more accurate, and cost more bytes. A last group may be shorter.
+    symmetric
+        Without zeros, which saves 16 bits a group; the middle code is 0.
+    method
+        ``"rtn"`` rounds to nearest, and needs no data. ``"flexround"`` and ``"cbq"`` learn how to round, layer by layer
+        or over two layers at a time: they are calibrated first (:func:`effcompile.calibrate`), and applied by a plan.
+    iterations, lr
+        Of those two: steps of Adam for each layer or window, and its rate at the first of them, which falls to a
+        twentieth. The numbers are those of FlexRound's code.
+    head
+        Also the linear that makes the logits. Where its weight is tied to the embedding, that keeps reading the
+        original, and only the head reads the packed copy. It is rounded to nearest.
+    """
+
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = False
+    method: Literal["rtn", "flexround", "cbq"] = "rtn"
+    head: bool = False
+    iterations: int = 5000
+    lr: float = 3e-3
+
+    name: ClassVar[str] = "quantize_weights"
+    paper: ClassVar[str] = "round to nearest; FlexRound (Lee et al., ICML 2023); CBQ (Ding et al., ICLR 2025)"
+    summary: ClassVar[str] = "linears: weights in few bits, unpacked inside the product"
+    phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    site_kind: ClassVar[str] = "linear"
+    limit: ClassVar[dict[str, Any]] = {"bits": 16}
+
+    def __post_init__(self) -> None:
+        if self.bits not in (16, *weight_ops.BITS):
+            offered = ", ".join(map(str, weight_ops.BITS))
+            raise ValueError(f"bits={self.bits!r} is not offered; choose {offered}, or 16 to leave weights alone.")
+        if self.group < 8 or self.group % 8:
+            raise ValueError(f"group={self.group!r}; expected a multiple of 8, such as 32, 64 or 128.")
+        if self.iterations < 0 or not self.lr > 0:
+            raise ValueError(f"iterations={self.iterations!r}, lr={self.lr!r}; expected 0 or more, and a rate above 0.")
+
+    def match(self, site: LinearSite) -> Rewrite | Reason:
+        """The same linear on packed weights, or why it stays as it is."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        if self.bits == 16:
+            return no("nothing-to-do", "with 16 bits weights stay as they are")
+        if site.role == "head" and not self.head:
+            return no("head", "this linear makes logits, or shares the embedding's weight; head=True takes it too")
+        if site.role == "router":
+            return no("router", "this linear chooses experts, and a rounding changes which")
+        parts = operands_of(site.anchor)
+        weight = None if parts is None else real(parts.weight)
+        if parts is None or weight is None:
+            return no("computed-weight", "its weight is computed, as from another library's codes; it is left alone")
+        if type(weight) not in (Tensor, nn.Parameter):
+            return no("other-library", f"its weight is a {type(weight).__name__}, a form of another library")
+        nodes = [parts.input, parts.weight, site.anchor, *([] if parts.bias is None else [parts.bias])]
+        if len({value(n).dtype for n in nodes}) > 1:
+            return no("mixed-dtypes", "it reads and writes different dtypes, as under autocast")
+        if weight.dtype not in DTYPES or weight.ndim != 2 or (parts.bias is not None and len(shape(parts.bias)) != 1):
+            return no("not-supported", f"its weight is {weight.dtype} {tuple(weight.shape)}, or its bias no vector")
+        if _gradients(site.anchor.graph):
+            return no("gradients", "gradients are needed, and packed weights have none; use torch.no_grad()")
+        if weight.device.type != "cpu":
+            return no("no-kernel", f"there is no kernel for {weight.device.type}")
+        if why := self.out_of_range(weight):
+            return no("range", why)
+        rows = weight.t() if parts.flipped else weight
+        record: Record | None = site.record
+        if self.method == "rtn" or site.role == "head":
+            record = None
+        elif record is None:
+            return no("no-plan", f"no plan says how {self.method} rounds here; see effcompile.calibrate")
+        elif dict(record.options) != json.loads(self.text):
+            told = f"made with {dict(record.options)}, and here {json.loads(self.text)} is asked for"
+            return no("other-options", f"the plan was {told}")
+        else:
+            check_weights(record, {"linear": weight})
+
+        def make() -> dict[str, Tensor]:
+            if record is not None:
+                return self._recorded(record, rows.shape[0], rows.shape[1])
+            found = weight_ops.round_to_nearest(rows.detach(), self.bits, self.group, self.symmetric)
+            packed = weight_ops.pack(*found, self.bits)
+            return {name: t for name, t in packed._asdict().items() if t is not None}
+
+        def emit(graph: fx.Graph) -> fx.Node:
+            key = f"{self.name} {self.bits} {self.group} {self.symmetric} {parts.flipped}"
+            key = key if record is None else record.text
+            own = {n: constant(graph, t, parts.input) for n, t in prepared(key, [weight], make).items()}
+            sides = own["codes"], own["scales"], own.get("zeros")
+            sizes = rows.shape[0], self.bits, self.group
+            return graph.call_function(weight_ops.QUANTIZED_LINEAR, (parts.input, *sides, parts.bias, *sizes))
+
+        return Rewrite(
+            self.form,
+            emit,
+            weights=((site.module, parts.weight, weight),),
+            cost=self._cost(rows.shape[0], rows.shape[1], weight.dtype.itemsize),
+            rows=shape(parts.input)[:-1],
+            operators=(OperatorProgram("quantized_linear", weight.dtype),),
+        )
+
+    @property
+    def form(self) -> str:
+        """Bits, group and method, for the report."""
+        return f"w{self.bits}g{self.group}{' symmetric' * self.symmetric} {self.method}"
+
+    def _recorded(self, record: Record, outputs: int, inputs: int) -> dict[str, Tensor]:
+        """The codes of a plan. Raises :class:`~effcompile.runtime.plan.PlanError` if they do not fit the weight."""
+        blocks, groups = -(-outputs // weight_ops.LANES), -(-inputs // self.group)
+        side = blocks, groups, weight_ops.LANES
+        found = {"codes": record.tensor("codes", blocks, groups, self.group * self.bits // 8, weight_ops.LANES)}
+        return found | {n: record.tensor(n, *side) for n in ("scales", "zeros")[: 1 if self.symmetric else 2]}
+
+    def make(self, weight: Tensor) -> Rounding | None:
+        """What learns the codes of ``weight``; None if it stays as it is."""
+        if weight.ndim != 2 or weight.dtype not in DTYPES or self.out_of_range(weight):
+            return None
+        return ROUNDINGS[self.method](weight, self.bits, self.group, self.symmetric)
+
+    def out_of_range(self, weight: Tensor) -> str:
+        """Why scales in fp16 are no good for ``weight``, or ''."""
+        largest = float(weight.detach().abs().amax())
+        if not largest <= torch.finfo(torch.float16).max:
+            return f"its weights reach {largest:g}, and scales are fp16"
+        if 0 < largest / 2**self.bits < NORMAL:
+            return f"its weights are at most {largest:g}, and scales in fp16 would lose digits"
+        return ""
+
+    def _cost(self, outputs: int, inputs: int, itemsize: int) -> tuple[Cost, Cost]:
+        """Of the linear as it is, and with packed weights."""
+        tokens = cost.B * cost.T
+        blocks, groups = -(-outputs // weight_ops.LANES), -(-inputs // self.group)
+        length = self.group * self.bits // 8 + (2 if self.symmetric else 4)
+        packed = blocks * weight_ops.LANES * groups * length
+        ends, products = tokens * (inputs + outputs) * itemsize, 2 * tokens * outputs * inputs
+        dense = Cost(outputs * inputs * itemsize + ends, products)
+        return dense, Cost(packed + ends, products + 2 * outputs * inputs)
+
+
+def _gradients(graph: fx.Graph) -> bool:
+    """Whether something that goes into ``graph`` wants a gradient: the operator would not hand it on."""
+    given = (getattr(n.meta.get("grapharg"), "example", None) for n in graph.find_nodes(op="placeholder"))
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)

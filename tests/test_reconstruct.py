@@ -1,0 +1,175 @@
+"""Rounding that is learned on data: begins at round to nearest, loses less, and is applied by a plan."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import effcompile as ec
+from effcompile.kernels import weight_ops
+from effcompile.kernels.weight_ops import Packed, dequantize, round_to_nearest
+from effcompile.passes.reconstruct import ROUNDINGS, Rounding
+from models import GQA, MODELS, NanoGPT, _hf
+
+IDS = [torch.randint(1, 128, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+OPTIONS: dict[str, Any] = {"bits": 3, "group": 32, "iterations": 40, "lr": 3e-3}
+
+
+def pass_of(method: str, **other: Any) -> Any:
+    return ec.quantize_weights(**OPTIONS | {"method": method} | other)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS[0]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(ids, use_cache=False).logits
+    return found
+
+
+def told(model: nn.Module, plan: Any, **options: Any) -> nn.Module:
+    twin = copy.deepcopy(model)
+    twin.compile(backend="effcompile", options={"plan": plan, **options})
+    return twin
+
+
+def stored(model: nn.Module, plan: Any) -> nn.Module:
+    """The model with what the records of a plan give back in the place of its weights."""
+    twin = copy.deepcopy(model)
+    for record in plan:
+        module = twin.get_submodule(record.module)
+        flipped = type(module).__name__ == "Conv1D"
+        shape = module.weight.t().shape if flipped else module.weight.shape
+        packed = Packed(record.tensors["codes"], record.tensors["scales"], record.tensors.get("zeros"))
+        made = dequantize(packed, *shape, OPTIONS["bits"]).to(module.weight.dtype)
+        module.weight = nn.Parameter(made.t() if flipped else made)
+    return twin
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", ROUNDINGS.values(), ids=ROUNDINGS)
+def test_it_begins_at_round_to_nearest(kind: type[Rounding], symmetric: bool) -> None:
+    weight = torch.randn(21, 83)
+    weight[3] = 0.25
+    one = kind(weight, 3, 40, symmetric)
+    nearest = weight_ops.pack(*round_to_nearest(weight, 3, 40, symmetric), 3)
+    wanted, packed = dequantize(nearest, 21, 83, 3), one.packed()
+    torch.testing.assert_close(dequantize(packed, 21, 83, 3), wanted, rtol=2**-10, atol=2**-12)
+    torch.testing.assert_close(one.weight(), wanted, rtol=2**-10, atol=2**-9)
+
+
+@pytest.mark.parametrize("kind", ROUNDINGS.values(), ids=ROUNDINGS)
+def test_every_number_that_is_learned_has_a_gradient_and_moves_codes(kind: type[Rounding]) -> None:
+    one = kind(torch.randn(16, 64), 3, 32, False)
+    before = one.packed().codes
+    x, target = torch.randn(40, 64), torch.randn(40, 16)
+    optimiser = torch.optim.Adam(one.learned, 1e-2)
+    for _ in range(40):
+        optimiser.zero_grad()
+        (x @ one.weight().t() - target).square().mean().backward()
+        optimiser.step()
+    assert all(t.grad is not None and t.grad.any() for t in one.learned)
+    assert not torch.equal(one.packed().codes, before)
+    # What is optimised is what is stored, up to fp16: the step is rounded, and the zero.
+    largest = one.log_step.exp().max() * 8 * 2**-10 + one.zero.abs().max() * one.log_step.exp().max() * 2**-10
+    got = dequantize(one.packed(), 16, 64, 3)
+    assert (got - one.weight()).abs().max() <= largest
+
+
+@pytest.mark.parametrize("method", ROUNDINGS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_layers_lose_less_and_a_plan_applies_it(
+    name: str, method: str, no_inductor: list[Any], tmp_path: Path, no_fallback: None
+) -> None:
+    model = MODELS[name]("sdpa")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    plan = ec.calibrate(model, IDS, [pass_of(method)], progress=False)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    errors = [(r.numbers["error"], r.numbers["error_nearest"]) for r in plan]
+    assert all(0 < error <= nearest for error, nearest in errors)
+    assert sum(e for e, _ in errors) < 0.9 * sum(n for _, n in errors)
+    plan.save(tmp_path)
+    ours = told(model, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(stored(model, plan)), rtol=1e-4, atol=1e-4)
+    rows = [d for d in ec.inspect(ours).decisions if d.kind == "linear"]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    assert len(plan) == len(rows) == len(linears) - 1
+    assert {d.form for d in rows} == {f"w3g32 {method}"}
+
+
+@pytest.mark.slow
+def test_no_steps_are_round_to_nearest(no_inductor: list[Any]) -> None:
+    model = MODELS["llama"]("sdpa")
+    plan = ec.calibrate(model, IDS, [pass_of("cbq", iterations=0)], progress=False)
+    plain = copy.deepcopy(model)
+    plain.compile(backend="effcompile", options={"quantize_weights": {"bits": 3, "group": 32}})
+    torch.testing.assert_close(logits(told(model, plan)), logits(plain), rtol=1e-2, atol=1e-2)
+
+
+def test_the_same_again() -> None:
+    model, plan = MODELS["llama"]("sdpa"), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        plan.append(ec.calibrate(model, IDS, [pass_of("cbq", iterations=3)], progress=False).text)
+    assert plan[0] == plan[1]
+
+
+def test_a_window_that_is_wider_than_the_model(no_inductor: list[Any]) -> None:
+    model = _hf("Llama", **GQA | {"num_hidden_layers": 1})("sdpa")
+    plan = ec.calibrate(model, IDS, [pass_of("cbq")], progress=False)
+    assert len(plan) == 7
+
+
+def test_padding_does_not_count() -> None:
+    model = MODELS["llama"]("sdpa")
+    row = IDS[0][:1]
+    mask = torch.ones(1, 30, dtype=torch.long)
+    mask[:, :6] = 0
+    padded = torch.nn.functional.pad(row, (6, 0), value=3)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    batches: list[Any] = [row, {"input_ids": padded, "attention_mask": mask, "position_ids": position}]
+    alone, together = (
+        ec.calibrate(model, [one], [pass_of("flexround", iterations=0)], progress=False) for one in batches
+    )
+    for one, two in zip(alone, together, strict=True):
+        assert one.numbers["error_nearest"] == pytest.approx(two.numbers["error_nearest"], rel=1e-3)
+
+
+def test_without_a_plan_with_other_options_and_for_other_weights(no_inductor: list[Any]) -> None:
+    model = MODELS["llama"]("sdpa")
+    bare = copy.deepcopy(model)
+    bare.compile(backend="effcompile", options={"quantize_weights": OPTIONS | {"method": "cbq"}})
+    logits(bare)
+    left = {d.reason.code for d in ec.inspect(bare).decisions if d.kind == "linear" and d.reason}
+    assert left == {"no-plan", "head"}
+    plan = ec.calibrate(model, IDS[:1], [pass_of("flexround", iterations=1)], progress=False)
+    other = {"rules": {"model.layers.0": {"quantize_weights": {"bits": 4, "method": "cbq"}}}}
+    twin = told(model, plan, **other)
+    logits(twin)
+    rows = {d.module: d for d in ec.inspect(twin).decisions if d.kind == "linear"}
+    assert {d.reason.code if d.reason else "" for m, d in rows.items() if "layers.0" in m} == {"other-options"}
+    assert {d.action for m, d in rows.items() if "layers.1" in m} == {"rewritten"}
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    with pytest.raises(Exception, match=r"quantize_weights at model\.layers\.1\.mlp\.up_proj: the linear weights are"):
+        logits(told(changed, plan))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda m: ec.calibrate(m, [], [pass_of("cbq")]), ec.CalibrationError, "batches is empty"),
+        (lambda m: ec.calibrate(m, IDS, [ec.quantize_weights()]), TypeError, "is not calibrated"),
+        (lambda m: ec.calibrate(NanoGPT(), IDS, [pass_of("cbq")]), ec.CalibrationError, "one after another"),
+        (lambda m: ec.calibrate(nn.Linear(8, 8), [torch.ones(1, 8)], [pass_of("cbq")]), ec.CalibrationError, "no list"),
+        (lambda m: pass_of("cbq", iterations=-1), ec.OptionError, "expected 0 or more"),
+    ],
+)
+def test_what_cannot_be_calibrated(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call(MODELS["llama"]("sdpa"))
