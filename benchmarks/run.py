@@ -20,6 +20,7 @@ import calibration
 import carve
 import decode
 import formats
+import low_rank
 import paged
 import peers
 import prefill
@@ -47,6 +48,8 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "carve": ("Feed-forward blocks that do less", carve.loss),
     "calibrate": ("What calibrating costs", calibration.run),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
+    "low-rank": ("Linears of low rank", low_rank.loss),
+    "low-rank-speed": ("Linears of low rank: decoding", low_rank.speed),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),

@@ -34,7 +34,7 @@ from effcompile.passes.weights import Fresh
 from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
 from effcompile.patterns.ffn import FeedForwardSite, find_feed_forward
 from effcompile.patterns.layers import find_layers
-from effcompile.patterns.linear import find_heads, find_linears
+from effcompile.patterns.linear import LinearSite, find_heads, find_linears
 from effcompile.patterns.moe import ExpertsSite, find_experts
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.router import RouterSite, find_routers
@@ -89,9 +89,12 @@ def effcompile(
     before = report.Snapshot(graph)
     attention = find_attention(graph)
     blocks = find_feed_forward(graph)
-    sites: list[FeedForwardSite | RouterSite] = [*blocks, *find_routers(graph)]
+    routers = find_routers(graph)
+    linears = find_linears(graph, {router.anchor for router in routers})
+    # A linear after the block that it is in: a method that takes the block takes it, too.
+    sites: list[FeedForwardSite | RouterSite | LinearSite] = [*blocks, *routers, *linears]
     # Before anything is rewritten: a layer is found by what its attention leads to.
-    kinds = _other_kinds(graph, attention, sites)
+    kinds = _other_kinds(graph, attention, [*blocks, *routers], linears)
     decisions, replaced = _rewrite(graph, chosen, attention, sites)
     told = {decision.site for decision in decisions}
     others = _others(kinds, [site for n, site in enumerate(sites, len(attention)) if n in told])
@@ -102,7 +105,7 @@ def effcompile(
         return _unchanged(gm, example_inputs, chosen, kept)
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
-    linears = lower_linears(graph)
+    lowered = lower_linears(graph)
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
     operators = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.operators))
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
@@ -112,7 +115,7 @@ def effcompile(
         gm, before, decisions, chosen, clock.seconds, after=after, programs=(*programs, *operators), others=others,
         notes=notes, root=root,
     )  # fmt: skip
-    record.linears = linears
+    record.linears = lowered
     report.record(record)
     inputs = {node: n for n, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     weights = [(inputs[n], module, t) for _, made, _, _ in replaced for module, n, t in made.weights if n in inputs]
@@ -150,17 +153,18 @@ def _rewrite(
     gm: fx.GraphModule,
     chosen: choices.BackendOptions,
     attention: Sequence[AttentionSite | Unmatched],
-    others: Sequence[FeedForwardSite | RouterSite] = (),
+    others: Sequence[FeedForwardSite | RouterSite | LinearSite] = (),
 ) -> tuple[list[report.Decision], Replaced]:
     """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
+    owners: dict[fx.Node, str] = {}
     kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
     for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
-        taken = ""
+        taken = owners.get(site.anchor, "")
         answers = {}
         for name in [name for name, kind in kinds.items() if kind == site.kind]:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
@@ -175,6 +179,8 @@ def _rewrite(
                 decisions.append(report.left(index, site, rule, answer))
                 continue
             taken = name
+            if isinstance(site, FeedForwardSite):
+                owners |= dict.fromkeys((*site.ups, site.anchor), name)
             old = site.output
             with gm.graph.inserting_before(old):
                 new = answer.emit(gm.graph)
@@ -190,12 +196,15 @@ def _rewrite(
 
 
 def _other_kinds(
-    gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], found: Sequence[FeedForwardSite | RouterSite]
+    gm: fx.GraphModule,
+    attention: Sequence[AttentionSite | Unmatched],
+    found: Sequence[FeedForwardSite | RouterSite],
+    linears: Sequence[LinearSite],
 ) -> list[Site]:
     """The sites of kinds beside attention."""
     feed_forward = [site for site in found if isinstance(site, FeedForwardSite)]
     blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
-    return [*found, *find_experts(gm), *find_heads(gm), *find_linears(gm), *find_layers(gm, attention, blocks)]
+    return [*found, *find_experts(gm), *find_heads(gm), *linears, *find_layers(gm, attention, blocks)]
 
 
 def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision]:

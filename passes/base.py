@@ -34,6 +34,7 @@ REGISTRY: dict[str, str] = {
     "compress_kv": "effcompile.passes.compress_kv:CompressKV",
     "carve_moe": "effcompile.passes.carve_moe:CarveMoE",
     "flap": "effcompile.passes.flap:Flap",
+    "low_rank": "effcompile.passes.low_rank:LowRank",
     "reroute": "effcompile.passes.reroute:Reroute",
     "teal": "effcompile.passes.teal:Teal",
     "wina": "effcompile.passes.wina:Wina",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import fx
@@ -18,6 +20,21 @@ class LinearSite(Site):
     """``x @ weight.T + bias`` (``linear``), ``x @ weight + bias`` (``addmm``), or a product with a weight."""
 
     kind: ClassVar[str] = "linear"
+
+    role: str = ""
+    """``head`` or ``router`` for linears that make logits or score experts."""
+    number: int = 0
+    """How many linears of the same module come before it in the graph."""
+
+    @property
+    def label(self) -> str:
+        """``module``, or ``module#1`` for the second linear in one module, as hand-written models have them."""
+        return self.module + (f"#{self.number}" if self.number else "")
+
+    @property
+    def output(self) -> fx.Node:
+        """The node that a rewrite replaces."""
+        return self.anchor
 
 
 @dataclasses.dataclass
@@ -85,9 +102,27 @@ def operands_of(linear: fx.Node) -> Linear | None:
     return Linear(linear, x, weight, flipped, bias)  # type: ignore[arg-type]
 
 
-def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
-    """All linears of a normalised graph, in graph order."""
-    return [LinearSite(node) for node in gm.graph.nodes if is_linear(node)]
+def find_linears(gm: fx.GraphModule, routers: Collection[fx.Node] = ()) -> list[LinearSite]:
+    """All linears of a normalised graph, in graph order; ``routers`` are those known to score experts."""
+    heads = {site.anchor for site in find_heads(gm)}
+    found = []
+    before: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        if is_linear(node):
+            site = LinearSite(node, "head" if node in heads else "router" if node in routers else "")
+            site.number = before[site.module]
+            before[site.module] += 1
+            found.append(site)
+    return found
+
+
+def readers_of(weight: fx.Node) -> set[fx.Node]:
+    """The calls that read a weight, behind transposes of it."""
+    found: set[fx.Node] = set()
+    for user in weight.users:
+        transposed = is_call(user, aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int)
+        found |= readers_of(user) if transposed else {user}
+    return found
 
 
 def find_heads(gm: fx.GraphModule) -> list[HeadSite]:
