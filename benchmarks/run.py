@@ -20,6 +20,7 @@ import calibration
 import carve
 import decode
 import formats
+import low_rank
 import paged
 import peers
 import prefill
@@ -50,6 +51,8 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "carve-prompt": ("Neurons chosen by the prompt", carve.chosen),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "weights": ("Weights in few bits", weights.run),
+    "low-rank": ("Linears of low rank", low_rank.loss),
+    "low-rank-speed": ("Linears of low rank: decoding", low_rank.speed),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
     from effcompile.passes.layout import Chunk, Layout
+    from effcompile.passes.low_rank import LowRank
     from effcompile.passes.options import (
         DecorationError,
         OptionError,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     flap = decorator(Flap)
     flexprefill = decorator(FlexPrefill)
     graph_kv = decorator(GraphKV)
+    low_rank = decorator(LowRank)
     pbs_attn = decorator(PBSAttn)
     proxyattn = decorator(ProxyAttn)
     quantize_weights = decorator(QuantizeWeights)
@@ -167,6 +169,7 @@ __all__ = [
     "graph_kv",
     "graph_kv_layout",
     "inspect",
+    "low_rank",
     "merge_state",
     "options_of",
     "pbs_attn",

@@ -13,6 +13,7 @@ from effcompile.lowering import (  # noqa: F401
     cpp_blocks,
     cpp_ffn,
     cpp_linear,
+    cpp_low_rank,
     cpp_pages,
     cpp_weights,
     triton,
@@ -34,6 +35,8 @@ def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:
     """The file of an operator's kernels, ``""`` if it is not built yet, and its text."""
     if program.operator == "quantized_linear":
         return cpp_weights.written(program.dtype)
+    if program.operator == "low_rank_linear":
+        return cpp_low_rank.written(program.operator, program.dtype)
     module = cpp_ffn if device_type == "cpu" else triton_ffn
     path, source = module.written(program.operator, program.dtype)
     return path, source

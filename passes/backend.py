@@ -95,6 +95,7 @@ def effcompile(
     blocks = find_feed_forward(graph)
     locate(blocks, attention)
     routers = find_routers(graph)
+    # A linear after the block that it is in: a method that takes the block takes it, too.
     sites: list[Other] = [*blocks, *routers, *find_linears(graph, [site.anchor for site in routers])]
     # Before anything is rewritten: a layer is found by what its attention leads to.
     kinds = _other_kinds(graph, attention, sites)
@@ -108,7 +109,7 @@ def effcompile(
         return _unchanged(gm, example_inputs, chosen, kept)
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
-    linears = lower_linears(graph)
+    lowered = lower_linears(graph)
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
     operators = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.operators))
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
@@ -118,7 +119,7 @@ def effcompile(
         gm, before, decisions, chosen, clock.seconds, after=after, programs=(*programs, *operators), others=others,
         notes=notes, root=root,
     )  # fmt: skip
-    record.linears = linears
+    record.linears = lowered
     report.record(record)
     inputs = {node: n for n, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     weights = [(inputs[n], module, t) for _, made, _, _ in replaced for module, n, t in made.weights if n in inputs]

@@ -35,6 +35,7 @@ REGISTRY: dict[str, str] = {
     "carve_moe": "effcompile.passes.carve_moe:CarveMoE",
     "coreinfer": "effcompile.passes.coreinfer:CoreInfer",
     "flap": "effcompile.passes.flap:Flap",
+    "low_rank": "effcompile.passes.low_rank:LowRank",
     "quantize_weights": "effcompile.passes.quantize_weights:QuantizeWeights",
     "reroute": "effcompile.passes.reroute:Reroute",
     "teal": "effcompile.passes.teal:Teal",

@@ -7,14 +7,16 @@ be calibrated, under the same path.
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +26,7 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import clean_path
 from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found
 from effcompile.passes.fit_threshold import Fitter, records
+from effcompile.passes.low_rank import LowRank
 from effcompile.passes.options import Decorator, remove
 from effcompile.passes.quantize_weights import QuantizeWeights
 from effcompile.passes.reconstruct import WINDOW, ReconstructionError, read, reconstruct, rows_of_blocks
@@ -88,12 +91,17 @@ def calibrate(
         )
     attention = [method for method in methods if isinstance(method, SparsePrefill)]
     blocks = [method for method in methods if isinstance(method, FeedForwardPass)]
+    linears = [method for method in methods if isinstance(method, LowRank)]
     # A fit reads them more than once.
     weights = [method for method in methods if isinstance(method, QuantizeWeights)]
-    texts: Any = list(batches) if attention or weights else batches
+    texts: Any = list(batches) if attention or weights or linears else batches
     plans = [_fitted(model, texts, method, progress) for method in attention]
     plans += [_rounded(model, texts, method, progress) for method in weights]
     plans += each(model, texts, blocks, progress=progress) if blocks else []
+    if linears:
+        from effcompile.passes.calibrate_linear import each_linear
+
+        plans += each_linear(model, texts, linears, progress=progress)
     made = {name: value for plan in plans for name, value in plan.made.items()}
     made["seconds"] = round(sum(plan.made["seconds"] for plan in plans), 1)
     return Plan({(r.module, r.method): r for plan in plans for r in plan}, made)
@@ -104,27 +112,39 @@ def each(
 ) -> list[Plan]:
     """A plan for each of ``methods``, which may be settings of one method, from one pass over the data."""
     model = getattr(model, "_orig_mod", model)
+    watch, started = _Watch(methods), time.time()
+    with watching(model, watch) as copied:
+        tokens = run_all(copied, batches, watch, progress=progress)
+    found = [_records(method, wanted) for method, wanted in zip(methods, watch.wanted(), strict=True)]
+    return [plan_of(some, model, tokens, started) for some in found]
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, watch: Watch) -> Iterator[nn.Module]:
+    """Within this context: a copy of ``model`` on the same weights, whose graphs ``watch`` runs and looks at."""
     copied = _shared_copy(model).eval()
-    watch = _Watch(methods)
     torch._dynamo.reset()
     copied.compile(backend=watch)
-    started, tokens = time.time(), 0
     try:
         with torch.no_grad():
-            for batch in _shown(batches, progress):
-                tokens += _run(copied, batch, watch)
+            yield copied
     finally:
         torch._dynamo.reset()
+
+
+def run_all(copied: nn.Module, batches: Iterable[Any], watch: Watch, *, progress: bool) -> int:
+    """All batches through what :func:`watching` gives; the tokens that count. Raises if nothing was seen."""
+    tokens = sum(_run(copied, batch, watch) for batch in _shown(batches, progress))
     if not tokens:
         raise CalibrationError("calibrate(...): batches is empty, or every token is hidden; give some text.")
     if not watch.sites:
-        reasons = sorted({str(reason) for reason in watch.reasons}) or ["no feed-forward block was found"]
+        reasons = sorted({str(reason) for reason in watch.reasons}) or [f"no {watch.kind} was found"]
         raise CalibrationError(f"calibrate(...): no site that can be calibrated: {'; '.join(reasons[:3])}.")
-    found = [_records(method, wanted) for method, wanted in zip(methods, watch.wanted(), strict=True)]
-    return [_plan(some, model, tokens, started) for some in found]
+    return tokens
 
 
-def _plan(records: Sequence[Record], model: nn.Module, tokens: int, started: float) -> Plan:
+def plan_of(records: Sequence[Record], model: nn.Module, tokens: int, started: float) -> Plan:
+    """A plan that says what it was made from, and how long that took."""
     made = {"tokens": tokens, "seconds": round(time.time() - started, 1), "torch": torch.__version__}
     made |= {"model": type(model).__name__, "date": time.strftime("%Y-%m-%d")}
     return Plan({(r.module, r.method): r for r in records}, made)
@@ -165,7 +185,7 @@ def _fitted(model: nn.Module, batches: Sequence[Any], method: SparsePrefill, pro
     def parameters(module: str) -> dict[str, str]:
         return {name: digest(p) for name, p in copied.get_submodule(module).named_parameters()}
 
-    return _plan(records(fitter, parameters), model, tokens, started)
+    return plan_of(records(fitter, parameters), model, tokens, started)
 
 
 def _last_logits(model: nn.Module, batch: Any) -> Tensor:
@@ -203,7 +223,7 @@ def _rounded(model: nn.Module, batches: Sequence[Any], method: QuantizeWeights, 
     for one in found:
         tensors = {name: t for name, t in one.packed._asdict().items() if t is not None}
         made.append(Record(one.module, method.name, options, {"linear": one.digest}, one.numbers, tensors))
-    return _plan(made, model, sum(map(_count, batches)), started)
+    return plan_of(made, model, sum(map(_count, batches)), started)
 
 
 def _mask(batch: Any) -> Tensor | None:
@@ -212,9 +232,9 @@ def _mask(batch: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _method(thing: Any) -> FeedForwardPass | SparsePrefill | QuantizeWeights:
+def _method(thing: Any) -> FeedForwardPass | SparsePrefill | QuantizeWeights | LowRank:
     options = thing.options if isinstance(thing, Decorator) else thing
-    if not isinstance(options, FeedForwardPass | SparsePrefill | QuantizeWeights) or (
+    if not isinstance(options, FeedForwardPass | SparsePrefill | QuantizeWeights | LowRank) or (
         isinstance(options, QuantizeWeights) and (options.method == "rtn" or options.bits == 16)
     ):
         raise TypeError(
@@ -240,7 +260,7 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     return track(batches, "calibrating", console=Console(stderr=True), transient=True)
 
 
-def _run(model: Any, batch: Any, watch: _Watch) -> int:
+def _run(model: Any, batch: Any, watch: Watch) -> int:
     """One batch through the model; returns the tokens that count."""
     mask = _mask(batch)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
@@ -283,25 +303,65 @@ class _Site:
     parameters: dict[str, str]
     samples: Samples
     statistics: list[dict[str, Statistic]]
+    given: Tensor | None = None
 
     @property
     def collected(self) -> list[Statistic]:
         """Each statistic once."""
         return [*{id(s): s for named in self.statistics for s in named.values()}.values(), self.samples]
 
-    def update(self, rows: Rows) -> None:
-        for one in self.collected:
-            one.update(rows)
+    def see_input(self, rows: Tensor) -> None:
+        self.given = rows
+
+    def see_middle(self, rows: Tensor) -> None:
+        if not rows.isfinite().all():
+            raise CalibrationError(f"calibrate(...): activations of {self.module} hold NaN or infinity.")
+        assert self.given is not None
+        given, self.given = self.given, None
+        if rows.shape[0]:  # a batch may be hidden as a whole
+            for one in self.collected:
+                one.update(Rows(given, rows, self.block))
 
 
-class _Watch:
+See = Callable[[Tensor], None]
+"""What is done with the rows ``[n, channels]`` that a node gives, without those that a mask hides."""
+
+
+class Watch(abc.ABC):
     """The back end: runs graphs as they are, and looks."""
 
-    def __init__(self, methods: Sequence[FeedForwardPass]) -> None:
-        self.methods = methods
-        self.sites: dict[str, _Site] = {}
+    kind: ClassVar[str]
+    """What it looks for."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Any] = {}
         self.reasons: list[Reason] = []
         self.keep: Tensor | None = None
+
+    @abc.abstractmethod
+    def look(self, graph: fx.GraphModule) -> Looking:
+        """What to look at in a normalised graph."""
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The way that Dynamo's graph is run."""
+        place = place_of(gm)
+        if place is not None:
+            place.complete(gm)
+        graph = normalize(gm, inputs)
+        if isinstance(graph, Reason):
+            self.reasons.append(graph)
+            return gm.forward
+        return self.look(graph).run
+
+
+class _Watch(Watch):
+    """Looks at feed-forward blocks."""
+
+    kind = "feed-forward block"
+
+    def __init__(self, methods: Sequence[FeedForwardPass]) -> None:
+        super().__init__()
+        self.methods = methods
 
     def wanted(self) -> list[list[Calibrated]]:
         """For each pass its sites, in the order of the model."""
@@ -310,16 +370,10 @@ class _Watch:
             for n in range(len(self.methods))
         ]
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        place = place_of(gm)
-        if place is not None:
-            place.complete(gm)
-        graph = normalize(gm, inputs)
-        if isinstance(graph, Reason):
-            self.reasons.append(graph)
-            return gm.forward
-        looked_at: dict[fx.Node, list[tuple[_Site, str]]] = {}
-        weights: dict[fx.Node, tuple[Tensor, _Site]] = {}
+    def look(self, graph: fx.GraphModule) -> Looking:
+        """The input of each block, and what its last linear reads."""
+        looked_at: dict[fx.Node, list[See]] = {}
+        weights: dict[fx.Node, tuple[Tensor, str]] = {}
         for found in find_feed_forward(graph):
             parts = describe(found)
             own = None if isinstance(parts, Reason) else originals(parts)
@@ -331,10 +385,10 @@ class _Watch:
             site = self._site(clean_path(found.label), block_of(parts, own), own)
             last = found.anchor.args[1 if is_call(found.anchor, aten.addmm.default) else 0]
             assert isinstance(last, fx.Node)
-            looked_at.setdefault(parts.input, []).append((site, "input"))
-            looked_at.setdefault(last, []).append((site, "middle"))
-            weights |= {node: (own[role], site) for role, node in nodes_of(parts).items()}
-        return _Looking(graph, looked_at, weights, self).run
+            looked_at.setdefault(parts.input, []).append(site.see_input)
+            looked_at.setdefault(last, []).append(site.see_middle)
+            weights |= {node: (own[role], site.module) for role, node in nodes_of(parts).items()}
+        return Looking(graph, looked_at, weights, self)
 
     def _site(self, module: str, block: FeedForward, own: Mapping[str, Tensor]) -> _Site:
         if module not in self.sites:
@@ -343,7 +397,8 @@ class _Watch:
             site = self.sites[module] = _Site(module, block, parameters, Samples(SAMPLES), _shared(statistics))
             for one in site.collected:
                 one.prepare(block)
-        return self.sites[module]
+        found: _Site = self.sites[module]
+        return found
 
 
 def _shared(statistics: list[dict[str, Statistic]]) -> list[dict[str, Statistic]]:
@@ -352,43 +407,34 @@ def _shared(statistics: list[dict[str, Statistic]]) -> list[dict[str, Statistic]
     return [{name: kept.setdefault(one.key, one) for name, one in named.items()} for named in statistics]
 
 
-class _Looking(fx.Interpreter):
-    """Runs a graph node by node, and hands what some nodes give to the sites."""
+class Looking(fx.Interpreter):
+    """Runs a graph node by node, and hands what some nodes give to those who look at them."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        looked_at: Mapping[fx.Node, list[tuple[_Site, str]]],
-        weights: Mapping[fx.Node, tuple[Tensor, _Site]],
-        watch: _Watch,
+        looked_at: Mapping[fx.Node, list[See]],
+        weights: Mapping[fx.Node, tuple[Tensor, str]],
+        watch: Watch,
     ) -> None:
         super().__init__(gm)
         self.looked_at, self.weights, self.watch = looked_at, weights, watch
-        self.inputs: dict[int, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """One node."""
         result = super().run_node(n)
         if n in self.weights and n.op == "placeholder":
-            weight, site = self.weights[n]
+            weight, module = self.weights[n]
             if result.data_ptr() != weight.data_ptr():
                 # Dynamo reuses what it compiled for one layer, so rows would be counted for the wrong one.
                 raise CalibrationError(
-                    f"calibrate(...): the code of {site.module} runs with the weights of another module. A graph break "
+                    f"calibrate(...): the code of {module} runs with the weights of another module. A graph break "
                     "inside the model lets layers share code; remove it (TORCH_LOGS=graph_breaks shows where)."
                 )
-        for site, what in self.looked_at.get(n, ()):
+        for see in self.looked_at.get(n, ()):
             rows = result.detach().flatten(0, -2)
             keep = self.watch.keep
-            if keep is not None and keep.numel() == rows.shape[0]:
-                rows = rows[keep]
-            if what == "input":
-                self.inputs[id(site)] = rows
-                continue
-            if not rows.isfinite().all():
-                raise CalibrationError(f"calibrate(...): activations of {site.module} hold NaN or infinity.")
-            given = self.inputs.pop(id(site))
-            if rows.shape[0]:  # a batch may be hidden as a whole
-                site.update(Rows(given, rows, site.block))
+            see(rows[keep] if keep is not None and keep.numel() == rows.shape[0] else rows)
         return result
 
 

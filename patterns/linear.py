@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,13 @@ class LinearSite(Site):
 
     role: Literal["", "head", "router"] = ""
     """What it is for, where that matters: it makes the logits, or chooses experts."""
+    number: int = 0
+    """How many linears of the same module come before it in the graph."""
+
+    @property
+    def label(self) -> str:
+        """``module``, or ``module#1`` for the second linear in one module, as hand-written models have them."""
+        return self.module + (f"#{self.number}" if self.number else "")
 
     @property
     def output(self) -> fx.Node:
@@ -106,11 +114,24 @@ def find_linears(gm: fx.GraphModule, routers: Collection[fx.Node] = ()) -> list[
             node = strip_casts(node.args[0])
         heads.add(node)
     found = []
+    before: Counter[str] = Counter()
     for node in gm.graph.nodes:
         if is_linear(node):
             parts = operands_of(node)
             tied = parts is not None and any(is_call(user, aten.embedding.default) for user in parts.weight.users)
-            found.append(LinearSite(node, "router" if node in routers else "head" if node in heads or tied else ""))
+            site = LinearSite(node, "router" if node in routers else "head" if node in heads or tied else "")
+            site.number = before[site.module]
+            before[site.module] += 1
+            found.append(site)
+    return found
+
+
+def readers_of(weight: fx.Node) -> set[fx.Node]:
+    """The calls that read a weight, behind transposes of it."""
+    found: set[fx.Node] = set()
+    for user in weight.users:
+        transposed = is_call(user, aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int)
+        found |= readers_of(user) if transposed else {user}
     return found
 
 
