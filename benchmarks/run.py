@@ -20,6 +20,7 @@ import calibration
 import carve
 import decode
 import formats
+import latents
 import low_rank
 import paged
 import peers
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "decode": ("Whole decode", decode.run),
     "perplexity": ("Perplexity", quality.perplexity),
     "formats": ("Few bits, nothing left unquantised", formats.run),
+    "latents": ("Keys as latents", latents.run),
     "passkey": ("Pass keys", quality.passkey),
     "prefill": ("Prefill", prefill.run),
     "lists": ("Attention over block lists", sparse.lists),

@@ -124,12 +124,17 @@ def scale_bytes(form: KVForm, kind: Kind) -> int:
     return 2 if form.fp8(kind) else 4
 
 
+def _held(form: KVForm, kind: Kind) -> tuple[Any, Any]:
+    """Heads and channels of one side's buffers: latents are one head, whatever the keys are."""
+    return (Integer(1), Integer(form.latent)) if kind == "key" and form.latent else (G, _SIZES[kind])
+
+
 def _side_allocation(form: KVForm, kind: Kind, itemsize: int) -> Expr:
-    size, bits = _SIZES[kind], form.bits(kind)
+    (heads, size), bits = _held(form, kind), form.bits(kind)
     if bits == 16:
-        return B * G * C * size * itemsize
+        return B * heads * C * size * itemsize
     codes, groups = C * size * bits / 8, C * size / form.group
-    return B * G * (codes + groups * scale_bytes(form, kind) + form.slots * size * itemsize)
+    return B * heads * (codes + groups * scale_bytes(form, kind) + form.slots * size * itemsize)
 
 
 @functools.cache
@@ -139,30 +144,32 @@ def allocation(form: KVForm, itemsize: int) -> Expr:
 
 
 TABLE_BYTES = 2
-"""Of one cos or sin in the table of angles that keys before RoPE need."""
+"""Of one cos or sin in the table of angles that keys before RoPE need; beside latents it is fp32, and twice that."""
 
 
-def table(rotary: int) -> Expr:
+def table(rotary: int, latents: bool = False) -> Expr:
     """Bytes of a cache's table of angles, in ``B, C``: cos and sin of ``rotary / 2`` pairs for each token."""
-    return B * C * rotary * TABLE_BYTES
+    return B * C * rotary * TABLE_BYTES * (2 if latents else 1)
 
 
 def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any, rotary: int = 0) -> Cost:
     """Reading the newest ``count`` of ``length`` tokens of one side: codes, scales, tail, and dequantisation.
 
-    Packed keys before RoPE need their angles too, and two products and a sum for each rotated channel.
+    Packed keys before RoPE need their angles too, and two products and a sum for each rotated channel. All latents
+    need them, and are multiplied by their up-projection, fp32, which is read as well.
     """
-    size, bits = _SIZES[kind], form.bits(kind)
-    if bits == 16:
-        return Cost(B * G * count * size * itemsize, Integer(0))
-    tail = length - packed_length(form, length)
-    packed = Max(0, count - tail)
+    (heads, size), bits = _held(form, kind), form.bits(kind)
+    latents = kind == "key" and form.latent > 0
+    tail = length - packed_length(form, length) if bits != 16 else count
+    packed = Max(0, count - tail) if bits != 16 else Integer(0)
     channel = form.axis(kind) == "channel"
     groups = ceiling(packed / form.group) * size if channel else packed * size / form.group
     moved = packed * size * bits / 8 + groups * scale_bytes(form, kind) + Min(count, tail) * size * itemsize
     turned = rotary if kind == "key" else 0
-    angles = B * packed * turned * TABLE_BYTES
-    return Cost(B * G * moved + angles, B * G * packed * (2 * size + 3 * turned))
+    rotated, angle = (count, 2 * TABLE_BYTES) if latents else (packed, TABLE_BYTES)
+    read = Cost(B * heads * moved + B * rotated * turned * angle, B * heads * packed * 2 * size)
+    read += Cost(Integer(0), B * G * rotated * 3 * turned)
+    return read + Cost(G * D * (size + 2) * 4, B * G * count * D * 2 * size) if latents else read
 
 
 def _store_read(form: KVForm, itemsize: int, count: Expr, length: Any, rotary: int) -> Cost:
@@ -229,9 +236,9 @@ def store(form: KVForm, itemsize: int, rotary: int = 0) -> Cost:
     """
     total = Cost(Integer(0), Integer(0))
     for kind in _KINDS:
-        size, bits = _SIZES[kind], form.bits(kind)
+        (heads, size), bits = _held(form, kind), form.bits(kind)
         if bits == 16:
-            total += Cost(2 * B * G * T * size * itemsize, Integer(0))
+            total += Cost(2 * B * heads * T * size * itemsize, Integer(0))
             continue
         start, stop = packed_length(form, S - T), packed_length(form, S)
         packed = stop - start
@@ -239,7 +246,7 @@ def store(form: KVForm, itemsize: int, rotary: int = 0) -> Cost:
         from_tail = Min(packed, S - T - start)
         moved = (T + from_tail + Min(T, form.slots)) * size * itemsize + packed * size * bits / 8
         moved += groups * scale_bytes(form, kind)
-        turned = rotary if kind == "key" else 0
+        turned = rotary if kind == "key" and not form.latent else 0
         angles = B * packed * turned * TABLE_BYTES
-        total += Cost(B * G * moved + angles, B * G * packed * (2 * size + 4 * turned))
+        total += Cost(B * heads * moved + angles, B * heads * packed * (2 * size + 4 * turned))
     return total

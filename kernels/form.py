@@ -36,6 +36,10 @@ and a plane of one would take as many bytes, but two shifts and a merge for ever
 With ``rope="pre"`` packed keys are quantised as they were before their rotary embedding; their tail stays rotated. The
 angles of all tokens are in one more buffer, shared by the layers of a cache (:mod:`effcompile.kernels.rope`).
 
+With ``latent=r`` the key side holds no keys but their latents (:mod:`effcompile.kernels.latent`): one head of ``r``
+channels for all key heads, in any of the forms above, so ``G`` is 1 and ``D`` is ``r`` in the table. They are made
+before the rotary embedding; ``rope`` then says which pairs of channels a rebuilt key is rotated in.
+
 Sources: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision
 residual. KVTuner (Li et al., ICML 2025) serves keys per channel and keys per token. KVQuant (Hooper et al., NeurIPS
 2024), section 3.2: keys before RoPE. FP8 Formats for Deep Learning (Micikevicius et al., 2022), section 3: e4m3.
@@ -105,6 +109,8 @@ class KVForm:
         What a scale is shared along. An unquantised side has no axis: it is set to the default.
     rope
         One of :data:`ROPE`: whether packed keys hold the rotary embedding.
+    latent
+        ``r``, the channels of the latents that stand for the keys of all heads. A multiple of 16; 0: keys themselves.
 
     Raises
     ------
@@ -113,10 +119,12 @@ class KVForm:
 
     >>> KVForm(4, 4).name
     'k4v4g32r128'
-    >>> KVForm.parse('k8v4g32r0')
-    KVForm(key_bits=8, value_bits=4, group=32, residual=0, key_axis='channel', value_axis='token', rope='post')
+    >>> KVForm.parse('k8v4g32r0') == KVForm(key_bits=8, value_bits=4, group=32, residual=0)
+    True
     >>> KVForm('fp8', 4, key_axis='token').name
     'kfp8v4g32r128kt'
+    >>> KVForm(8, 4, latent=128).name
+    'k8l128v4g32r128'
     """
 
     key_bits: Bits = 4
@@ -126,6 +134,7 @@ class KVForm:
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
     rope: str = "post"
+    latent: int = 0
 
     def __post_init__(self) -> None:
         for kind, axis in _AXES.items():
@@ -149,6 +158,14 @@ class KVForm:
             )
         if self.rope not in ROPE:
             raise FormError(f"rope={self.rope!r} is not offered; choose 'post' or 'pre'.")
+        if isinstance(self.latent, bool) or not isinstance(self.latent, int) or self.latent < 0 or self.latent % 16:
+            raise FormError(
+                f"latent={self.latent!r} is not offered; choose the channels that stand for the keys of all heads, a "
+                "multiple of 16 such as 128, or 0 to keep whole keys."
+            )
+        if self.latent:
+            self.check_head("key", self.latent)
+            return  # latents are made before RoPE, whatever their bits and axis
         if self.rope != "post" and self.key_bits == 16:
             raise FormError(
                 f"rope={self.rope!r} is about how keys are quantised, and key_bits=16 does not quantise them; leave "
@@ -163,16 +180,17 @@ class KVForm:
     def name(self) -> str:
         """The form as one word; it travels in graphs as an operator argument and so reaches every cache key."""
         axes = ("kt" if self.key_axis == "token" else "") + ("vc" if self.value_axis == "channel" else "")
-        plain = f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}{axes}"
+        latent = f"l{self.latent}" if self.latent else ""
+        plain = f"k{self.key_bits}{latent}v{self.value_bits}g{self.group}r{self.residual}{axes}"
         return plain + self.rope.removeprefix("post")
 
     @classmethod
     def parse(cls, name: str) -> KVForm:
         """The form whose :attr:`name` is ``name``. Raises :class:`FormError` for anything else."""
-        found = re.fullmatch(rf"k(\d+|fp8)v(\d+|fp8)g(\d+)r(\d+)(kt)?(vc)?({'|'.join(ROPE[1:])})?", name)
+        found = re.fullmatch(rf"k(\d+|fp8)(?:l(\d+))?v(\d+|fp8)g(\d+)r(\d+)(kt)?(vc)?({'|'.join(ROPE[1:])})?", name)
         if not found:
             raise FormError(f"{name!r} is not the name of a form; expected for example 'k4v4g32r128'.")
-        key, value, group, residual, key_token, value_channel, rope = found.groups()
+        key, latent, value, group, residual, key_token, value_channel, rope = found.groups()
         return cls(
             "fp8" if key == "fp8" else int(key),
             "fp8" if value == "fp8" else int(value),
@@ -181,6 +199,7 @@ class KVForm:
             "token" if key_token else "channel",
             "channel" if value_channel else "token",
             rope or "post",
+            int(latent or 0),
         )
 
     @property
@@ -205,9 +224,15 @@ class KVForm:
         return self.rope != "post"
 
     @property
+    def buffered(self) -> KVForm:
+        """The form of the buffers by themselves, which know nothing of what latents become."""
+        return dataclasses.replace(self, latent=0, rope="post") if self.latent else self
+
+    @property
     def bounds_keys(self) -> bool:
         """Whether scale and zero of a group of packed keys are the ends of a channel of them, as attention reads it."""
-        return self.bits("key") != 16 and self.key_axis == "channel" and not self.pre and not self.fp8("key")
+        plain = self.bits("key") != 16 and not self.fp8("key") and not self.latent
+        return plain and self.key_axis == "channel" and not self.pre
 
     @property
     def slots(self) -> int:
@@ -237,7 +262,8 @@ class KVForm:
 
     def check_head(self, kind: Kind, size: int) -> None:
         """Raise :class:`FormError` if a head of ``size`` channels cannot be packed with this form."""
-        bits = self.bits(kind)
+        bits, latent = self.bits(kind), kind == "key" and self.latent
+        size = latent or size
         if bits == 16:
             return
         if self.axis(kind) == "token" and size % self.group:
@@ -257,6 +283,8 @@ class KVForm:
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of one side's buffers, in operator order: dense, or codes, scales, tail."""
         bits = self.bits(kind)
+        if kind == "key" and self.latent:
+            heads, size = 1, self.latent
         if bits == 16:
             return [((batch, heads, capacity, size), dtype)]
         self.check_head(kind, size)

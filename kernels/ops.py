@@ -6,7 +6,9 @@ the same arguments or decline; a declined call runs the reference body. State is
 ``state`` below stands for six tensors: ``k0, k1, k2, v0, v1, v2``, a dense side using only the first of its three
 (:mod:`effcompile.kernels.form`). ``length`` is an int64 0-d tensor on the same device. ``table`` holds the angles of
 all tokens (:mod:`effcompile.kernels.rope`); forms of keys before RoPE need it, others take none. ``rope_store`` writes
-the angles of new tokens, once for all layers, before their ``kv_store``.
+the angles of new tokens, once for all layers, before their ``kv_store``. Forms of latents need ``up``, and ``eps`` if
+keys are normed, to make keys of what the buffers hold (:mod:`effcompile.kernels.latent`); the key that ``kv_store``
+takes there is the latents ``[B, 1, T, r]`` themselves, and it needs no table.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcompile.kernels import attention, quantize, rope
+from effcompile.kernels import attention, latent, quantize, rope
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 
@@ -33,11 +35,14 @@ _MUTATED = _STATE.format(*(f"({c}!)" for c in "abcdef"))
 READ = _STATE.format(*[""] * 6)
 
 library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form, *, Tensor? table=None) -> ()")
-library.define(f"kv_load({READ}, Tensor length, str form, *, Tensor? table=None) -> (Tensor, Tensor)")
+library.define(
+    f"kv_load({READ}, Tensor length, str form, *, Tensor? table=None, Tensor? up=None, float? eps=None) "
+    "-> (Tensor, Tensor)"
+)
 library.define(
     f"attend(Tensor query, {READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
     "*, Tensor? table=None, float? softcap=None, Tensor? bias=None, Tensor? sinks=None, "
-    "Tensor? segments=None, Tensor? prefix=None) -> (Tensor, Tensor)"
+    "Tensor? segments=None, Tensor? prefix=None, Tensor? up=None, float? eps=None) -> (Tensor, Tensor)"
 )
 library.define("rope_store(Tensor(a!) table, Tensor length, Tensor cos, Tensor sin) -> ()")
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
@@ -108,12 +113,31 @@ def capacity_of(keys: list[Tensor], form: KVForm) -> int:
     return keys[0].shape[2] * form.span("key")
 
 
-def _check_table(name: str, table: Tensor | None) -> KVForm:
-    """The form ``name``. Raises ``ValueError`` if it needs a table and there is none, or the other way round."""
+def _check_table(name: str, table: Tensor | None, up: Tensor | None = None, loads: bool = True) -> KVForm:
+    """The form ``name``. Raises ``ValueError`` if it needs a table and there is none, or the other way round.
+
+    The same for what makes keys of latents, which is for what ``loads`` only.
+    """
     form = KVForm.parse(name)
-    if form.pre != (table is not None):
-        raise ValueError(f"the form {name} {'needs a' if form.pre else 'takes no'} table of angles.")
+    turns, rebuilds = form.pre and (loads or not form.latent), form.latent > 0 and loads
+    if turns != (table is not None):
+        raise ValueError(f"the form {name} {'needs a' if turns else 'takes no'} table of angles.")
+    if rebuilds != (up is not None) or (up is not None and latent.rank_of(up) != form.latent):
+        given = "none" if up is None else f"one of {tuple(up.shape)}"
+        raise ValueError(f"the form {name} needs {'an' if rebuilds else 'no'} up-projection of latents, not {given}.")
     return form
+
+
+def _read(
+    state: tuple[Any, ...], n: int, form: KVForm, table: Tensor | None, up: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """The first ``n`` keys and values, dequantised and rebuilt: ``[B, G, n, D]`` and ``[B, G, n, E]``."""
+    keys, values = split_state(state)
+    value = quantize.load_side(values, n, form, "value")
+    if up is None:
+        return quantize.load_side(keys, n, form, "key", table), value
+    latents = quantize.load_side(keys, n, form.buffered, "key")
+    return latent.rebuild(latents, up, eps, table, form.rope).to(keys[-1].dtype), value
 
 
 def _kv_store(*args: Any, table: Tensor | None = None) -> None:
@@ -122,7 +146,7 @@ def _kv_store(*args: Any, table: Tensor | None = None) -> None:
         launch("kv_store", key.device.type, *args, table=table)
         return
     except KernelUnavailable:
-        form = _check_table(name, table)
+        form = _check_table(name, table, loads=False).buffered
         keys, values = split_state(tuple(state))
         n = int(length)
         if n + key.shape[2] > capacity_of(keys, form):
@@ -134,8 +158,16 @@ def _kv_store(*args: Any, table: Tensor | None = None) -> None:
         quantize.store_side(values, n, value, form, "value")
 
 
-def _kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _kv_load(
+    *args: Any, table: Tensor | None = None, up: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
     *state, length, name = args
+    if up is not None:  # products that PyTorch has kernels for, and nothing is read back to the host
+        form, (keys, values) = _check_table(name, table, up), split_state(tuple(state))
+        value = quantize.load_room(values, length, form, "value")
+        seen = torch.arange(value.shape[2], device=value.device) < length
+        value = torch.where(seen[:, None], value, 0).to(values[-1].dtype).contiguous()
+        return latent.keys_of(keys, length, form, up, eps, table), value
     try:
         result: tuple[Tensor, Tensor] = launch("kv_load", state[0].device.type, *args, table=table)
         return result
@@ -149,19 +181,25 @@ def _kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return outs
 
 
-def _attend(query: Tensor, *args: Any, table: Tensor | None = None, **parts: Any) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor,
+    *args: Any,
+    table: Tensor | None = None,
+    up: Tensor | None = None,
+    eps: float | None = None,
+    **parts: Any,
+) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, name, scale, causal, window = args
+    more = {"table": table, "up": up, "eps": eps}
     try:
-        result: tuple[Tensor, Tensor] = launch("attend", query.device.type, query, *args, table=table, **parts)
+        result: tuple[Tensor, Tensor] = launch("attend", query.device.type, query, *args, **more, **parts)
         return result
     except KernelUnavailable:
-        form, n = _check_table(name, table), int(length)
-        keys, values = split_state(tuple(state))
+        form, n = _check_table(name, table, up), int(length)
         segments, prefix = parts.pop("segments", None), parts.pop("prefix", None)
         rules = key_mask is not None, segments is not None, prefix is not None
         predicate = Predicate(causal, window if window >= 0 else None, *rules)
-        key = quantize.load_side(keys, n, form, "key", table)
-        value = quantize.load_side(values, n, form, "value")
+        key, value = _read(tuple(state), n, form, table, up, eps)
         # Some queries at a time, as all scores of a long prompt would not fit in memory; rows do not depend on others.
         rows, bias = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * n)), parts.get("bias")
         # For causal queries the last of them is the end of the store; a prefix may lie behind it.
@@ -203,22 +241,25 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _empty_dense(state: Any, form: KVForm) -> tuple[Tensor, Tensor]:
+def _empty_dense(state: Any, form: KVForm, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Uninitialised dense keys and values ``[B, G, C, D]`` in the model's dtype."""
     k0, _, k_tail, v0, _, v_tail = state
     key_like = k0 if form.key_bits == 16 else k_tail
     value_like = v0 if form.value_bits == 16 else v_tail
     capacity = k0.shape[2] * form.span("key")
-    batch, heads = k0.shape[:2]
+    (batch, key_heads), heads = k0.shape[:2], v0.shape[1]
+    key_heads, key_size = (key_heads, key_like.shape[3]) if up is None else up.shape[:2]
     return (
-        key_like.new_empty(batch, heads, capacity, key_like.shape[3]),
+        key_like.new_empty(batch, key_heads, capacity, key_size),
         value_like.new_empty(batch, heads, capacity, value_like.shape[3]),
     )
 
 
-def _fake_kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _fake_kv_load(
+    *args: Any, table: Tensor | None = None, up: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
     *state, _length, name = args
-    return _empty_dense(state, KVForm.parse(name))
+    return _empty_dense(state, KVForm.parse(name), up)
 
 
 def _fake_attend(query: Tensor, *args: Any, **extra: Any) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class Program:
     stand elsewhere than last, with ``ranges`` pairs of partial blocks are tested by the keys of each query too
     (:mod:`effcompile.kernels.ranges`), and with ``before`` the result of attention to other keys is taken in. The phase
     ``select`` makes such lists for a decode: of the form it knows what says where a page's keys end
-    (:func:`for_select`).
+    (:func:`for_select`). Keys that are rebuilt from latents may be ``normed`` before they are rotated.
     """
 
     phase: Phase
@@ -119,6 +119,7 @@ class Program:
     moved: bool = False
     ranges: bool = False
     before: bool = False
+    normed: bool = False
 
     @property
     def name(self) -> str:
@@ -126,9 +127,10 @@ class Program:
         size = f"d{self.key_size}" if self.key_size == self.value_size else f"d{self.key_size}e{self.value_size}"
         listed = "blocks" if self.phase == "prefill" else "pages"
         phase, turned = listed if self.blocks else self.phase, f"rot{self.rotary}" if self.rotary else ""
+        normed = "norm" if self.normed else ""
         parts = "_col" * self.columns + "_pos" * self.positions + "_given" * self.given
         parts += "_moved" * self.moved + "_ranges" * self.ranges + "_before" * self.before
-        rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned)))
+        rule = "_".join(filter(None, (self.predicate.name, self.score.name, turned, normed)))
         verb = "select" if self.phase == "select" else f"attend_{phase}"
         return f"{verb}{parts}_{self.form.name}_{size}_h{self.ratio}_{DTYPES[self.dtype]}_{rule}"
 

@@ -3,7 +3,7 @@
 The table holds cos and sin of every token of a cache, ``[B, C/16, 2, r/2, 16]`` fp16, for the ``r`` of ``D`` channels
 that are rotated: tokens stand next to each other in runs of 16, as a vector of a kernel wants them, and ``[:, :, 0]``
 is cos. One table serves all layers of a cache. A batch entry has angles of its own, because padding on the left moves
-positions.
+positions. Beside latents, which no rotated key is turned back for, it is fp32.
 
 The table rounds the model's cos and sin to fp16, and that loses nothing: a key is rotated back with the *same* numbers
 before it is quantised as forth after it, and ``[[c, s], [-s, c]] / (c*c + s*s)`` is the exact inverse of

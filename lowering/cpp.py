@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from effcompile.kernels import ops
+from effcompile.kernels import latent, ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import DECODE_ROWS, DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
@@ -34,6 +34,7 @@ from effcompile.lowering.cpp_arguments import (
     STORE,
     attend_arguments,
     capacity_of,
+    latent_arguments,
     length_pointer,
     pointers_of,
     rotary,
@@ -78,6 +79,7 @@ def source(program: AnyProgram) -> str:
         "int64_t key_size": program.key_size,
         "int64_t value_size": program.value_size,
         "int64_t rotary": program.rotary,
+        "int64_t latent": form.latent,
         "bool adjacent": str(form.rope == "pre_adjacent").lower(),
     }
     entries: dict[str, tuple[str, str]]
@@ -85,6 +87,7 @@ def source(program: AnyProgram) -> str:
         predicate = program.predicate
         constants |= {
             "int ratio": program.ratio,
+            "bool normed": str(program.normed).lower(),
             "bool causal": str(predicate.causal).lower(),
             "int64_t window": -1 if predicate.window is None else predicate.window,
             "bool key_mask": str(predicate.key_mask).lower(),
@@ -129,6 +132,8 @@ def source(program: AnyProgram) -> str:
 
 def refusal(program: AnyProgram) -> str | None:
     """Why no C++ kernel can serve ``program``, or None."""
+    if program.form.latent and not (isinstance(program, Program) and program.phase == "decode" and not program.blocks):
+        return "many queries and latents: their keys are rebuilt once, densely, and not for each tile of queries"
     if program.form.pre != (0 < program.rotary <= program.key_size):
         return f"the form {program.form.name} with a table of angles of {program.rotary} channels"
     for kind, size in (("key", program.key_size), ("value", program.value_size)):
@@ -225,6 +230,14 @@ def bind(key: tuple[Any, ...], op: str, make: Callable[[], AnyProgram]) -> Entry
     return entry
 
 
+def _of_rank(name: str, rank: int) -> KVForm:
+    """The form ``name``, of which a call gives the up-projection of ``rank`` latents, or none for 0."""
+    form = KVForm.parse(name)
+    if form.latent != rank:
+        raise KernelUnavailable(f"an up-projection of {rank} latents for the form {name}")
+    return form
+
+
 def attend(
     query: Tensor,
     k0: Tensor,
@@ -246,23 +259,26 @@ def attend(
     sinks: Tensor | None = None,
     segments: Tensor | None = None,
     prefix: Tensor | None = None,
+    up: Tensor | None = None,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend`` on CPUs. Arguments and results are the operator's."""
     batch, heads, queries, size = query.shape
-    groups = k0.shape[1]
+    groups = v0.shape[1]
     dtype = query.dtype
     ratio = heads // groups
     value_size = (v0 if v2 is None else v2).shape[3]
     few = queries * ratio <= DECODE_ROWS
+    rank = 0 if up is None else latent.rank_of(up)
     parts = (softcap is not None, bias is not None, sinks is not None)
     rules = (key_mask is not None, segments is not None, prefix is not None)
-    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, rotary(table))
+    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, rotary(table), rank, eps is None)
     entry = bind(
         key,
         "attend",
         lambda: Program(
             "decode" if few else "prefill",
-            KVForm.parse(form),
+            _of_rank(form, rank),
             Predicate(causal, window if window >= 0 else None, *rules),
             dtype,
             ratio,
@@ -270,15 +286,18 @@ def attend(
             value_size,
             ScoreParts(*parts),
             rotary(table),
+            normed=eps is not None,
         ),
     )
     if ratio * groups != heads or k0.shape[0] != batch:
         raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
     more, held = b"", None
-    if any(parts) or any(rules[1:]):
+    if any(parts) or any(rules[1:]) or up is not None:
         more, held = score_arguments(softcap, bias, sinks, segments, prefix, query, capacity_of(k0, v0), length)
+    if up is not None:
+        more += latent_arguments(up, eps, groups, size)
     state = (k0, k1, k2, v0, v1, v2)
-    packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale, table)
+    packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale, table, rank)
     beyond = entry(packed + more)
     del alive, held
     if beyond:
@@ -307,11 +326,12 @@ def kv_store(
     entry = bind(
         ("kv_store", form, dtype, key_size, value_size, rotary(table)),
         "kv_store",
-        lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, rotary(table)),
+        lambda: StoreProgram(KVForm.parse(form).buffered, dtype, key_size, value_size, rotary(table)),
     )
     pointers = pointers_of((k0, k1, k2, v0, v1, v2), dtype, key_size, value_size)
     capacity = capacity_of(k0, v0)
-    if value.shape[:3] != key.shape[:3] or value.dtype is not dtype or k0.shape[:2] != key.shape[:2]:
+    fits = all(x.shape == (*held.shape[:2], tokens, x.shape[3]) for x, held in ((key, k0), (value, v0)))
+    if not fits or value.shape[0] != batch or value.dtype is not dtype:
         shapes = f"{tuple(key.shape)} and {tuple(value.shape)}"
         raise KernelUnavailable(f"keys and values of {shapes} do not fit each other or the store")
     if key.stride(3) != 1:
@@ -327,6 +347,7 @@ def kv_store(
             value.data_ptr(),
             batch,
             groups,
+            value.shape[1],
             tokens,
             capacity,
             *key.stride()[:3],
@@ -363,6 +384,8 @@ def kv_load(
         lambda: StoreProgram(KVForm.parse(form), dtype, key_size, value_size, rotary(table)),
     )
     batch, groups = k0.shape[:2]
+    if v0.shape[1] != groups:
+        raise KernelUnavailable(f"{groups} heads of keys and {v0.shape[1]} of values")
     capacity = capacity_of(k0, v0)
     key_out = key_like.new_empty((batch, groups, capacity, key_size))
     value_out = value_like.new_empty((batch, groups, capacity, value_size))

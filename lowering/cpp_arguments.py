@@ -18,7 +18,9 @@ State: TypeAlias = tuple[Tensor | None, ...]
 ATTEND = struct.Struct("=8q 4q 4q 3q q q d").pack
 # ScoreArgs, behind the former if a program has parts.
 SCORE = struct.Struct("=q 3q q d q q q q").pack
-STORE = struct.Struct("=8q 2q 4q 6q q").pack
+# LatentArgs, behind ScoreArgs.
+LATENT = struct.Struct("=q d").pack
+STORE = struct.Struct("=8q 2q 5q 6q q").pack
 LOAD = struct.Struct("=8q 2q 3q q").pack
 
 
@@ -51,14 +53,23 @@ def rotary(table: Tensor | None) -> int:
     return 0 if table is None else rotary_of(table)
 
 
-def table_pointer(table: Tensor | None, batch: int, capacity: int) -> int:
+def table_pointer(table: Tensor | None, batch: int, capacity: int, dtype: torch.dtype = torch.float16) -> int:
     """Address of the table of angles, 0 without one."""
     if table is None:
         return 0
     shape = table_shape(batch, capacity, rotary_of(table))
-    if table.shape != shape or table.dtype is not torch.float16 or not table.is_contiguous():
-        raise KernelUnavailable(f"a table of angles of {tuple(table.shape)} in {table.dtype}, and not {shape} in fp16")
+    if table.shape != shape or table.dtype is not dtype or not table.is_contiguous():
+        raise KernelUnavailable(
+            f"a table of angles of {tuple(table.shape)} in {table.dtype}, and not {shape} in {dtype}"
+        )
     return table.data_ptr()
+
+
+def latent_arguments(up: Tensor, eps: float | None, groups: int, size: int) -> bytes:
+    """``LatentArgs``; the caller keeps ``up`` alive."""
+    if up.shape[:2] != (groups, size) or up.dtype is not torch.float32 or not up.is_contiguous():
+        raise KernelUnavailable(f"an up-projection of {tuple(up.shape)} in {up.dtype} for {groups} heads of {size}")
+    return LATENT(up.data_ptr(), 0.0 if eps is None else eps)
 
 
 def capacity_of(keys: Tensor, values: Tensor) -> int:
@@ -131,14 +142,18 @@ def attend_arguments(
     key_mask: Tensor | None,
     scale: float,
     table: Tensor | None = None,
+    latent: int = 0,
 ) -> tuple[bytes, Tensor, Tensor, Any]:
-    """``AttendArgs`` as bytes, the results they will be written to, and what the caller keeps alive meanwhile."""
+    """``AttendArgs`` as bytes, the results they will be written to, and what the caller keeps alive meanwhile.
+
+    With ``latent`` the key side holds one head of as many channels, and the table is fp32.
+    """
     k0, _, _, v0, _, v2 = state
     assert k0 is not None
     assert v0 is not None
     batch, heads, queries, size = query.shape
     value_size = (v0 if v2 is None else v2).shape[3]
-    pointers = pointers_of(tuple(state), query.dtype, size, value_size)
+    pointers = pointers_of(tuple(state), query.dtype, latent or size, value_size)
     capacity = capacity_of(k0, v0)
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -151,13 +166,13 @@ def attend_arguments(
     packed = ATTEND(
         *pointers,
         length_pointer(length),
-        table_pointer(table, batch, capacity),
+        table_pointer(table, batch, capacity, torch.float32 if latent else torch.float16),
         query.data_ptr(),
         mask_pointer,
         out.data_ptr(),
         lse.data_ptr(),
         batch,
-        k0.shape[1],
+        v0.shape[1],
         queries,
         capacity,
         *query.stride()[:3],

@@ -38,6 +38,8 @@ def refusal(program: Program | StoreProgram) -> str | None:
             return f"no GPU kernel visits block lists with the parts of {program.name}"
         if program.predicate.prefix and program.predicate.window is not None:
             return "no GPU kernel has a prefix and a window"
+    if program.form.latent:
+        return "no GPU kernel rebuilds keys from latents"
     if not program.form.pre and not (isinstance(program, Program) and program.blocks):
         return None
     try:
@@ -127,6 +129,8 @@ def _buffers(state: tuple[Tensor | None, ...], name: str, table: Tensor | None) 
     """The state's tensors, with the table of angles behind those of the keys: the order of the generated arguments."""
     found = [t for t in state if t is not None]
     form = _form(name)
+    if form.latent:
+        raise KernelUnavailable(f"no GPU kernel reads or writes latents ({name})")
     expected = (1 if form.key_bits == 16 else 3) + (1 if form.value_bits == 16 else 3)
     if len(found) != expected:
         raise KernelUnavailable(f"the form {name} has {expected} buffers, but {len(found)} were given")
@@ -278,6 +282,8 @@ def attend(
     sinks: Tensor | None = None,
     segments: Tensor | None = None,
     prefix: Tensor | None = None,
+    up: Tensor | None = None,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
     *state, length, key_mask, name, scale, causal, window = args

@@ -2,7 +2,8 @@
 
 Papers: KIVI (Liu et al., ICML 2024, sections 3-4): keys per channel, values per token, a full-precision residual, each
 group quantised once. KVTuner (Li et al., ICML 2025, section 4): key and value bits chosen separately, per layer.
-KVQuant (Hooper et al., NeurIPS 2024, section 3.2): keys quantised before RoPE.
+KVQuant (Hooper et al., NeurIPS 2024, section 3.2): keys quantised before RoPE. LoRC (Zhang et al., 2024, arXiv
+2410.03111): keys as low-rank latents.
 
 The choice of bits lives in the cache (:class:`effcompile.runtime.cache.Cache`), which a decorated model makes for
 itself; the meaning is the store's in eager and compiled alike. What this pass does is an optimisation:
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +68,10 @@ class CompressKV(Pass):
         have channels that are large throughout, which cost the others nothing per channel (KIVI, section 3.1).
     rope
         Whether keys are quantised with their rotary embedding ("post") or before it ("pre": KVQuant, section 3.2).
+    latent
+        Channels that stand for the keys of all heads, which are rebuilt from them inside attention (LoRC); a multiple
+        of 16, at most the channels of all key heads together. ``key_bits`` are then those of the latents. 0: keys
+        themselves. Values stay as they are: the plain decomposition of their weights, which is LoRC's, loses far more.
     rules
         Other values of these options for some layers: a pattern of module paths (as seen from the decorated module)
         and what differs there, such as ``{"model.layers.[0-3]": {"key_bits": 8}}``. The deepest match wins, of equally
@@ -79,11 +85,13 @@ class CompressKV(Pass):
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
     rope: Literal["post", "pre"] = "post"
+    latent: int = 0
     rules: by_layer.Rules = None
 
     name: ClassVar[str] = "compress_kv"
     paper: ClassVar[str] = (
-        "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025); KVQuant (Hooper et al., NeurIPS 2024)"
+        "KIVI (Liu et al., ICML 2024); KVTuner (Li et al., ICML 2025); KVQuant (Hooper et al., NeurIPS 2024); "
+        "LoRC (Zhang et al., 2024)"
     )
     summary: ClassVar[str] = "key/value cache in 8 to 2 bits, keys per channel, values per token, read inside attention"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
@@ -107,7 +115,7 @@ class CompressKV(Pass):
     def form(self) -> KVForm:
         """The store that these options describe."""
         bits = self.key_bits, self.value_bits
-        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis, self.rope)
+        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis, self.rope, self.latent)
 
     def check(self, module: nn.Module) -> None:
         """Raise ``FormError`` for a rule that names no layer of ``module``."""
@@ -135,8 +143,8 @@ def match(site: AttentionSite) -> Rewrite | Reason:
         return _fresh(site)
     if problem := unreadable(site, load):
         return problem
-    form, table = KVForm.parse(str(load.args[7])), load.kwargs.get("table")
-    return fuse(site, form, form, lambda graph: (load.args[:6], load.args[6]), table)
+    form = KVForm.parse(str(load.args[7]))
+    return fuse(site, form, form, lambda graph: (load.args[:6], load.args[6]), dict(load.kwargs))
 
 
 def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
@@ -150,13 +158,14 @@ def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
         return no("dropout", f"attention dropout {site.dropout} is active; call model.eval()")
     if isinstance(site.mask, Reason):
         return no(site.mask.code, site.mask.text)
-    predicate, table = site.mask.predicate, load.kwargs.get("table")
+    predicate = site.mask.predicate
     if problem := not_this_store(site):
         return problem
     if problem := unsupported(site):
         return problem
     device = value(site.query).device.type
-    if predicate.segments and (why := lowering.refusal(_program(site, form, table), device)):
+    asked = predicate.segments or form.latent
+    if asked and (why := lowering.refusal(_program(site, form, load.kwargs), device)):
         return no("not-supported", why)
     return None
 
@@ -251,15 +260,22 @@ def _rotary(table: Any) -> int:
     return rotary_of(value(table)) if isinstance(table, fx.Node) else 0
 
 
-def _program(site: AttentionSite, form: KVForm, table: Any = None) -> Program:
-    """The attention program of a site with a proved mask, over a store of ``form``."""
+def _program(site: AttentionSite, form: KVForm, more: Mapping[str, Any] = types.MappingProxyType({})) -> Program:
+    """The attention program of a site with a proved mask, over a store of ``form`` that ``more`` belongs to."""
     assert isinstance(site.mask, Mask)
     queries = shape(site.query)[2]
     # A symbolic query length is a prompt's; a launcher looks at the real one anyway.
     phase = Program.phase_for(queries, site.ratio) if isinstance(queries, int) else "prefill"
     sizes = shape(site.query)[3], shape(site.value)[3]
-    dtype, turned = value(site.query).dtype, _rotary(table)
-    return Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=score_of(site), rotary=turned)
+    dtype, turned = value(site.query).dtype, _rotary(more.get("table"))
+    program = Program(phase, form, site.mask.predicate, dtype, site.ratio, *sizes, score=score_of(site), rotary=turned)
+    return dataclasses.replace(program, normed="eps" in more)
+
+
+def stores(form: KVForm, program: Program, rotary: int = 0) -> StoreProgram:
+    """What appends to a store of ``form``, for attention by ``program``; latents are stored as they come."""
+    sizes = (form.latent or program.key_size, program.value_size)
+    return StoreProgram(form.buffered, program.dtype, *sizes, 0 if form.latent else rotary)
 
 
 def fuse(
@@ -267,20 +283,19 @@ def fuse(
     form: KVForm,
     stored: KVForm | None,
     read: Callable[[fx.Graph], tuple[State, Any]],
-    table: Any = None,
+    more: Mapping[str, Any] = types.MappingProxyType({}),
     stored_table: Any = None,
 ) -> Rewrite:
     """``attend`` over a store of ``form``; ``read`` gives its six state arguments and its length.
 
-    ``stored`` is the form that the call appends to, if it does, whose kernel it will need too; ``table`` and
-    ``stored_table`` are the angles that the two need.
+    ``stored`` is the form that the call appends to, if it does, whose kernel it will need too. ``more`` are the angles,
+    and what makes keys of latents, that reading needs, and ``stored_table`` the angles that appending does.
     """
     assert isinstance(site.mask, Mask)
-    padding, program = site.mask.padding, _program(site, form, table)
+    padding, program = site.mask.padding, _program(site, form, more)
     programs: tuple[Program | StoreProgram, ...] = (program,)
     if stored is not None:
-        sizes, turned = (program.key_size, program.value_size), _rotary(table or stored_table)
-        programs += (StoreProgram(stored, program.dtype, *sizes, turned),)
+        programs += (stores(stored, program, _rotary(more.get("table") or stored_table)),)
 
     def emit(graph: fx.Graph) -> fx.Node:
         mask = None if padding is None else bool_mask(graph, padding)
@@ -289,7 +304,7 @@ def fuse(
         call = graph.call_function(
             torch.ops.effcompile.attend.default,
             (query_of(graph, site), *state, length, mask, form.name, site.scale, True, window),
-            parts_of(graph, site) | ({} if table is None else {"table": table}),
+            parts_of(graph, site) | dict(more),
         )
         call.meta.update(site.output.meta)
         return graph.call_function(operator.getitem, (call, 0))

@@ -223,7 +223,7 @@ def _common(index: int, site: Any, rule: str) -> dict[str, Any]:
         fixed.discard("S")
         if set("BGCDE") <= sizes.keys():
             dims = sizes["B"], sizes["G"], sizes["C"], sizes["D"], sizes["E"]
-            table = cost.at(cost.table(_rotary(site)), B=sizes["B"], C=sizes["C"])
+            table = cost.at(cost.table(_rotary(site), form.latent > 0), B=sizes["B"], C=sizes["C"])
             cache = (form.nbytes(*dims, key.dtype), KVForm(16, 16).nbytes(*dims, key.dtype))
     return {
         "site": index,

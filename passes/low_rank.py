@@ -126,7 +126,7 @@ class LowRank(Pass):
         if site.role == "router":
             return no("router", "this linear scores experts, and with another choice nothing is as it was")
         if site.role == "head" and not self.head:
-            return no("head", "it makes the logits, or shares the weight of the embedding; low_rank(head=True) covers it")
+            return no("head", "it makes logits, or shares the embedding's weight; low_rank(head=True) covers it")
         linear = operands_of(site.anchor)
         weight = None if linear is None else real(linear.weight)
         if linear is None or weight is None:

@@ -171,6 +171,8 @@ class SparsePrefill(Pass, abc.ABC):
         if problem := unsupported(site) or self.serves(site):
             return problem
         form = form_of(site)
+        if form.latent:
+            return no("latent-cache", f"{self.name} looks at stored keys, and this cache holds latents of them")
         if form.pre:
             return no("not-supported", "no program visits blocks of keys that are stored before RoPE")
         if not form.dense and self.block_size % form.group:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from effcompile.kernels import ops  # noqa: F401  (defines the operators named below)
+from effcompile.kernels.form import KVForm
 from effcompile.kernels.reason import Reason
 from effcompile.patterns import arithmetic, masks
 from effcompile.patterns.heads import per_head
@@ -89,7 +90,9 @@ class AttentionSite(Site):
         for node in graph.find_nodes(op="call_function", target=kv_store):
             if load is not None and node.args[0] is load.args[0]:
                 return node
-            if load is None and strip_copies(node.args[7]) is key and strip_copies(node.args[8]) is val:
+            # Of latents only the values are those that attention reads.
+            same = strip_copies(node.args[7]) is key or KVForm.parse(str(node.args[9])).latent
+            if load is None and same and strip_copies(node.args[8]) is val:
                 return node
         return None
 

@@ -133,6 +133,12 @@ def angles_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return given
 
 
+def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden states among the arguments of an attention module, or None."""
+    given = kwargs.get("hidden_states", args[0] if args else None)
+    return given if isinstance(given, Tensor) else None
+
+
 def attention_modules(model: nn.Module, layers: Iterable[int]) -> Iterator[tuple[int, str, nn.Module]]:
     """Number, path and module of the attentions of ``layers``: the innermost modules with that ``layer_idx``."""
     wanted = set(layers)
@@ -145,7 +151,7 @@ def attention_modules(model: nn.Module, layers: Iterable[int]) -> Iterator[tuple
 
 
 def attach_angles(model: nn.Module, layers: list[int]) -> None:
-    """Have the attention modules of ``layers`` hand cos and sin to their layer of a cache; once."""
+    """Have the attention modules of ``layers`` hand cos, sin and hidden states to their layer of a cache; once."""
     for _, _, module in attention_modules(model, layers):
         if HOOK not in module.__dict__:
             module.__dict__[HOOK] = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
@@ -232,12 +238,14 @@ def _before_inner_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Give cos and sin to the layer of a cache that will be updated next. Dynamo traces this."""
+    """Give what it needs of this call to the layer of a cache that will be updated next. Dynamo traces this."""
     for given in (*args, *kwargs.values()):
         if _is_cache(given):
             layer = given.layers[module.layer_idx]
             if getattr(layer, "angles", None) is not None:
                 layer.given = angles_in(args, kwargs)
+            if getattr(layer, "factor", None) is not None:
+                layer.hidden = hidden_in(args, kwargs)
 
 
 def _new_cache(module: nn.Module, given: dict[str, Any]) -> Cache | None:

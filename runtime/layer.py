@@ -15,6 +15,7 @@ from effcompile.kernels import page_ops, pages  # noqa: F401  (registers bound_s
 from effcompile.kernels.form import KVForm
 
 if TYPE_CHECKING:
+    from effcompile.runtime.latent import Factor
     from effcompile.runtime.rope import Angles
 
 
@@ -107,6 +108,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         The buffer with that (:func:`effcompile.kernels.pages.store_bounds`), or None.
     given
         cos and sin of the call in progress, from the hook on this layer's attention to the ``update`` that takes them.
+    factor, hidden
+        Where keys are kept as latents, what makes those, and the hidden states of the call in progress, as above.
     """
 
     is_compileable = True
@@ -122,6 +125,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         ends: tuple[int, int],
         angles: Angles | None = None,
         kept: pages.Kept | None = None,
+        factor: Factor | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
@@ -140,6 +144,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.overrun: tuple[Tensor, Tensor] | None = None
         self.angles = angles
         self.given: Any = None
+        self.factor = factor
+        self.hidden: Tensor | None = None
         self.kept, self.unit = kept, pages.unit_of(form)
         self.bounds: Tensor | None = None
 
@@ -200,6 +206,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             If they do not fit; nothing has been written.
         """
         given, self.given = self.given, None  # those of one call never serve another
+        hidden, self.hidden = self.hidden, None
         if not self.is_initialized or (self.fresh and self._mismatch(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         if problem := self._mismatch(key_states, value_states):
@@ -218,23 +225,30 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             )
         if self.first:
             self.call.entry.open = False
+        # Equal, except under autocast: there rotated keys are in fp32 and values are not, and the store takes both.
+        stored = key_states.to(self.dtype), value_states.to(self.dtype)
+        if self.factor is not None:
+            stored = self._latents(self.factor, hidden, count), stored[1]
         if self.record_past and count > self.form.slots:
             # More than the ring holds: tokens of this call take over from others of it, which no buffer will have had.
             over = slice(max(0, count - self.form.slots - self.reach), count - self.form.slots)
-            self.overrun = key_states[:, :, over].clone(), value_states[:, :, over].clone()
-        # Equal, except under autocast: there rotated keys are in fp32 and values are not, and the store takes both.
-        stored = key_states.to(self.dtype), value_states.to(self.dtype)
+            self.overrun = stored[0][:, :, over].clone(), stored[1][:, :, over].clone()
         table = {}
         if self.angles is not None:
             table["table"] = self.angles.write(self.index, self.length, given, key_states.shape[0], count)
         if self.bounds is not None:
             rows = self.state[0] if self.state[2] is None else self.state[2]
             torch.ops.effcompile.bound_store(self.bounds, rows, self.length, stored[0], self.unit, self.kept)
-        torch.ops.effcompile.kv_store(*self.state, self.length, *stored, self.form_name, **table)
+        rebuilds: dict[str, Any] = {} if self.factor is None else self.factor.rebuilds
+        # Latents are stored as they come; only what becomes keys is turned.
+        torch.ops.effcompile.kv_store(
+            *self.state, self.length, *stored, self.form_name, **({} if self.factor else table)
+        )
         if self.fresh:
             result = key_states, value_states
         else:
-            result = torch.ops.effcompile.kv_load(*self.state, self.length + count, self.form_name, **table)
+            total = self.length + count
+            result = torch.ops.effcompile.kv_load(*self.state, total, self.form_name, **table, **rebuilds)
         if self.last:
             self.length.add_(count)
             if not self.call.open:
@@ -242,6 +256,21 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             self.call.open = False
         self.fresh = False
         return result
+
+    def _latents(self, factor: Factor, hidden: Tensor | None, count: int) -> Tensor:
+        """The latents ``[B, 1, T, r]`` of this call's hidden states, in the dtype of the store.
+
+        Raises :class:`CacheError` if none were handed on for this call, or others.
+        """
+        expected = (self.shape[0], count, factor.down.shape[1])
+        if hidden is None or hidden.shape != expected:
+            got = "none have" if hidden is None else f"those of shape {tuple(hidden.shape)} have"
+            raise CacheError(
+                f"layer {self.index}: latent={self.form.latent} needs the hidden states {expected} of this call, and "
+                f"{got} reached the cache. Call the model that the cache was made for (not after ec.remove), or use "
+                "latent=0 here."
+            )
+        return factor.latents(hidden).to(self.dtype)
 
     def _mismatch(self, key: Tensor, value: Tensor) -> str:
         """What is wrong with the shape, dtype or device of new keys and values, or ''."""
@@ -291,7 +320,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.fresh = True
         self.length.zero_()
         self.held_from = 0
-        self.given = None
+        self.given = self.hidden = None
         self.forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

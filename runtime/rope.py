@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from effcompile.runtime.layer import CacheError, lasting
 TOKENS = 8
 """Tokens that the model is tried on: positions 0 to 7, and the fastest pair turns by one radian a token."""
 
-WHAT_TO_DO = "use rope='post' here (compress_kv on this layer's attention, or for the whole cache)"
+WHAT_TO_DO = "use rope='post' and no latent here (compress_kv on this layer's attention, or for the whole cache)"
 
 
 class _Seen(Exception):
@@ -89,32 +90,44 @@ def learn(model: nn.Module, layers: list[int]) -> dict[int, Learned]:
     for index, answer in answers.items():
         if isinstance(answer, str):
             raise CacheError(
-                f"layer {index}: rope='pre' needs to know how its keys are rotated, and {answer}; {WHAT_TO_DO}."
+                f"layer {index}: rope='pre' and latent need to know how its keys are rotated, and {answer}; "
+                f"{WHAT_TO_DO}."
             )
     found = {index: answer for index, answer in answers.items() if isinstance(answer, Learned)}
     _learned[model] = weakref.WeakSet(module for _, _, module in attention_modules(model, layers)), found
     return dict(found)
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def _try(model: nn.Module, layers: list[int]) -> dict[int, Learned | str]:
-    """Run the model on a few tokens, and look at every attention of ``layers`` as it is called."""
+    """How every attention of ``layers`` rotates, or why that is not known."""
+    sources: list[Any] = []
+
+    def look(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Learned | str:
+        if given is None:
+            return f"{path} is not given position_embeddings=(cos, sin)"
+        return _look(module, path, args, kwargs, given, sources)
+
+    return try_attentions(model, layers, look)
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def try_attentions(model: nn.Module, layers: list[int], asked: Callable[..., Any]) -> dict[int, Any]:
+    """Run the model on a few tokens, and ask about every attention of ``layers`` as it is called.
+
+    ``asked`` gets the module, its path, its arguments, and what of these are the angles; a string that it returns says
+    why nothing is known.
+    """
     modules = list(attention_modules(model, layers))
-    answers: dict[int, Learned | str] = {
+    answers: dict[int, Any] = {
         i: f"no module with layer_idx {i} was called with position_embeddings=(cos, sin)" for i in layers
     }
-    sources: list[Any] = []
     handles = []
     for index, path, module in modules:
 
         def look(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index, path: str = path
         ) -> None:
-            given = angles_in(args, kwargs)
-            if given is None:
-                answers[index] = f"{path} is not given position_embeddings=(cos, sin)"
-                return
-            answers[index] = _look(module, path, args, kwargs, given, sources)
+            answers[index] = asked(module, path, args, kwargs, angles_in(args, kwargs))
 
         handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
@@ -135,6 +148,24 @@ def _try(model: nn.Module, layers: list[int]) -> dict[int, Learned | str]:
     return answers
 
 
+def keys_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], swaps: Sequence[tuple[Any, Any]]
+) -> Tensor | None:
+    """The keys that an attention gives to its cache for these arguments with some swapped; None if it gives none."""
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, cache_utils.Cache):
+            return _Recorder()
+        return next((new for old, new in swaps if value is old), value)
+
+    with contextlib.suppress(TypeError, AttributeError):
+        try:
+            module.forward(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
+        except _Seen as seen:
+            return seen.key
+    return None
+
+
 def _look(
     module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any, sources: list[Any]
 ) -> Learned | str:
@@ -144,19 +175,8 @@ def _look(
     cos, sin = given
     if cos.ndim != 3 or cos.shape != sin.shape or cos.shape[:2] != (1, TOKENS) or cos.is_complex():
         return f"{path} is given cos and sin of shapes {tuple(cos.shape)} and {tuple(sin.shape)}, not [1, T, r]"
-
-    def keys(angles: tuple[Tensor, Tensor]) -> Tensor | None:
-        def swap(value: Any) -> Any:
-            return angles if value is given else _Recorder() if isinstance(value, cache_utils.Cache) else value
-
-        with contextlib.suppress(TypeError, AttributeError):
-            try:
-                module.forward(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
-            except _Seen as seen:
-                return seen.key
-        return None
-
-    turned, plain = keys((cos, sin)), keys((torch.ones_like(cos), torch.zeros_like(sin)))
+    turned = keys_of(module, args, kwargs, ())
+    plain = keys_of(module, args, kwargs, [(given, (torch.ones_like(cos), torch.zeros_like(sin)))])
     if turned is None or plain is None or turned.ndim != 4 or turned.shape != plain.shape or turned.shape[2] != TOKENS:
         return f"{path} did not give its keys to the cache in a trial call"
     if not bool(plain.any()) or not bool(sin.any()):
@@ -189,18 +209,21 @@ class Angles:
     rotary, width, step
         As in :class:`Learned`.
     table
-        ``[B, C/16, 2, r/2, 16]`` fp16 (:mod:`effcompile.kernels.rope`), or None before it is known how many rows.
+        ``[B, C/16, 2, r/2, 16]`` (:mod:`effcompile.kernels.rope`), or None before it is known how many rows. In fp16;
+        in fp32 for keys that are made of latents, which were never turned back by the same rounded numbers.
     first
         The layer that writes it.
     """
 
-    def __init__(self, learned: Learned, capacity: int, first: int, device: torch.device) -> None:
+    def __init__(self, learned: Learned, capacity: int, first: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rotary, self.width, self.step = learned.rotary, learned.width, learned.step
-        self.capacity, self.first, self.device = capacity, first, device
+        self.capacity, self.first, self.device, self.dtype = capacity, first, device, dtype
         self.table: Tensor | None = None
 
     @classmethod
-    def of(cls, learned: dict[int, Learned], capacity: int, device: torch.device) -> Angles | None:
+    def of(
+        cls, learned: dict[int, Learned], capacity: int, device: torch.device, dtype: torch.dtype = torch.float16
+    ) -> Angles | None:
         """The table for the layers that rotate, or None if none does. Raises :class:`CacheError` if they differ."""
         turning = {index: how for index, how in learned.items() if how.rope != "post"}
         if not turning:
@@ -209,10 +232,10 @@ class Angles:
         for index, how in turning.items():
             if dataclasses.replace(how, rope="") != dataclasses.replace(turning[first], rope=""):
                 raise CacheError(
-                    f"layers {first} and {index} rotate their keys by other angles, and rope='pre' keeps one table of "
-                    f"angles for all; {WHAT_TO_DO}."
+                    f"layers {first} and {index} rotate their keys by other angles, and a cache keeps one table of "
+                    f"angles for all layers that need one; {WHAT_TO_DO}."
                 )
-        return cls(turning[first], capacity, first, device)
+        return cls(turning[first], capacity, first, device, dtype)
 
     def allocate(self, batch: int) -> None:
         """Make the table for ``batch`` rows, unless it is there; zeroed, at an address that stays."""
@@ -220,7 +243,7 @@ class Angles:
             return
         with lasting():
             shape = rope.table_shape(batch, self.capacity, self.rotary)
-            self.put(torch.zeros(shape, dtype=torch.float16, device=self.device))
+            self.put(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
     def put(self, table: Tensor) -> None:
         """Have another table from now on."""
@@ -253,7 +276,7 @@ class Angles:
         """
         if given is None:
             raise CacheError(
-                f"layer {index}: no cos and sin have reached the cache in this call, and rope='pre' needs them. Call "
+                f"layer {index}: no cos and sin have reached the cache in this call, and it needs them. Call "
                 f"the model that the cache was made for (not after ec.remove), or {WHAT_TO_DO}."
             )
         cos, sin = given

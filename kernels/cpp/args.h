@@ -9,7 +9,7 @@ struct State {
   void* k[3];  // dense, or codes, scales, tail
   void* v[3];
   const int64_t* length;
-  const void* table;  // angles [B, C/16, 2, r/2, 16] in fp16, for keys before RoPE
+  const void* table;  // angles [B, C/16, 2, r/2, 16] in fp16, for keys before RoPE; in fp32 for latents
 };
 
 struct AttendArgs {
@@ -38,10 +38,16 @@ struct ScoreArgs {
   int64_t prefix_stride;
 };
 
+// Behind ScoreArgs, for programs that rebuild keys from latents.
+struct LatentArgs {
+  const float* up;  // [G, D, latent + 2]
+  double eps;
+};
+
 struct StoreArgs {
   State state;
   const void* fresh[2];  // keys [B, G, T, D], values [B, G, T, E]
-  int64_t batch, groups, tokens, capacity;
+  int64_t batch, groups[2], tokens, capacity;  // heads of keys, of values: latents are one
   int64_t stride[2][3];  // of keys, of values: batch, head, token
   int64_t threads;
 };

@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include "latent.h"
 #include "score.h"
 #include "softmax.h"
 #include "weigh.h"
@@ -48,27 +49,36 @@ inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& vis
   constexpr int RB = row_block(P::ratio);
   const int64_t length = *a.state.length, rows = a.queries * P::ratio;
   const Scale scale(softmax_scale<P>(a));
-  const Side<P, Kind::key> keys(a.state, head, a.capacity);
+  const Side<P, Kind::key> keys(a.state, P::latent > 0 ? head / a.groups : head, a.capacity);
   const Side<P, Kind::value> values(a.state, head, a.capacity);
   const Rope<P> rope(a.state, head / a.groups, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
   const int64_t* segments = segments_of<P>(a, head);
   struct Work;
-  float* q = scratch<Work>(rows * DP + RB * ld);
-  float* s = q + rows * DP;
+  float* q = scratch<Work>(rows * DP + RB * ld + (P::latent > 0 ? P::key_size + P::latent : 0) * ld);
+  float *s = q + rows * DP, *key = s + RB * ld, *latents = key + P::key_size * ld;
   float *max = o + rows * EP, *sum = max + rows;
   for (int64_t row = 0; row < rows; ++row) read_query<P>(a, scale, head, row, q + row * DP);
   for (int64_t i = 0; i < rows * EP; ++i) o[i] = 0.f;
   for (int64_t i = 0; i < rows; ++i) max[i] = -INF, sum[i] = 0.f;
   const auto body = [&](const Run* runs, int64_t count) {
     const Run& end = runs[count - 1];
+    if constexpr (P::latent > 0) {
+      const Up<P> up(a, head);
+      for (int64_t i = 0, all = 0; i < count; all += runs[i++].n)
+        rebuild<P>(keys, rope, up, runs[i].t, runs[i].n, runs[i].tail, latents, key + all, ld);
+    }
     for (int64_t row = 0; row < rows; row += RB) {
       const Visible<P> seen(a, head, row / P::ratio, length);
       if (runs->t >= seen.last || end.t + end.n <= seen.first) continue;
       int64_t all = 0;
       for (int64_t i = 0; i < count; all += runs[i++].n) {
         const auto [t, n, tail] = runs[i];
-        score<P, RB>(keys, rope, t, n, tail, q + row * DP, s + all, ld);
+        if constexpr (P::latent > 0)
+          multiply<float, RB, least(4, ACCUMULATORS / RB)>(RB, round_up(n, VL), P::key_size, q + row * DP, DP, key + all, ld,
+                                                           nullptr, s + all, ld);
+        else
+          score<P, RB>(keys, rope, t, n, tail, q + row * DP, s + all, ld);
         for (int r = 0; r < RB; ++r) {
           float* x = s + r * ld + all;
           change_scores<P>(a, head, row + r, t, n, x);

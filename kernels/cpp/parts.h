@@ -24,6 +24,9 @@ inline double softmax_scale(const AttendArgs& a) {
 }
 
 inline const ScoreArgs& score_args(const AttendArgs& a) { return *reinterpret_cast<const ScoreArgs*>(&a + 1); }
+inline const LatentArgs& latent_args(const AttendArgs& a) {
+  return *reinterpret_cast<const LatentArgs*>(&score_args(a) + 1);
+}
 
 // The query head of row `row` of key/value head `head`, within its batch entry; rows count the heads of one token first.
 template <class P>

@@ -4,30 +4,10 @@
 #pragma once
 #include <omp.h>
 
-#include "matmul.h"
 #include "softmax.h"
+#include "tile.h"
 
 namespace ec {
-
-// Keys [t, t + n) as fp32, transposed: out[channel][token], row length ld.
-template <class P>
-inline void key_tile(const Side<P, Kind::key>& keys, const Rope<P>& rope, int64_t t, int64_t n, bool tail, float* out, int64_t ld) {
-  using S = Side<P, Kind::key>;
-  if constexpr (S::packed) {
-    if (!tail) {
-      if constexpr (S::per_channel) {
-        for (int64_t i = 0; i < n; i += S::g) key_columns(keys, rope, t + i, out + i, ld);
-      } else {
-        struct Rows;
-        float* rows = scratch<Rows>(n * S::size);
-        for (int64_t i = 0; i < n; ++i) token_row(keys, t + i, rows + i * S::size);
-        transpose(rows, S::size, n, S::size, out, ld);
-      }
-      return;
-    }
-  }
-  transpose(keys.rows(t), S::size, n, S::size, out, ld);
-}
 
 // Values [t, t + n) as fp32, rows of EP; the store itself where it already is that.
 template <class P>

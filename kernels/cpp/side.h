@@ -30,7 +30,7 @@ struct Side {
   static constexpr bool per_channel =
       kind == Kind::key ? !std::is_base_of_v<keys_per_token, P> : std::is_base_of_v<values_per_channel, P>;
   static constexpr int64_t steps = fp8 ? 1 : 2;  // of a group: its scale, and its zero
-  static constexpr int64_t size = kind == Kind::key ? P::key_size : P::value_size;
+  static constexpr int64_t size = kind == Kind::value ? P::value_size : P::latent > 0 ? P::latent : P::key_size;
   static constexpr int64_t g = P::group, slots = P::residual + P::group;
   static constexpr bool packed = bits != 16;
   static constexpr int64_t row = size * bits / 8;  // code bytes of one token
@@ -95,10 +95,11 @@ template <class P>
 struct Rope {
   static constexpr int64_t run = 16, half = P::rotary / 2;
   static constexpr bool on = P::rotary > 0;
-  const Half* table = nullptr;
+  using Angle = std::conditional_t<(P::latent > 0), float, Half>;
+  const Angle* table = nullptr;
 
   Rope(const State& state, int64_t batch, int64_t capacity) {
-    if constexpr (on) table = static_cast<const Half*>(state.table) + batch * (capacity / run * 2 * half * run);
+    if constexpr (on) table = static_cast<const Angle*>(state.table) + batch * (capacity / run * 2 * half * run);
   }
 
   // The channels of pair p.
@@ -106,7 +107,7 @@ struct Rope {
   static constexpr int64_t high(int64_t p) { return P::adjacent ? 2 * p + 1 : p + half; }
 
   // cos of pair p for the tokens from t on, which is a multiple of the vector or within a run; sin stands `sine` behind.
-  const Half* at(int64_t t, int64_t p) const { return table + (t / run * 2 * half + p) * run + t % run; }
+  const Angle* at(int64_t t, int64_t p) const { return table + (t / run * 2 * half + p) * run + t % run; }
   static constexpr int64_t sine = half * run;
 };
 

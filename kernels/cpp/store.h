@@ -168,8 +168,8 @@ inline void pack_tokens(const Source<P, kind>& from, int64_t first) {
 template <class P, Kind kind>
 inline Source<P, kind> source(const StoreArgs& a, int64_t head, int64_t length) {
   constexpr int k = kind == Kind::key ? 0 : 1;
-  const auto* fresh = static_cast<const typename P::scalar*>(a.fresh[k]) + head / a.groups * a.stride[k][0] +
-                      head % a.groups * a.stride[k][1];
+  const auto* fresh = static_cast<const typename P::scalar*>(a.fresh[k]) + head / a.groups[k] * a.stride[k][0] +
+                      head % a.groups[k] * a.stride[k][1];
   return {Side<P, kind>(a.state, head, a.capacity), fresh, a.stride[k][2], length};
 }
 
@@ -179,7 +179,7 @@ template <class P, Kind kind>
 inline void pack(const StoreArgs& a, int64_t head, int64_t length, int64_t t) {
   using S = Side<P, kind>;
   if constexpr (S::packed && S::per_channel)
-    pack_channels(source<P, kind>(a, head, length), Rope<P>(a.state, head / a.groups, a.capacity), t);
+    pack_channels(source<P, kind>(a, head, length), Rope<P>(a.state, head / a.groups[0], a.capacity), t);
   if constexpr (S::packed && !S::per_channel) pack_tokens(source<P, kind>(a, head, length), t);
 }
 
@@ -195,22 +195,24 @@ inline void copy_rows(const StoreArgs& a, int64_t head, int64_t length) {
 // Returns 1, having written nothing, if the tokens do not fit.
 template <class P>
 int64_t append(const StoreArgs& a) {
-  const int64_t length = *a.state.length, total = length + a.tokens, heads = a.batch * a.groups;
+  const int64_t length = *a.state.length, total = length + a.tokens;
+  const int64_t keys = a.batch * a.groups[0], heads = keys + a.batch * a.groups[1];  // of both sides, keys first
   if (length < 0 || total > a.capacity) return 1;
   const bool ring = P::key_bits != 16 || P::value_bits != 16;
   const int64_t start = ring ? packed_length<P>(length) : 0, stop = ring ? packed_length<P>(total) : 0;
   const int64_t groups = (stop - start) / P::group;
-  const int64_t threads = heads * a.tokens < 256 && groups * heads < 4 ? 1 : a.threads;
+  const int64_t threads = heads * a.tokens < 512 && groups * heads < 8 ? 1 : a.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < 2 * heads * groups; ++item) {
-      const int64_t head = item / 2 / groups, t = start + item / 2 % groups * P::group;
-      item % 2 ? pack<P, Kind::value>(a, head, length, t) : pack<P, Kind::key>(a, head, length, t);
+// One by one: the two sides do not take the same time.
+#pragma omp for schedule(static, 1)
+    for (int64_t item = 0; item < heads * groups; ++item) {
+      const int64_t head = item / groups, t = start + item % groups * P::group;
+      head < keys ? pack<P, Kind::key>(a, head, length, t) : pack<P, Kind::value>(a, head - keys, length, t);
     }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < 2 * heads; ++item)
-      item % 2 ? copy_rows<P, Kind::value>(a, item / 2, length) : copy_rows<P, Kind::key>(a, item / 2, length);
+#pragma omp for schedule(static, 1)
+    for (int64_t head = 0; head < heads; ++head)
+      head < keys ? copy_rows<P, Kind::key>(a, head, length) : copy_rows<P, Kind::value>(a, head - keys, length);
   }
   return 0;
 }
