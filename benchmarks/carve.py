@@ -162,7 +162,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "40 %": {"beta": 0.4},
     "40 %, code's alpha": {"beta": 0.4, "alpha": 0.2},
     "40 %, by size": {"beta": 0.4, "score": "magnitude"},
-    "40 %, all blocks": {"beta": 0.4, "layers": (0.0, 1.0)},
+    "40 %, all blocks": {"beta": 0.4, "start": 0.0, "end": 1.0},
     "60 %": {"beta": 0.6},
     "60 %, by size": {"beta": 0.6, "score": "magnitude"},
     "80 %": {"beta": 0.8},

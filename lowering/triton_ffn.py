@@ -33,7 +33,7 @@ ROUTED_ALONE = 64
 """Tokens up to which each has a program of its own in a router; with more, 16 share what they read of it."""
 MAX_ROUTED = 256
 """Groups that one program can rank."""
-MAX_VOTED = 32768
+MAX_VOTED = 16384
 """Neurons of which one program can tell the largest: it holds all that a token says."""
 BAND = 8
 """Tiles that are multiplied with the same part of a weight at a time, so that it is read from the cache."""

@@ -7,6 +7,7 @@ et al., arXiv 2410.18311), the stability-guided variant.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,9 +46,9 @@ class CoreInfer(Pass):
     score
         ``"signed"``: activations as they are, as in the paper; ``"magnitude"``: by their size, so that strongly
         negative ones of gated blocks, which write as much, count too.
-    layers
-        The blocks that are rewritten, as two shares of the depth, first and last: those before and behind them stay
-        dense. The default is layers 6 to 26 of 32, as in the official code; ``(0, 1)``: all.
+    start, end
+        The blocks that are rewritten, from one share of the depth up to another: those before and behind them stay
+        dense. The default is layers 6 to 26 of 32, as in the official code; 0 and 1: all.
     max_batch_size
         Texts that there is room for; larger batches stay dense.
 
@@ -62,7 +63,8 @@ class CoreInfer(Pass):
     alpha: float = 0.4
     beta: float = 0.4
     score: Literal["signed", "magnitude"] = "signed"
-    layers: tuple[float, ...] = (6 / 32, 27 / 32)
+    start: float = 6 / 32
+    end: float = 27 / 32
     max_batch_size: int = 8
 
     name: ClassVar[str] = "coreinfer"
@@ -71,15 +73,15 @@ class CoreInfer(Pass):
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     site_kind: ClassVar[str] = "ffn"
     family: ClassVar[str] = "ffn"
-    limit: ClassVar[dict[str, Any]] = {"beta": 1.0, "layers": (0.0, 1.0)}
+    limit: ClassVar[dict[str, Any]] = {"beta": 1.0, "start": 0.0, "end": 1.0}
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha!r}; expected a share from 0 to 1.")
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta={self.beta!r}; expected a share above 0, up to 1.")
-        if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
-            raise ValueError(f"layers={self.layers!r}; expected two ascending shares of the depth, such as (0, 1).")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"start={self.start!r}, end={self.end!r}; expected ascending shares of the depth, 0 to 1.")
         if self.max_batch_size < 1:
             raise ValueError(f"max_batch_size={self.max_batch_size!r}; expected 1 or more.")
 
@@ -89,9 +91,9 @@ class CoreInfer(Pass):
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
 
-        first, last = self.layers
-        if not first <= site.depth < last:
-            return no("outer-layer", f"layers={self.layers}, and {site.depth:.2f} of the blocks come before this one")
+        if not self.start <= site.depth < self.end:
+            told = f"from {self.start:g} to {self.end:g} of the depth blocks are rewritten"
+            return no("outer-layer", f"{told}, and this one is at {site.depth:.2f}")
         assert site.text is not None
         text = site.text()
         if isinstance(text, Reason):
@@ -150,7 +152,7 @@ class CoreInfer(Pass):
         more: dict[str, Any] = {"itemsize": sizes.itemsize, "gated": sizes.gated}
         return ffn_cost.grouped_ffn(TOKENS, sizes.size, shared=0, width=1, active=used, uses=TOKENS * keep, **more)
 
-    def _vote(self, put: Put, site: FeedForwardSite, text: Text, state: dict[What, Tensor], keep: int) -> fx.Node:
+    def _vote(self, put: Put, site: FeedForwardSite, text: Text, state: Mapping[What, Tensor], keep: int) -> fx.Node:
         """Votes and the choice, before the block's last linear, which stays."""
         graph, middle = put.graph, site.middle
         rows, tokens, at = text.size(graph, 0), text.size(graph, 2), text.at(graph)
@@ -161,7 +163,7 @@ class CoreInfer(Pass):
         put.call(core_ops.CHOOSE_CORE, *kept, new, at, tokens, keep)
         return site.anchor
 
-    def _few(self, put: Put, parts: BlockParts, text: Text, state: dict[What, Tensor]) -> fx.Node:
+    def _few(self, put: Put, parts: BlockParts, text: Text, state: Mapping[What, Tensor]) -> fx.Node:
         """The neurons that were chosen."""
         graph, block = put.graph, put.block
         known, core = (constant(graph, state[what], put.input) for what in ("text", "core"))

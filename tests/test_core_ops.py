@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from effcompile.kernels import ops
 from effcompile.kernels.core_ops import CHOOSE_CORE, CORE_LIST, CORE_VOTES, votes_reference
+from effcompile.lowering import cpp_ffn
 
 
 def brute(hidden: Tensor, counted: Tensor | None, rows: int, alpha: float, magnitude: bool) -> list[list[int]]:
@@ -72,6 +74,10 @@ def test_a_share_of_a_count_is_that_of_python() -> None:
         expected = int(alpha * positive)
         for run in (CORE_VOTES, votes_reference):
             assert int(run(hidden, None, 1, alpha, False).sum()) == expected
+
+
+def test_it_is_launched_on_cpus() -> None:
+    assert ops._launchers["core_votes", "cpu"] is cpp_ffn.core_votes
 
 
 @pytest.mark.usefixtures("no_fallback")
@@ -160,5 +166,5 @@ def test_opcheck() -> None:
     votes, core, text = state()
     torch.library.opcheck(CHOOSE_CORE, (votes, core, text, votes[:2] + 1, at(0), 5, 2))
     torch.library.opcheck(CORE_LIST, (text, core, at(5), 2))
-    assert CHOOSE_CORE._schema.is_mutable
-    assert CORE_LIST._schema.is_mutable
+    for op, written in ((CHOOSE_CORE, ["votes", "core", "text"]), (CORE_LIST, ["text"])):
+        assert [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write] == written

@@ -22,7 +22,7 @@ GREEDY: dict[str, Any] = {
     "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True,
     "return_dict_in_generate": True,
 }  # fmt: skip
-ALL = {"layers": (0, 1)}
+ALL = {"start": 0, "end": 1}
 LAST = {"llama": "down_proj", "gpt2": "mlp.c_proj", "phi3": "down_proj", "opt": "fc2"}
 
 
@@ -50,14 +50,14 @@ class Frozen:
 
     def hook(self, name: str) -> Any:
         def look(module: nn.Module, given: tuple[Tensor]) -> Any:
-            (middle,) = given
+            middle = given[0].reshape(len(IDS), -1, given[0].shape[-1])  # OPT folds rows and tokens
             if middle.shape[1] > 1:
                 votes = torch.tensor(brute(middle, self.counted, len(middle), self.alpha, self.size))
                 order = votes.sort(dim=-1, descending=True, stable=True).indices
                 self.core[name] = order[:, : int(self.beta * votes.shape[1])].sort(-1).values
                 return None
             kept = torch.zeros_like(middle, dtype=torch.bool).scatter(-1, self.core[name][:, None], True)
-            return (middle.where(kept, 0),)
+            return (middle.where(kept, 0).view(given[0].shape),)
 
         return look
 
@@ -82,8 +82,9 @@ def test_limit_is_eager(architecture: str, no_inductor: list[Any]) -> None:
     model = MODELS[architecture]("sdpa")
     fast = frozen(model, **base.get("coreinfer").limit)
     assert_same(fast.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
-    assert forms(fast) == {"coreinfer, 96 neurons chosen", "coreinfer 96 of 96 neurons"}
-    assert {tuple(core.shape) for core in ec.core_neurons(fast).values()} == {(2, 96)}
+    width = 512 if architecture == "gpt2" else 96
+    assert forms(fast) == {f"coreinfer, {width} neurons chosen", f"coreinfer {width} of {width} neurons"}
+    assert {tuple(core.shape) for core in ec.core_neurons(fast).values()} == {(2, width)}
 
 
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -102,7 +103,8 @@ def test_form_is_the_method(architecture: str, padded: bool, no_inductor: list[A
         name: c.tolist() for name, c in watch.core.items()
     }
     assert_same(got, expected)
-    assert forms(fast) == {"coreinfer, 38 neurons chosen", "coreinfer 38 of 96 neurons"}
+    width, kept = (512, 204) if architecture == "gpt2" else (96, 38)
+    assert forms(fast) == {f"coreinfer, {kept} neurons chosen", f"coreinfer {kept} of {width} neurons"}
     dense = model.generate(IDS, **given, **GREEDY)
     assert (dense.logits[-1] - got.logits[-1]).abs().max() > 1e-3
 
@@ -117,7 +119,7 @@ def test_options(no_inductor: list[Any]) -> None:
     assert {name: c.tolist() for name, c in ec.core_neurons(fast).items()} == {
         name: c.tolist() for name, c in watch.core.items()
     }
-    for wrong in ({"beta": 0.0}, {"alpha": 1.5}, {"layers": (0.5,)}, {"layers": (0.5, 0.5)}, {"max_batch_size": 0}):
+    for wrong in ({"beta": 0.0}, {"alpha": 1.5}, {"start": 0.9}, {"start": 0.5, "end": 0.5}, {"max_batch_size": 0}):
         with pytest.raises(OptionError, match="expected"):
             ec.coreinfer(**wrong)
 
@@ -176,6 +178,21 @@ def test_a_cache_of_fixed_size(no_inductor: list[Any]) -> None:
     assert forms(fast) == {"coreinfer, 38 neurons chosen", "coreinfer 38 of 96 neurons"}
 
 
+@pytest.mark.slow
+def test_verify_looks_at_both_phases_and_changes_no_choice(no_inductor: list[Any]) -> None:
+    fast = ec.coreinfer(**ALL)(shared_copy(MODELS["llama"]("sdpa")))
+    fast.compile(backend="effcompile", options={"verify": True})
+    cache = new_cache()
+    read(fast, IDS, cache)
+    before = neurons(fast)
+    read(fast, IDS[:, :1], cache)
+    assert neurons(fast) == before
+    errors = [d.error for d in ec.inspect(fast).decisions if d.kind == "ffn"]
+    assert errors[:2] == [0, 0]
+    assert all(error is not None and 1e-3 < error < 1 for error in errors[2:])
+
+
+@pytest.mark.slow
 def test_chunks_are_the_whole_and_a_batch_is_its_rows(no_inductor: list[Any]) -> None:
     """Votes of chunks add up; and steps count the text on, so that a second turn goes on with it."""
     fast = frozen(MODELS["llama"]("sdpa"))
