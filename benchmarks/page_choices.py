@@ -1,8 +1,9 @@
 """What choosing pages loses: perplexity, KL and best tokens against attention to all keys, by masks.
 
-``python benchmarks/page_choices.py [--places N] [--steps N]``. The steps of a place in the text are one call of an
-eager model in 32 bits, in which each token has lists of its own, made by the methods' own scores; so many settings can
-be tried in the time that one takes token by token. DELTA's layers are placed by what a text before all others keeps.
+``python benchmarks/page_choices.py [--first N] [--places N] [--steps N]``. The steps of a place in the text are one
+call of an eager model in 32 bits, in which each token has lists of its own, made by the methods' own scores; so many
+settings can be tried in the time that one takes token by token. DELTA's layers are placed by what a text before all
+others keeps.
 """
 
 from __future__ import annotations
@@ -131,8 +132,11 @@ def calibrated(ids: Tensor, steps: int, method: Delta, counts: Iterator[int] | r
     return {count: placement(kept, count) for count in counts}
 
 
-def choices(places: int, steps: int, tokens: int = 7000) -> list[Measured]:
-    """Rows for each setting: loss with its standard error over places, KL, best tokens, and the share of keys read."""
+def choices(places: int, steps: int, tokens: int = 7000, begin: int = 20_000) -> list[Measured]:
+    """Rows for each setting: loss with its standard error over places, KL, best tokens, and the share of keys read.
+
+    Places are 16,000 tokens apart, from ``begin`` on.
+    """
     text, layers = smollm2.topics(shared()[1]), shared()[0].config.num_hidden_layers
     full = calibrated(text[:, : tokens + 1], steps, Delta(token_budget=768), range(3, 6))
     say(f"placements: {full}")
@@ -142,6 +146,13 @@ def choices(places: int, steps: int, tokens: int = 7000) -> list[Measured]:
         "quest": Masked(Quest(token_budget=992)),
         "quest, skip_layers=1": Masked(Quest(token_budget=1168, skip_layers=1)),
         "best pages, skip_layers=1": Masked(Quest(token_budget=1168, skip_layers=1), own=True),
+        "quest, radius=0.5, skip_layers=0": Masked(Quest(token_budget=1392, radius=0.5, skip_layers=0)),
+        **{
+            f"quest by moments, {n} deviations": Masked(
+                Quest(token_budget=1392, skip_layers=0, rank_by="moments", deviations=n)
+            )
+            for n in (0, 1, 1.5, 1.8, 2.1, 2.5)
+        },
         "delta": Masked(Delta()),
         **{
             f"delta, {full[n]}, {budget}": Masked(Delta(token_budget=budget, full_cache_layers=full[n]))
@@ -150,7 +161,7 @@ def choices(places: int, steps: int, tokens: int = 7000) -> list[Measured]:
     }
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in settings}
     for place in range(places):
-        first = 20_000 + 16_000 * place
+        first = begin + 16_000 * place
         ids = text[:, first : first + tokens + 1]
         prompt, target, plain = read(ids, steps), ids[0, -steps:], torch.zeros(0)
         for name, attention in settings.items():
@@ -179,7 +190,8 @@ def choices(places: int, steps: int, tokens: int = 7000) -> list[Measured]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=20_000, help="where the first place begins")
     parser.add_argument("--places", type=int, default=6)
     parser.add_argument("--steps", type=int, default=128)
     chosen = parser.parse_args()
-    console.print(table("What choosing pages loses", choices(chosen.places, chosen.steps)))
+    console.print(table("What choosing pages loses", choices(chosen.places, chosen.steps, begin=chosen.first)))

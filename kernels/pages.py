@@ -158,7 +158,8 @@ def bounds(step: Step, page: int, radius: float = 1.0) -> Tensor:
 
 def _grouped(step: Step) -> Tensor:
     """The query, scaled, by key/value heads: fp32 ``[B, G, R, D]``."""
-    return (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (step.keys[0].shape[1], -1))
+    query: Tensor = (step.query.float() * step.scale).flatten(1, 2).unflatten(1, (step.keys[0].shape[1], -1))
+    return query
 
 
 def moments(step: Step, page: int) -> tuple[Tensor, Tensor]:

@@ -136,11 +136,11 @@ class Quest(PagedDecode):
         bounds = None if free else kept.get(self.rank_by)
         if bounds is None and not free:
             option = "" if self.rank_by == "bounds" else "rank_by='moments'"
-            held = "the least and the largest key" if self.rank_by == "bounds" else "mean and deviation of the keys"
+            what = "the least and the largest key" if self.rank_by == "bounds" else "mean and deviation of the keys"
             other = f", and holds {' and '.join(kept)} instead" if kept else ""
             return no(
                 f"no-page-{self.rank_by}",
-                f"a cache of {form.name} holds {held} of a page if it was made on a CPU, after quest was put on the "
+                f"a cache of {form.name} holds {what} of a page if it was made on a CPU, after quest was put on the "
                 f"model as a decorator, ec.quest({option})(model); this one was not{other}. delta needs neither",
             )
         open_ = form.slots if bounds is None else self.page
