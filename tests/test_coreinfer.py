@@ -425,7 +425,7 @@ def test_chosen_neurons_matter_for_what_follows(smollm2: tuple[Any, Any], no_ind
     assert len(sets[256]) == 20
     agree = {64: 0.0, 128: 0.0}
     for name, core in sets[256].items():
-        after, weight = middles[name][0, 256:], model.get_submodule(name).weight
+        after, weight = middles[name][0, 256:], model.get_submodule(name).weight.detach()
         drawn = torch.randperm(1536, generator=torch.Generator().manual_seed(0))[: core.shape[1]]
 
         def lost(kept: Tensor, after: Tensor = after, weight: Tensor = weight) -> float:
