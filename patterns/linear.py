@@ -105,9 +105,11 @@ def operands_of(linear: fx.Node) -> Linear | None:
 def find_linears(gm: fx.GraphModule, routers: Collection[fx.Node] = ()) -> list[LinearSite]:
     """All linears of a normalised graph, in graph order. Those that choose experts are among ``routers``.
 
-    A head is what makes a result of the graph or what a loss reads, or has the weight of an embedding.
+    A head is what makes a result of the graph, of another width if tokens are not looked up in the same graph; what a
+    loss reads; or what has the weight of an embedding.
     """
-    heads = {*_last(gm)}
+    whole = bool(gm.graph.find_nodes(op="call_function", target=aten.embedding.default))
+    heads = {*_last(gm)} if whole else {site.anchor for site in find_heads(gm)}
     for loss in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
         node = strip_casts(loss.args[0])
         while is_call(node, aten.slice.Tensor, *VIEWS):
