@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import mixtures
@@ -10,10 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import effcompile as ec
 from effcompile.kernels import weight_ops
+from effcompile.kernels.reason import Reason
+from effcompile.passes.quantize_weights import QuantizeWeights
+from effcompile.patterns.linear import LinearSite, find_linears
 from models import GQA, MODELS, NanoGPT
 
 IDS = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -222,6 +228,43 @@ def test_weights_that_fp16_scales_cannot_say(factor: float, code: str | None, no
     told = compiled(model, **SMALL)
     logits(told, torch.randn(2, 32))
     assert codes(told) == ({"": code} if code else {})
+
+
+def test_a_head_that_only_a_loss_reads() -> None:
+    def training(x: Tensor, w: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(F.linear(x, w).relu(), v)[:, 1:].reshape(-1, 50).float(), labels)
+
+    given = torch.randn(2, 4, 8), torch.randn(8, 8), torch.randn(50, 8), torch.zeros(6, dtype=torch.long)
+    gm = make_fx(training, pre_dispatch=True, tracing_mode="fake")(*given)
+    assert [site.role for site in find_linears(gm)] == ["", "head"]
+
+
+class Theirs(Tensor):
+    """A tensor of another class, in which nothing is known to be where it is elsewhere."""
+
+
+def test_a_weight_of_another_class() -> None:
+    """As torchao's are."""
+    gm = make_fx(lambda x, w: F.linear(x, w), pre_dispatch=True, tracing_mode="fake")(*[torch.randn(32, 32)] * 2)
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    for weight, code in ((torch.randn(32, 32), ""), (torch.randn(32, 32).as_subclass(Theirs), "other-library")):
+        node.args[1].meta["grapharg"] = SimpleNamespace(example=weight)
+        node.args[1]._dynamo_source = SimpleNamespace(name="L['self']._modules['a']._parameters['weight']")
+        answer = QuantizeWeights().match(LinearSite(node))
+        assert (answer.code if isinstance(answer, Reason) else "") == code
+
+
+def test_a_model_of_such_tensors_runs_as_before(no_inductor: list[Any]) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32)), torch.randn(2, 32)
+    with torch.no_grad():
+        weight = model[0].weight.detach()
+        model[0].weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+        expected = model(x)
+        model.compile(backend="effcompile", options={"quantize_weights": SMALL})
+        got = model(x)
+    assert type(got) is type(expected)
+    assert torch.equal(got.a, expected.a)
+    assert not [d for d in rows_of(model) if d.action == "rewritten"]
 
 
 def test_gradients_and_autocast(no_inductor: list[Any]) -> None:
