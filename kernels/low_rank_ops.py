@@ -29,7 +29,7 @@ def breaks_even(outputs: int, inputs: int) -> float:
     """The rank at which factors have as many numbers as the weight: at this rank and above nothing is gained.
 
     >>> breaks_even(576, 1536)
-    418.9090909090909
+    418.90909090909093
     """
     return outputs * inputs / (outputs + inputs)
 

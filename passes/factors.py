@@ -14,6 +14,7 @@ moment ``M``, whatever the metric.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -57,7 +58,7 @@ class Spectrum:
 
     def error(self, rank: int) -> float:
         """The same over the whole, as a root."""
-        return (self.tail(rank) / max(self.energy, torch.finfo(torch.float64).tiny)) ** 0.5
+        return math.sqrt(self.tail(rank) / max(self.energy, torch.finfo(torch.float64).tiny))
 
     def factors(self, rank: int) -> dict[str, Tensor]:
         """``down`` ``[rank, n]`` and ``up`` ``[m, rank]`` in the dtype of the weight, and ``shift`` ``[m]``.
@@ -112,8 +113,10 @@ def left_singular(matrix: Tensor) -> Tensor:
     of fp64 of the whole come in any order, which for cutting is no matter.
     """
     side, small = torch.linalg.qr(matrix) if matrix.shape[0] > matrix.shape[1] else (None, matrix)
-    vectors = torch.linalg.eigh(small @ small.t()).eigenvectors.flip(1)
-    return vectors if side is None else side @ vectors
+    vectors: Tensor = torch.linalg.eigh(small @ small.t()).eigenvectors.flip(1)
+    if side is not None:
+        vectors = side @ vectors
+    return vectors
 
 
 def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -1,0 +1,102 @@
+"""Factors of one linear: what cutting loses, in which order methods lose it, and second moments without a root."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effcompile.passes.factors import damped_root, spectrum
+from effcompile.runtime.second_moment import SecondMoment
+
+
+@pytest.fixture(scope="module")
+def seen() -> tuple[Tensor, SecondMoment, Tensor]:
+    """A weight, what it reads (correlated, and far from 0), and the rows themselves."""
+    torch.manual_seed(0)
+    rows = torch.randn(900, 40) @ torch.randn(40, 40) * torch.logspace(0, -2, 40) + torch.randn(40)
+    inputs = SecondMoment(40)
+    for part in rows.split([1, 299, 600]):
+        inputs.update(part)
+    return torch.randn(56, 40), inputs, rows
+
+
+def of(seen: Any, method: Any, mean: bool = False, damping: float = 0.0) -> Any:
+    return spectrum(seen[0], seen[1], method, alpha=0.5, damping=damping, mean=mean)
+
+
+def test_second_moment_in_parts_is_that_of_the_whole(seen: Any) -> None:
+    _, inputs, rows = seen
+    x = rows.double()
+    torch.testing.assert_close(inputs.moment, x.t() @ x / 900)
+    torch.testing.assert_close(inputs.covariance, x.t().cov(correction=0))
+    torch.testing.assert_close(inputs.mean, x.mean(0))
+    torch.testing.assert_close(inputs.size, x.abs().mean(0))
+
+
+@pytest.mark.parametrize("rank", [1, 13, 39, 40])
+def test_eckart_young(seen: Any, rank: int) -> None:
+    """The error of the weight under plain SVD is the tail of its spectrum."""
+    weight = seen[0].double()
+    found = of(seen, "svd").factors(rank)
+    lost = weight - found["up"].double() @ found["down"].double()
+    tail = torch.linalg.svdvals(weight)[rank:].square().sum()
+    torch.testing.assert_close(lost.square().sum(), tail, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("method", ["svd", "asvd", "whitened"])
+def test_what_is_said_to_be_lost_is_lost(seen: Any, method: str, mean: bool) -> None:
+    weight, _, rows = seen
+    found = of(seen, method, mean)
+    for rank in (1, 13, 33):
+        made = found.factors(rank)
+        wanted = rows @ weight.t()
+        lost = wanted - F.linear(F.linear(rows, made["down"]), made["up"], made.get("shift"))
+        assert float(lost.square().sum(1).mean()) == pytest.approx(found.tail(rank), rel=1e-3)
+        around = wanted - wanted.mean(0) if mean else wanted
+        assert found.error(rank) == pytest.approx(float(lost.norm() / around.norm()), rel=1e-3)
+        if mean:
+            assert float(lost.mean(0).norm()) < 1e-3 * float(lost.norm(dim=1).mean())
+
+
+def test_order_of_the_methods_and_of_the_bias(seen: Any) -> None:
+    """Whitened is best for the outputs at every rank, and its error is the tail of the whitened spectrum."""
+    weight, inputs, _ = seen
+    plain, asvd, whitened, with_bias = (
+        of(seen, *given) for given in (("svd",), ("asvd",), ("whitened",), ("whitened", True))
+    )
+    values = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(inputs.moment)).square()
+    for rank in range(1, 40):
+        assert whitened.tail(rank) <= asvd.tail(rank) * (1 + 1e-6)
+        assert whitened.tail(rank) <= plain.tail(rank) * (1 + 1e-6)
+        assert with_bias.tail(rank) <= whitened.tail(rank) * (1 + 1e-6)
+        assert whitened.tail(rank) == pytest.approx(float(values[rank:].sum()), rel=1e-4, abs=1e-6)
+    assert asvd.tail(20) < plain.tail(20)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+@pytest.mark.parametrize("what", ["few rows", "dead channels", "all zero", "bf16"])
+def test_second_moments_without_a_root(what: str, damping: float) -> None:
+    """Damped until there is one; at full rank the weight comes back whatever the inputs were."""
+    rows = torch.randn(5 if what == "few rows" else 200, 24)
+    rows = rows * (torch.arange(24) % 3 > 0) if what == "dead channels" else rows
+    rows = torch.zeros_like(rows) if what == "all zero" else rows
+    rows = rows.bfloat16() if what == "bf16" else rows
+    inputs, weight = SecondMoment(24), torch.randn(32, 24).to(rows.dtype)
+    inputs.update(rows)
+    for method in ("svd", "asvd", "whitened"):
+        for mean in (False, True):
+            found = of((weight, inputs), method, mean, damping)
+            made = found.factors(24)
+            assert made["up"].dtype == rows.dtype
+            atol = 1e-4 if rows.dtype == torch.float32 else 5e-2
+            torch.testing.assert_close(made["up"].float() @ made["down"].float(), weight.float(), rtol=0, atol=atol)
+            assert torch.isfinite(found.lost).all()
+    if what in ("few rows", "dead channels"):
+        assert found.damping > 0
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        damped_root(torch.full((3, 3), torch.nan), 0.0)
