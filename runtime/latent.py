@@ -223,11 +223,15 @@ def _keys(linear: nn.Linear, hidden: Tensor, heads: int, norm: Any, offset: floa
     with torch.no_grad():
         # Without the hooks of the module, which factors would not know of.
         raw = nn.functional.linear(hidden, linear.weight, linear.bias)
-        keys = raw.unflatten(2, (heads, -1)).transpose(1, 2).float()
+        keys: Tensor = raw.unflatten(2, (heads, -1)).transpose(1, 2).float()
         if norm is None:
             return keys
-        scaled = keys * (keys.square().mean(-1, keepdim=True) + _eps(norm)).rsqrt()
-        return scaled * (norm.weight.float() + offset)
+        eps = _eps(norm)
+        assert eps is not None  # others are no candidates
+        scaled: Tensor = keys * (keys.square().mean(-1, keepdim=True) + eps).rsqrt()
+        weight: Any = norm.weight
+        scaled *= weight.float() + offset
+        return scaled
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

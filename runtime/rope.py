@@ -107,7 +107,8 @@ def _try(model: nn.Module, layers: list[int]) -> dict[int, Learned | str]:
             return f"{path} is not given position_embeddings=(cos, sin)"
         return _look(module, path, args, kwargs, given, sources)
 
-    return try_attentions(model, layers, look)
+    found: dict[int, Learned | str] = try_attentions(model, layers, look)
+    return found
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]

@@ -286,6 +286,16 @@ def test_hidden_states_of_one_call_never_serve_another() -> None:
         model(IDS[:, :1], past_key_values=cache)
 
 
+def test_methods_that_look_at_stored_keys_leave_latents(no_inductor: list[Any]) -> None:
+    model = ec.compress_kv(**PACKED)(ec.delta(token_budget=64, recency=16, min_length=0)(model_of("llama")))
+    model.compile(backend="effcompile")
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+        model(IDS[:, :1], past_key_values=cache)
+    left = [d.reason.code for d in ec.inspect(model).decisions if d.reason is not None]
+    assert left == ["prompt"] * 2 + ["latent-cache"] * 2
+
+
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 
