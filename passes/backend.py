@@ -212,10 +212,13 @@ def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision
     """Those of which nothing is ``told``, listed for those who want to know what a model is made of."""
     sites = [site for site in found if all(site is not one for one in told)]
 
+    taken = {base.get(name).site_kind for name in base.REGISTRY}
+
     def why(site: Site) -> Reason:
-        if isinstance(site, RouterSite):
-            asked = Reason("not-asked", "no decorator, rule or option asks for a pass here", site.source)
-            return site.router if isinstance(site.router, Reason) else asked
+        if isinstance(site, RouterSite) and isinstance(site.router, Reason):
+            return site.router
+        if site.kind in taken:
+            return Reason("not-asked", "no decorator, rule or option asks for a pass here", site.source)
         return Reason("no-method", f"no pass takes a site of kind {site.kind}", site.source)
 
     return [report.left(i, site, "", why(site)) for i, site in enumerate(sites)]

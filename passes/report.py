@@ -150,7 +150,7 @@ class GraphReport:
     note
         Why the graph was compiled without being looked at.
     others
-        Sites of kinds that no pass takes.
+        Sites of which nobody asked anything.
     notes
         Sentences about the user's rules, beside those on rules that name no module of this graph.
     root
