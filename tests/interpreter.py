@@ -13,8 +13,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this is such a child: tests of kernels are there, all others are in its parent."""
 
 
-def interpreted(file: str) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Two tests for ``file`` to hold, which run it once more, interpreted: its fast tests, and its slow ones."""
+def interpreted(file: str, *, now: bool = True) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Two tests for ``file`` to hold, which run it once more, interpreted: its fast tests, and its slow ones.
+
+    The first is fast if ``now``; where the child takes long it belongs to the slow set as well.
+    """
 
     def run(*options: str) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file]
@@ -31,5 +34,6 @@ def interpreted(file: str) -> tuple[Callable[[], None], Callable[[], None]]:
     def slow() -> None:
         run("-m", "slow")
 
+    fast = fast if now else pytest.mark.slow(fast)
     fast.__test__ = slow.__test__ = not INTERPRETED  # type: ignore[attr-defined]
     return fast, slow

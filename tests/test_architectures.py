@@ -15,7 +15,9 @@ import effcompile as ec
 # Their attention is spelled as in another row or in test_backend.py.
 SLOW = {
     *(
+        "gemma3",
         "llama-flex",
+        "llama4",
         "qwen2",
         "qwen3",
         "phi3",

@@ -44,7 +44,7 @@ PLAIN: dict[str, Any] = {"tokens": (150, 150), "sizes": (64, 64), "dtype": torch
                          "batch": 1, "rule": "causal", "shared": False, "groups": 1}  # fmt: skip
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
 
 
 def made(case: dict[str, Any], density: float = 0.3) -> Call:

@@ -105,7 +105,7 @@ def _print(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("hook", [_break, _print])
+@pytest.mark.parametrize("hook", [_break, pytest.param(_print, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["model.layers.1", "model.layers.1.self_attn", "model.layers.0.mlp", "lm_head"])
 def test_a_graph_break_in_the_middle(where: str, hook: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     model, fast = llama(), llama(16)

@@ -8,7 +8,7 @@ import pytest
 import test_core_ops as conformance
 import torch
 from test_triton_aot import SHARED
-from triton_calls import INTERPRETED, in_the_interpreter
+from interpreter import INTERPRETED, interpreted
 
 from effcompile.kernels import ops
 from effcompile.kernels.core_ops import CORE_VOTES
@@ -18,12 +18,7 @@ from effcompile.lowering.triton_aot import noted, resources
 CASES = [(2, 3, 64, "some"), (1, 4, 65, "shared"), (1, 1, 1, "all")]
 
 
-@pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+test_in_the_interpreter = interpreted(__file__, now=False)[0]
 
 
 class TestInterpreted:

@@ -217,6 +217,7 @@ def test_chunks_are_the_whole_and_a_batch_is_its_rows(no_inductor: list[Any]) ->
     assert neurons(fast) != first
 
 
+@pytest.mark.slow
 def test_what_is_forgotten_when(no_inductor: list[Any]) -> None:
     """Without a choice for this text a step is that of the dense model."""
     model = MODELS["llama"]("sdpa")

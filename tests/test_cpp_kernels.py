@@ -93,6 +93,7 @@ def test_attend_every_mix(phase: Any, dtype: torch.dtype, key_bits: int, value_b
     check_attend(program, (*LENGTHS, 1111))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
 def test_other_instruction_sets(width: int) -> None:
@@ -246,8 +247,10 @@ struct P {
   static constexpr int64_t key_size = 64;
   static constexpr int64_t value_size = 128;
   static constexpr int64_t rotary = 0;
+  static constexpr int64_t latent = 0;
   static constexpr bool adjacent = false;
   static constexpr int ratio = 3;
+  static constexpr bool normed = false;
   static constexpr bool causal = true;
   static constexpr int64_t window = 512;
   static constexpr bool key_mask = false;

@@ -115,7 +115,9 @@ def _loaded(model: Any, cache: Any) -> Tensor:
 PACKED = {"key_bits": 8, "value_bits": 4, "residual": 32, "latent": 48}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "cohere"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "qwen3", "cohere"))]
+)
 def test_compiled_generates_as_eager(name: str, no_inductor: list[Any]) -> None:
     model = ec.compress_kv(**PACKED)(model_of(name))
     expected = model.generate(IDS, attention_mask=PADDED, **GREEDY)

@@ -116,15 +116,18 @@ PROGRAMS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _ahead() -> None:
-    cpp.prebuild(p for one in PROGRAMS for p in (one, stores(one.form, one)))
+    cpp.prebuild(p for one in PROGRAMS[:3] for p in (one, stores(one.form, one)))
 
 
-@pytest.mark.parametrize("built", PROGRAMS, ids=lambda p: p.name)
+FAST_AND_SLOW = [*PROGRAMS[:3], *(pytest.param(p, marks=pytest.mark.slow) for p in PROGRAMS[3:])]
+
+
+@pytest.mark.parametrize("built", FAST_AND_SLOW, ids=lambda p: p.name)
 def test_attend(built: Program) -> None:
     check_attend(built, call=LatentCall)
 
 
-@pytest.mark.parametrize("built", PROGRAMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("built", FAST_AND_SLOW, ids=lambda p: p.name)
 def test_store(built: Program) -> None:
     """Bit for bit, whole and in pieces; keys have one head and values two."""
     form, length = built.form, 2 * built.form.slots + 37

@@ -66,7 +66,9 @@ def test_four_beams_equal_the_model_without(no_inductor):
     assert torch.equal(compiled(model, 16).generate(IDS[:, :90], num_beams=4, **GREEDY), expected)
 
 
-@pytest.mark.parametrize(("beams", "counts", "new"), [(1, (20, 100), 40), (3, (44,), 12)])
+@pytest.mark.parametrize(
+    ("beams", "counts", "new"), [pytest.param(1, (20, 100), 40, marks=pytest.mark.slow), (3, (44,), 12)]
+)
 def test_a_hybrid_model_generates_as_without(beams, counts, new, no_inductor):
     """From below the window to beyond it, where the sliding layers change their way."""
     model = hybrid(window=48)

@@ -155,7 +155,7 @@ def test_the_operator_keeps_torchs_contract() -> None:
 
 @pytest.mark.parametrize(
     "cache",
-    [{"key_bits": 16, "value_bits": 16}, pytest.param({"key_bits": "fp8", "rope": "pre"}, marks=slow)],
+    [pytest.param(c, marks=slow) for c in ({"key_bits": 16, "value_bits": 16}, {"key_bits": "fp8", "rope": "pre"})],
     ids=str,
 )
 def test_a_model_decodes_over_pages_of_such_a_cache(cache: dict[str, Any], no_inductor: Any, no_fallback: None) -> None:

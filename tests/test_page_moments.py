@@ -77,7 +77,7 @@ class LivesWithMoments(BoundedLives):
 
 
 def test_lives_of_a_cache_with_moments() -> None:
-    _run(LivesWithMoments, 25)
+    _run(LivesWithMoments, 8)
 
 
 @slow
@@ -211,7 +211,7 @@ MOMENTS: dict[str, Any] = {"rank_by": "moments", "min_length": 0, "skip_layers":
 @pytest.mark.parametrize(
     "cache",
     [
-        {"key_bits": 8, "group_size": 16},
+        pytest.param({"key_bits": 8, "group_size": 16}, marks=slow),
         pytest.param({"key_bits": 16, "value_bits": 16}, marks=slow),
         pytest.param({"key_bits": 4, "rope": "pre"}, marks=slow),
     ],

@@ -311,13 +311,13 @@ def generated(*decorators: Any, layers: int = 4, **how: Any) -> tuple[Any, list[
     return out, [d for d in ec.inspect(model).decisions if dict(d.sizes)["T"] == 1]
 
 
+@pytest.mark.slow
 def test_a_budget_for_all_tokens_is_the_model(no_inductor: Any, no_fallback: None) -> None:
     """Less than the cache has room for, so that lists are made. Runs begin elsewhere, so logits are not bit for bit."""
     store = ec.compress_kv(residual=32)
     wanted, _ = generated(store, layers=3)
     budget = {"token_budget": 384, "min_length": 0}
-    methods = {"delta": ec.delta(**budget, full_cache_layers=(0,)), "quest": ec.quest(**budget)}
-    for name, method in methods.items():
+    for name, method in {"delta": ec.delta(**budget, full_cache_layers=(0,)), "quest": ec.quest(**budget)}.items():
         found, decided = generated(store, method, layers=3)
         assert sum("attend_pages" in d.form for d in decided) == (2 if name == "delta" else 1)
         assert torch.equal(found.sequences, wanted.sequences)

@@ -124,7 +124,7 @@ class Whole(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m != "wina")) for m in SETTINGS])
 def test_through_inductor_prompt_and_steps(method: str, batches: list[Tensor]) -> None:
     """One plan, prompts and steps: ``generate`` gives what a second compiled copy gives, and weights are made once."""
     model = MODELS["llama"]("sdpa")

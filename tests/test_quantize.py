@@ -163,7 +163,11 @@ def test_names_round_trip():
         KVForm.parse("k4")
 
 
-@pytest.mark.parametrize("form", [*FORMS, KVForm(16, 16)], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "form",
+    [*FORMS[::2], KVForm(16, 16), *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS[1::2])],
+    ids=lambda f: f.name,
+)
 def test_opcheck(form):
     state, length = make_state(form)
     torch.manual_seed(0)

@@ -124,7 +124,9 @@ def store_program(p: Program) -> StoreProgram:
     return StoreProgram(p.form, p.dtype, p.key_size, p.value_size, p.rotary)
 
 
-@pytest.mark.parametrize("built", PROGRAMS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "built", [*PROGRAMS[1:], pytest.param(PROGRAMS[0], marks=pytest.mark.slow)], ids=lambda p: p.name
+)
 def test_attend(built: Program) -> None:
     check_attend(built, call=PreCall)
 

@@ -33,7 +33,7 @@ if INTERPRETED:
 State = list[Tensor | None]
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
 
 
 @pytest.fixture(autouse=True)
