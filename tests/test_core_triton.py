@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import test_core_ops as conformance
 import torch
-from test_triton_aot import SHARED
 from interpreter import INTERPRETED, interpreted
+from test_triton_aot import SHARED
 
 from effcompile.kernels import ops
 from effcompile.kernels.core_ops import CORE_VOTES
