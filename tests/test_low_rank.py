@@ -421,7 +421,13 @@ def test_routers_are_not_touched(no_inductor: list[Any]) -> None:
     from mixtures import MIXTURES
 
     model = MIXTURES["mixtral"].make(2)
-    told = planned(model, calibrated(model, ratio=0.7))
-    logits(told, BATCHES[0] % 64)
-    routers = {name for name, code in codes(told).items() if code == "router"}
-    assert routers == {f"model.layers.{n}.mlp.gate" for n in range(model.config.num_hidden_layers)}
+    ids = BATCHES[0] % model.config.vocab_size
+    plan = calibrated(model, [ids], ratio=0.7)
+    told = planned(model, plan)
+    logits(told, ids)
+    routers = {f"model.layers.{n}.mlp.gate" for n in range(model.config.num_hidden_layers)}
+    (left,) = [set(names) for text, names in plan.made["left"].items() if "scores experts" in text]
+    assert left == routers
+    done = {d.module for d in ec.inspect(told).decisions if d.kind == "linear" and d.action == "rewritten"}
+    assert done
+    assert not done & routers
