@@ -265,15 +265,20 @@ def _as_linear(site: _Site, factors: Mapping[str, Tensor]) -> Callable[[Tensor],
 
 
 def _start_of(batch: Any) -> Any:
-    """The first :data:`PROBE` tokens of a batch's first row; of keyword arguments, of all that are ``[B, T]`` alike."""
+    """:data:`PROBE` tokens of a batch's first row, to the end of its text if a mask says where that is."""
     if isinstance(batch, Tensor):
         return batch[:1, :PROBE] if batch.ndim == 2 and not batch.is_floating_point() else batch
     given = dict(batch)
     ids = next((t for t in given.values() if isinstance(t, Tensor) and t.ndim == 2), None)
     if ids is None or any(isinstance(t, Tensor) and t.shape != ids.shape for t in given.values()):
         return batch
-    # Padding is on the left where there is some: the last tokens are of the text.
-    return {name: t[:1, -PROBE:] if isinstance(t, Tensor) else t for name, t in given.items()}
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or not mask[0].any():
+        return {name: t[:1, :PROBE] if isinstance(t, Tensor) else t for name, t in given.items()}
+    # Padding may stand on either side, and the last tokens have to be of the text.
+    end = int(mask[0].nonzero().max()) + 1
+    part = slice(max(0, end - PROBE), end)
+    return {name: t[:1, part] if isinstance(t, Tensor) else t for name, t in given.items()}
 
 
 def _left(model: nn.Module, watch: _LinearWatch) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import effcompile as ec
+from effcompile.passes import calibrate_linear
 from models import MODELS
 
 SQUARE = {
@@ -431,3 +432,16 @@ def test_routers_are_not_touched(no_inductor: list[Any]) -> None:
     done = {d.module for d in ec.inspect(told).decisions if d.kind == "linear" and d.action == "rewritten"}
     assert done
     assert not done & routers
+
+
+@pytest.mark.parametrize("text", [slice(0, 700), slice(900, 1000)])
+def test_the_probe_ends_in_the_text(text: slice) -> None:
+    """Whichever side padding is on: the last tokens are those that are measured."""
+    mask = torch.zeros(2, 1000, dtype=torch.long)
+    mask[0, text] = 1
+    ids = torch.arange(1000).expand(2, -1)
+    found = calibrate_linear._start_of({"input_ids": ids, "attention_mask": mask})
+    assert found["input_ids"].shape == (1, 512)
+    assert found["input_ids"][0, -1] == text.stop - 1
+    assert found["attention_mask"][0, -1]
+    assert calibrate_linear._start_of({"input_ids": ids})["input_ids"].tolist() == [list(range(512))]
