@@ -43,12 +43,17 @@ SETTINGS: dict[str, Any] = {
     "carve_moe S3A3E8, energy, threshold": ec.carve_moe(3, 3, 8, routing="threshold", **ENERGY),
     "teal 25 %": ec.teal(0.25),
     "wina 25 %": ec.wina(0.25),
+    "teal 25 %, greedy": ec.teal(0.25, "greedy"),
+    "wina 25 %, greedy": ec.wina(0.25, "greedy"),
     f"{STATIC}, 50 %": ec.flap(0.5, metric="WIFN", structure="UL-UM", bias=False),
     "flap 50 %": ec.flap(0.5),
     "carve_moe S2A2E8": ec.carve_moe(2, 2, 8),
     "carve_moe S2A2E8, energy": ec.carve_moe(2, 2, 8, **ENERGY),
     "teal 50 %": ec.teal(0.5),
     "wina 50 %": ec.wina(0.5),
+    "teal 50 %, greedy": ec.teal(0.5, "greedy"),
+    "wina 50 %, greedy": ec.wina(0.5, "greedy"),
+    "wina 50 %, rotated": ec.wina(0.5, transform=True),
     "carve_moe S1A1E8": ec.carve_moe(1, 1, 8),
     "carve_moe S1A1E8, energy": ec.carve_moe(1, 1, 8, **ENERGY),
 }
@@ -148,12 +153,46 @@ def loss(quick: bool = False) -> list[Measured]:
         ("carve_moe S3A3E8, energy, threshold", "carve_moe S3A3E8, energy"),
         ("wina 25 %", "teal 25 %"),
         ("wina 50 %", "teal 50 %"),
+        ("teal 50 %, greedy", "teal 50 %"),
+        ("wina 50 %, greedy", "wina 50 %"),
         ("carve_moe S3A3E8", "carve_moe S2A2E8"),
         ("carve_moe S2A2E8", "carve_moe S1A1E8"),
         ("carve_moe S3A3E8, energy", "carve_moe S2A2E8, energy"),
         ("carve_moe S2A2E8, energy", "carve_moe S1A1E8, energy"),
     ):
         rows.append(Measured(f"KL, {worse} over {better}", found[worse].kl / found[better].kl, " x", 1.0))
+    return rows
+
+
+RECOVERED = ("carve_moe S3A3E8, energy", "carve_moe S3A3E8")
+"""Settings whose routers are trained; the first alone if it is to be quick."""
+
+
+def recovery(quick: bool = False) -> list[Measured]:
+    """What carved experts lose before and after :func:`effcompile.recover`, on text that is in neither."""
+    model, measured = shared()[0], texts(512 if quick else 4096)
+    dense = [log_probabilities(model, text) for text in measured]
+    plain = damage(model, dense, measured).perplexity
+    rows = [Measured("dense: perplexity", plain)]
+    say("carve: calibrating")
+    names = RECOVERED[:1] if quick else RECOVERED
+    plans = each(model, batches(1, 1024) if quick else batches(), [SETTINGS[name].options for name in names])
+    trained = batches(8, 256) if quick else batches(64, 512)
+    for name, plan in zip(names, plans, strict=True):
+        say(f"carve: {name}, recovered in {len(trained)} steps")
+        after = ec.recover(model, plan, trained, lr=0.02, progress=False)
+        for word, one in (("", plan), (", recovered", after)):
+            with _without_inductor():
+                found = damage(Side(name, "effcompile", plan=one).model(), dense, measured)
+            note = f"perplexity {found.perplexity:.2f}, KL {found.kl / found.count:.3f}"
+            if word:
+                loads = [sum(r.numbers[f"load_{when}"] for r in after) / len(after) for when in ("before", "after")]
+                told = after.made["recovered"]
+                note += f"; largest load over the mean {loads[0]:.2f} -> {loads[1]:.2f}; {told['seconds']} s"
+                note += f"; loss on its first text {told['loss'][0]:.3f} -> {told['loss'][1]:.3f}"
+            rows.append(
+                Measured(f"{name}{word}: perplexity over dense", 100 * (found.perplexity / plain - 1), " %", note=note)
+            )
     return rows
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.quantize_weights import QuantizeWeights
     from effcompile.passes.quest import Quest
+    from effcompile.passes.recover import recover
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.reroute import Reroute
     from effcompile.passes.rewire import Rewire, RewireError
@@ -109,6 +110,7 @@ else:
         "merge_state": "kernels.attention",
         "options_of": "passes.options",
         "reinmax": "kernels.gradients",
+        "recover": "passes.recover",
         "remove": "passes.options",
         "sparse_attention": "passes.options",
         "sparsemixer": "kernels.gradients",
@@ -176,6 +178,7 @@ __all__ = [
     "proxyattn",
     "quantize_weights",
     "quest",
+    "recover",
     "reinmax",
     "remove",
     "reroute",

@@ -270,13 +270,23 @@ class CarveMoE(FeedForwardPass):
             bias = bias + block.down_bias.float()
         return dataclasses.replace(carved, down_bias=bias.to(block.down.dtype))
 
-    def approximate(self, block: FeedForward, record: Record) -> Callable[[Tensor], Tensor]:
-        """The operators' reference bodies."""
+    def _trained(self, record: Record) -> dict[str, Tensor]:
+        """What :func:`effcompile.recover` found, by the arguments of ``route``; empty if it was not asked."""
+        names = [name for name in ("scale", "choice_bias") if name in record.tensors]
+        return {name: record.tensor(name, self.routed).float() for name in names}
+
+    def routed_form(self, block: FeedForward, record: Record) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """The operators' reference bodies, and with the output of rows ``[n, d]`` the groups that each takes.
+
+        These are int32 ``[n, slots]``, negative where a slot is unused; None if none is routed. The output has
+        gradients of ``scale`` in ``record``.
+        """
         carved, rows = self._carved(block, record), self._rows(block, record)
         shared, group = self.shared * (block.width // self.experts), block.width // self.experts
+        trained = {name: t.to(block.up.device) for name, t in self._trained(record).items()}
         top_k, score, weigh = self._arguments(block)
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
             chosen = weights = None
             if self.active:
                 chosen, weights, _ = ffn_ops.route_reference(
@@ -289,8 +299,9 @@ class CarveMoE(FeedForwardPass):
                     logit_bias=rows.get("logit_bias"),
                     threshold=self._threshold(record),
                     activation=block.activation,
+                    **trained,
                 )
-            return ffn_ops.grouped_reference(
+            out = ffn_ops.grouped_reference(
                 x,
                 carved.gate,
                 carved.up,
@@ -304,12 +315,19 @@ class CarveMoE(FeedForwardPass):
                 carved.up_bias,
                 carved.down_bias,
             )
+            return out, chosen
 
         return run
 
+    def approximate(self, block: FeedForward, record: Record) -> Callable[[Tensor], Tensor]:
+        """The operators' reference bodies."""
+        run = self.routed_form(block, record)
+        return lambda x: run(x)[0]
+
     def describes(self, record: Record) -> str:
         """The name that the paper gives it."""
-        other = [self.grouping] * (self.grouping != "markers") + [self.router] * (self.router == "fitted")
+        other: list[str] = [self.grouping] * (self.grouping != "markers")
+        other += ["fitted"] * (self.router == "fitted") + ["recovered"] * bool(self._trained(record))
         return " ".join([f"carve_moe S{self.shared}A{self.active}E{self.experts}", *other])
 
     @property
@@ -343,7 +361,8 @@ class CarveMoE(FeedForwardPass):
         ours, block = torch.ops.effcompile, put.block
 
         def make() -> dict[str, Tensor]:
-            rows = {f"router_{name}": t for name, t in self._rows(block, record).items()}
+            routing = self._rows(block, record) | {n: t.to(block.up.device) for n, t in self._trained(record).items()}
+            rows = {f"router_{name}": t for name, t in routing.items()}
             return transposed(self._carved(block, record)) | rows
 
         w, group = put.weights(make), block.width // self.experts
@@ -358,7 +377,9 @@ class CarveMoE(FeedForwardPass):
                 top_k,
                 score,
                 weigh,
+                choice_bias=w.get("router_choice_bias"),
                 logit_bias=w.get("router_logit_bias"),
+                scale=w.get("router_scale"),
                 threshold=self._threshold(record),
                 activation=block.activation,
             )

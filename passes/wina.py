@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from effcompile.kernels.ffn import FeedForward
-from effcompile.passes.teal import Teal
+from effcompile.passes.teal import Teal, weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,19 @@ class Wina(Teal):
     Parameters
     ----------
     sparsity
-        Share of the entries that thresholds drop on the calibration text, the same for every linear, 0 to 1.
+        Share of the weights that thresholds leave unread on the calibration text, 0 to 1.
+    allocation
+        ``"uniform"``: this share of the inputs of every linear; ``"greedy"``: shares of their own, as for
+        :class:`~effcompile.passes.teal.Teal`.
+    transform
+        Rotate the inputs of gate and up so that the columns of gate are orthogonal, at one more product of ``[d, d]``
+        for each block. The paper rotates the residual stream instead, at two such products for each layer; the
+        output of down is not rotated here, and needs no rotation back.
 
     Notes
     -----
     The paper takes the norms of every linear, as here; its official code those of the first linear of each half of a
-    layer, and ones for the others. Neither its rotation of the residual stream nor its table of sparsities is done.
+    layer, and ones for the others.
     """
 
     name: ClassVar[str] = "wina"
@@ -39,6 +46,4 @@ class Wina(Teal):
 
     def scales(self, block: FeedForward) -> dict[str, Tensor]:
         """The norms of the columns."""
-        parts = {"up": block.up.t(), "down": block.down}
-        parts |= {} if block.gate is None else {"gate": block.gate.t()}
-        return {part: rows.float().norm(dim=1) for part, rows in parts.items()}
+        return {part: rows.float().norm(dim=1) for part, rows in weights_of(block).items()}

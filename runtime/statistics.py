@@ -103,18 +103,20 @@ BINS, LEAST, MOST = 8192, 2.0**-32, 2.0**32
 class Magnitudes(Statistic):
     """How large the inputs of a linear are: a histogram of ``|x| * scale``, with bins of equal ratio.
 
-    ``scale`` ``[channels]`` is what each channel counts, 1 if it is None. Kept in fp32 whatever the dtype: products of
-    small activations and norms underflow in 16 bits.
+    ``scale`` ``[channels]`` is what each channel counts, 1 if it is None; with ``rotation`` ``[channels, channels]``
+    the channels are those of ``x @ rotation``. Kept in fp32 whatever the dtype: products of small activations and
+    norms underflow in 16 bits.
     """
 
     where: Where
     scale: Tensor | None = None
     counts: Tensor | None = None
+    rotation: Tensor | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Where it looks, and what it multiplies with."""
-        return "magnitudes", self.where, None if self.scale is None else self.scale.data_ptr()
+        return "magnitudes", self.where, *(None if t is None else t.data_ptr() for t in (self.scale, self.rotation))
 
     def prepare(self, block: FeedForward) -> None:
         """Empty bins."""
@@ -125,7 +127,8 @@ class Magnitudes(Statistic):
         if self.counts is None:
             self.prepare(rows.block)
         assert self.counts is not None
-        x = getattr(rows, self.where).float().abs()
+        x = getattr(rows, self.where).float()
+        x = (x if self.rotation is None else x @ self.rotation.float()).abs()
         if self.scale is not None:
             x = x * self.scale.float()
         place = (x.clamp(LEAST, MOST) / LEAST).log2() * (BINS / torch.log2(torch.tensor(MOST / LEAST)))
