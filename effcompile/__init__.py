@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from effcompile.passes.anchor_attention import AnchorAttention
     from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
     from effcompile.passes.calibrate import CalibrationError, calibrate
+    from effcompile.passes.calibrate_read_me import train_router
     from effcompile.passes.carve_moe import CarveMoE
     from effcompile.passes.compress_kv import CompressKV
     from effcompile.passes.coreinfer import CoreInfer
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from effcompile.passes.proxyattn import ProxyAttn
     from effcompile.passes.quantize_weights import QuantizeWeights
     from effcompile.passes.quest import Quest
+    from effcompile.passes.read_me import ReadMe
     from effcompile.passes.recover import recover
     from effcompile.passes.report import InspectError, Report, inspect
     from effcompile.passes.reroute import Reroute
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from effcompile.runtime.cache import Cache, CacheError, GradientError
     from effcompile.runtime.core_state import core_neurons, forget_core_neurons
     from effcompile.runtime.plan import Plan, PlanError
+    from effcompile.runtime.routed_text import forget_routed_text, routed_text
     from effcompile.runtime.router_state import expert_counts
 
     anchor_attention = decorator(AnchorAttention)
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     proxyattn = decorator(ProxyAttn)
     quantize_weights = decorator(QuantizeWeights)
     quest = decorator(Quest)
+    read_me = decorator(ReadMe)
     reroute = decorator(Reroute)
     sliding_window = decorator(SlidingWindow)
     streaming = decorator(Streaming)
@@ -105,6 +109,7 @@ else:
         "core_neurons": "runtime.core_state",
         "expert_counts": "runtime.router_state",
         "forget_core_neurons": "runtime.core_state",
+        "forget_routed_text": "runtime.routed_text",
         "graph_kv_layout": "passes.graph_kv",
         "inspect": "passes.report",
         "merge_state": "kernels.attention",
@@ -112,8 +117,10 @@ else:
         "reinmax": "kernels.gradients",
         "recover": "passes.recover",
         "remove": "passes.options",
+        "routed_text": "runtime.routed_text",
         "sparse_attention": "passes.options",
         "sparsemixer": "kernels.gradients",
+        "train_router": "passes.calibrate_read_me",
     }
 
     def __getattr__(name):
@@ -168,6 +175,7 @@ __all__ = [
     "flap",
     "flexprefill",
     "forget_core_neurons",
+    "forget_routed_text",
     "graph_kv",
     "graph_kv_layout",
     "inspect",
@@ -178,15 +186,18 @@ __all__ = [
     "proxyattn",
     "quantize_weights",
     "quest",
+    "read_me",
     "recover",
     "reinmax",
     "remove",
     "reroute",
+    "routed_text",
     "sliding_window",
     "sparse_attention",
     "sparsemixer",
     "streaming",
     "teal",
+    "train_router",
     "vertical_slash",
     "wina",
     "xattention",

@@ -230,7 +230,7 @@ def _ask(name: str, resolved: choices.Resolved, site: Any) -> tuple[Rewrite | Re
     if resolved.options is None and resolved.rule:
         return Reason("switched-off", f"{name} is switched off here by {resolved.rule}", site.source), resolved.rule
     if resolved.options is not None:
-        site.record = resolved.record
+        site.record, site.plan = resolved.record, resolved.plan
         return resolved.options.match(site), resolved.rule
     # Nobody asked by name, but a compressed cache may have been passed: its form is the choice.
     if name == _DEFAULT and site.kind == "attention" and site.store is not None:

@@ -211,12 +211,14 @@ class Resolved:
     """The options that hold at a site, ``None`` if the pass is off there, and which choice of the user said so.
 
     ``rule`` is for people: ``decorator on LlamaForCausalLM``, ``rule 'model.layers.*'``, ``global option``, or ``""``
-    where nobody asked for the pass. ``record`` is what the plan says of the site for this pass, if anything.
+    where nobody asked for the pass. ``record`` is what the plan says of the site for this pass, if anything; ``plan``
+    is all of it.
     """
 
     options: Pass | None
     rule: str
     record: Record | None = None
+    plan: Plan | None = None
 
 
 def clean_path(path: str) -> str:
@@ -251,7 +253,7 @@ def resolve(
     path = clean_path(module_path)
     record = None if options.plan is None else options.plan.get(path if key is None else clean_path(key), pass_name)
     chosen, rule = _choose(pass_name, path, annotation, options, record)
-    return Resolved(chosen, rule, record)
+    return Resolved(chosen, rule, record, options.plan)
 
 
 def _choose(

@@ -37,6 +37,7 @@ REGISTRY: dict[str, str] = {
     "flap": "effcompile.passes.flap:Flap",
     "low_rank": "effcompile.passes.low_rank:LowRank",
     "quantize_weights": "effcompile.passes.quantize_weights:QuantizeWeights",
+    "read_me": "effcompile.passes.read_me:ReadMe",
     "reroute": "effcompile.passes.reroute:Reroute",
     "teal": "effcompile.passes.teal:Teal",
     "wina": "effcompile.passes.wina:Wina",

@@ -29,6 +29,7 @@ from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.low_rank import LowRank
 from effcompile.passes.options import Decorator, remove
 from effcompile.passes.quantize_weights import QuantizeWeights
+from effcompile.passes.read_me import ReadMe
 from effcompile.passes.reconstruct import WINDOW, ReconstructionError, read, reconstruct, rows_of_blocks
 from effcompile.passes.sparse_prefill import SparsePrefill
 from effcompile.passes.tree import place_of
@@ -49,7 +50,7 @@ class CalibrationError(ValueError):
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Tensor | Mapping[str, Any]] | Mapping[str, Iterable[Tensor | Mapping[str, Any]]],
     passes: Sequence[Any],
     *,
     progress: bool = True,
@@ -63,7 +64,8 @@ def calibrate(
         with. Decorators on it are not applied while it is calibrated.
     batches
         Each ``input_ids`` ``[B, T]``, or keyword arguments of the model. Rows that an ``attention_mask`` ``[B, T]``
-        hides do not count, but in a model with a decoder of its own (``decoder_input_ids``).
+        hides do not count, but in a model with a decoder of its own (``decoder_input_ids``). For ``ec.read_me`` a
+        mapping of them, by the names of domains; other methods take all of them together.
     passes
         Such as ``ec.flap(ratio=0.25)``; methods that need no data need no calibration.
     progress
@@ -90,14 +92,22 @@ def calibrate(
             f"calibrate(...): {', '.join(twice)} is given twice; a plan has one record of a method for a site."
         )
     attention = [method for method in methods if isinstance(method, SparsePrefill)]
-    blocks = [method for method in methods if isinstance(method, FeedForwardPass)]
+    routed = [method for method in methods if isinstance(method, ReadMe)]
+    blocks = [method for method in methods if isinstance(method, FeedForwardPass) and method not in routed]
     linears = [method for method in methods if isinstance(method, LowRank)]
     # A fit reads them more than once.
     weights = [method for method in methods if isinstance(method, QuantizeWeights)]
+    domains: Any = batches
+    if routed or isinstance(batches, Mapping):
+        from effcompile.passes.calibrate_read_me import domains_of, each_read_me
+
+        domains = domains_of(batches, 2 if routed else 1)
+        batches = [batch for own in domains.values() for batch in own]
     texts: Any = list(batches) if attention or weights or linears else batches
     plans = [_fitted(model, texts, method, progress) for method in attention]
     plans += [_rounded(model, texts, method, progress) for method in weights]
     plans += each(model, texts, blocks, progress=progress) if blocks else []
+    plans += [each_read_me(model, domains, method, progress=progress) for method in routed]
     if linears:
         from effcompile.passes.calibrate_linear import each_linear
 
@@ -134,13 +144,18 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[nn.Module]:
 
 def run_all(copied: nn.Module, batches: Iterable[Any], watch: Watch, *, progress: bool) -> int:
     """All batches through what :func:`watching` gives; the tokens that count. Raises if nothing was seen."""
-    tokens = sum(_run(copied, batch, watch) for batch in _shown(batches, progress))
+    tokens = sum(run_one(copied, batch, watch) for batch in _shown(batches, progress))
+    check_seen(tokens, watch)
+    return tokens
+
+
+def check_seen(tokens: int, watch: Watch) -> None:
+    """Raise :class:`CalibrationError` if nothing was seen."""
     if not tokens:
         raise CalibrationError("calibrate(...): batches is empty, or every token is hidden; give some text.")
     if not watch.sites:
         reasons = sorted({str(reason) for reason in watch.reasons}) or [f"no {watch.kind} was found"]
         raise CalibrationError(f"calibrate(...): no site that can be calibrated: {'; '.join(reasons[:3])}.")
-    return tokens
 
 
 def plan_of(records: Sequence[Record], model: nn.Module, tokens: int, started: float) -> Plan:
@@ -260,7 +275,7 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     return track(batches, "calibrating", console=Console(stderr=True), transient=True)
 
 
-def _run(model: Any, batch: Any, watch: Watch) -> int:
+def run_one(model: Any, batch: Any, watch: Watch) -> int:
     """One batch through the model; returns the tokens that count."""
     mask = _mask(batch)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:

@@ -20,6 +20,8 @@ class Site:
     anchor: fx.Node
     record: Any = dataclasses.field(default=None, init=False, compare=False)
     """What the user's plan says of this site for the pass that is being asked."""
+    plan: Any = dataclasses.field(default=None, init=False, compare=False)
+    """The whole plan, for a pass whose sites share a record."""
 
     @property
     def module(self) -> str:

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-What = Literal["counts", "vector", "votes", "core", "text"]
+What = Literal["counts", "vector", "votes", "core", "text", "route_keys", "route_values", "route_seen", "route_text"]
 """Of a router: how many tokens each expert got, int64; and what is added to the logits, fp32: both ``[experts]``. Of a
-feed-forward block: the state of :mod:`effcompile.kernels.core_ops`."""
-_DTYPES: dict[What, torch.dtype] = {"counts": torch.int64, "vector": torch.float32, "text": torch.int64}
+feed-forward block: the state of :mod:`effcompile.kernels.core_ops`. Of an embedding: that of
+:mod:`effcompile.kernels.token_router`."""
+_DTYPES: dict[What, torch.dtype] = {
+    "counts": torch.int64, "vector": torch.float32, "text": torch.int64, "route_keys": torch.float32,
+    "route_values": torch.float32, "route_seen": torch.bool, "route_text": torch.int64,
+}  # fmt: skip
 _states: dict[What, WeakTensorKeyDictionary] = {what: WeakTensorKeyDictionary() for what in get_args(What)}
 """Weight -> its state."""
 

@@ -235,3 +235,40 @@ class Samples(Statistic):
         """At most twice ``count`` rows."""
         assert self._kept is not None
         return self._kept[: self._held]
+
+
+@dataclasses.dataclass(eq=False)
+class DomainSizes(Statistic):
+    """The mean size of each neuron in each domain, and some rows of each. ``domain`` is that of the rows to come."""
+
+    samples: int
+    domain: int = 0
+    inputs: dict[int, Samples] = dataclasses.field(default_factory=dict)
+    _sums: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    _counts: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """How many rows."""
+        return "domain sizes", self.samples
+
+    def prepare(self, block: FeedForward) -> None:
+        """Sums of no rows, in the domain that is set."""
+        self.inputs[self.domain] = Samples(self.samples)
+        self.inputs[self.domain].prepare(block)
+        self._sums[self.domain] = block.up.new_zeros(block.width, dtype=torch.float64)
+        self._counts[self.domain] = 0
+
+    def update(self, rows: Rows) -> None:
+        """Add the batch to its domain."""
+        if self.domain not in self._sums:
+            self.prepare(rows.block)
+        self.inputs[self.domain].update(rows)
+        self._sums[self.domain] += rows.middle.double().abs().sum(0)
+        self._counts[self.domain] += rows.middle.shape[0]
+
+    def means(self, domains: int) -> Tensor:
+        """Of each neuron in each domain, fp64 ``[domains, F]``. Raises ``ValueError`` for one without rows."""
+        if empty := [n for n in range(domains) if not self._counts.get(n)]:
+            raise ValueError(f"no row of the domains {empty} was seen.")
+        return torch.stack([self._sums[n] / self._counts[n] for n in range(domains)])
