@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from effcompile.passes.compress_kv import CompressKV
     from effcompile.passes.coreinfer import CoreInfer
     from effcompile.passes.delta import Delta
+    from effcompile.passes.discard import Discarded, discard_parameters
     from effcompile.passes.flap import Flap
     from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from effcompile.passes.xattention import XAttention
     from effcompile.runtime.cache import Cache, CacheError, GradientError
     from effcompile.runtime.core_state import core_neurons, forget_core_neurons
+    from effcompile.runtime.discarded import DiscardError
     from effcompile.runtime.plan import Plan, PlanError
     from effcompile.runtime.routed_text import forget_routed_text, routed_text
     from effcompile.runtime.router_state import expert_counts
@@ -93,6 +95,8 @@ else:
         "CapacityError": "kernels.ops",
         "Chunk": "passes.layout",
         "DecorationError": "passes.options",
+        "DiscardError": "runtime.discarded",
+        "Discarded": "passes.discard",
         "FormError": "kernels.form",
         "GradientError": "runtime.cache",
         "InspectError": "passes.report",
@@ -107,6 +111,7 @@ else:
         "blockrank_scores": "passes.blockrank",
         "calibrate": "passes.calibrate",
         "core_neurons": "runtime.core_state",
+        "discard_parameters": "passes.discard",
         "expert_counts": "runtime.router_state",
         "forget_core_neurons": "runtime.core_state",
         "forget_routed_text": "runtime.routed_text",
@@ -150,6 +155,8 @@ __all__ = [
     "CapacityError",
     "Chunk",
     "DecorationError",
+    "DiscardError",
+    "Discarded",
     "FormError",
     "GradientError",
     "InspectError",
@@ -171,6 +178,7 @@ __all__ = [
     "core_neurons",
     "coreinfer",
     "delta",
+    "discard_parameters",
     "expert_counts",
     "flap",
     "flexprefill",

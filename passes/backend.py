@@ -27,6 +27,7 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes import backend_options as choices
 from effcompile.passes import base, report
 from effcompile.passes.decision import Seen
+from effcompile.passes.discard import Use, check_moved
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
@@ -71,8 +72,11 @@ def effcompile(
     OptionError
         For an option, pass or value that does not exist, and for a rule that names no module of the compiled one;
         lists the nearest names.
+    DiscardError
+        For a graph that reads a parameter which :func:`effcompile.discard_parameters` dropped.
     """
     chosen = choices.parse(options, mode)
+    check_moved(gm)
     clock = _Clock()
     place = place_of(gm)
     root = None if place is None else place.root
@@ -113,13 +117,15 @@ def effcompile(
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
     operators = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.operators))
     device = next((x.device.type for x in example_inputs if isinstance(x, Tensor)), "cpu")
+    use = Use(graph, [made for _, made, _, _ in replaced], checked=check is not None)
+    use.check("a graph that is compiled now")
     lowering.prebuild(programs, device)
     after = report.Snapshot(graph)
     record = report.GraphReport(
         gm, before, decisions, chosen, clock.seconds, after=after, programs=(*programs, *operators), others=others,
         notes=notes, root=root,
     )  # fmt: skip
-    record.linears = lowered
+    record.linears, record.use = lowered, use
     report.record(record)
     inputs = {node: n for n, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     weights = [(inputs[n], module, t) for _, made, _, _ in replaced for module, n, t in made.weights if n in inputs]
@@ -142,6 +148,8 @@ def _unchanged(
     gm: fx.GraphModule, inputs: Sequence[Any], chosen: choices.BackendOptions, record: report.GraphReport
 ) -> Callable[..., Any]:
     """Compile the original graph, and keep the report of why."""
+    record.use = Use(gm)
+    record.use.check("a graph that is compiled now")
     report.record(record)
     made: Any = compile_fx(gm, list(inputs), config_patches=chosen.inductor_patches())
     return report.attach(record, made)
@@ -353,4 +361,5 @@ class _Verified:
         if self.check is not None:
             self.record.set_seen(self.check(args))
             self.check = None  # type: ignore[assignment]
+            self.record.use.done()
         return self.compiled(*args)

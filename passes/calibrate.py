@@ -37,6 +37,7 @@ from effcompile.passes.weights import block_of, nodes_of, originals
 from effcompile.patterns.ffn import describe, find_feed_forward
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.walk import aten, is_call
+from effcompile.runtime import discarded
 from effcompile.runtime.plan import Plan, Record, digest
 from effcompile.runtime.statistics import Rows, Samples, Statistic
 
@@ -80,9 +81,12 @@ def calibrate(
     ------
     CalibrationError
         Without batches, without a site that a pass can take, or where activations are not finite.
+    DiscardError
+        For a model with parameters that :func:`effcompile.discard_parameters` dropped.
     TypeError
         For something in ``passes`` that is not calibrated.
     """
+    discarded.refuse(model, "ec.calibrate")
     methods = [_method(thing) for thing in passes]
     if not methods:
         raise TypeError("calibrate(...): passes is empty; give some, such as [ec.flap(ratio=0.25)].")

@@ -24,6 +24,7 @@ from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.weights import constant, prepared, real
 from effcompile.patterns.linear import LinearSite, operands_of
 from effcompile.patterns.walk import shape, value
+from effcompile.runtime import discarded
 from effcompile.runtime.plan import Record
 
 NORMAL = 2.0**-14
@@ -107,7 +108,8 @@ class QuantizeWeights(Pass):
             return no("gradients", "gradients are needed, and packed weights have none; use torch.no_grad()")
         if weight.device.type != "cpu":
             return no("no-kernel", f"there is no kernel for {weight.device.type}")
-        if why := self.out_of_range(weight):
+        # What was prepared from a discarded weight was in range.
+        if discarded.name_of(weight) is None and (why := self.out_of_range(weight)):
             return no("range", why)
         rows = weight.t() if parts.flipped else weight
         record: Record | None = site.record

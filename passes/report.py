@@ -22,7 +22,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,7 +34,11 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import BackendOptions
 from effcompile.passes.decision import Decision, Seen, Which, left, rewritten
 from effcompile.passes.options import PREFIX, annotations_of
+from effcompile.runtime.discarded import bytes_of
 from effcompile.runtime.router_state import unchanged
+
+if TYPE_CHECKING:
+    from effcompile.passes.discard import Use
 
 __all__ = [
     "Decision",
@@ -44,6 +48,7 @@ __all__ = [
     "Report",
     "Site",
     "Snapshot",
+    "alive",
     "attach",
     "graphs_of",
     "inspect",
@@ -182,6 +187,8 @@ class GraphReport:
         self.programs = tuple(programs)
         self.linears = 0
         """Linears of few rows that run on our kernel: the same result up to rounding."""
+        self.use: Use | None = None
+        """What it does with the user's tensors, for :func:`effcompile.discard_parameters`."""
         self.note = note
         self.inputs = tuple(_inputs(gm))
         self.device = next((t.device.type for i in self.inputs if (t := i.tensor()) is not None), "cpu")
@@ -319,8 +326,12 @@ def attach(graph: GraphReport, compiled: Callable[..., Any]) -> Callable[..., An
 
 def graphs_of(model: nn.Module, *, compiled: bool = True) -> list[GraphReport]:
     """The graphs compiled for ``model`` so far, as it is decorated now."""
-    alive = [graph for entry in _graphs if (graph := entry()) is not None]
-    return [graph for graph in alive if graph.belongs_to(model, compiled=compiled)]
+    return [graph for graph in alive() if graph.belongs_to(model, compiled=compiled)]
+
+
+def alive() -> list[GraphReport]:
+    """Every graph whose compiled code is there, of all models."""
+    return [graph for entry in _graphs if (graph := entry()) is not None]
 
 
 def _bytes(decisions: Sequence[Decision]) -> int:
@@ -331,9 +342,11 @@ def _bytes(decisions: Sequence[Decision]) -> int:
 class Report:
     """All graphs of one model. Printing it gives a table; the numbers in it stand for a full cache."""
 
-    def __init__(self, graphs: Sequence[GraphReport], model: str) -> None:
+    def __init__(self, graphs: Sequence[GraphReport], model: str, discarded: int = 0) -> None:
         self.graphs = tuple(graphs)
         self.model = model
+        self.discarded = discarded
+        """Bytes of the model's parameters that :func:`effcompile.discard_parameters` gave back."""
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -382,6 +395,7 @@ class Report:
         content = {
             "model": self.model,
             "summary": self.summary,
+            "discarded_bytes": self.discarded,
             "graphs": [graph.to_dict() for graph in self.graphs],
             "kernels": [{"name": k.name, "path": k.path} for k in self.kernels],
         }
@@ -403,6 +417,8 @@ class Report:
         linears = max(graph.linears for graph in self.graphs)
         if linears:
             text += f"; {_count(linears, 'linear')} of few rows on our kernel (exact up to rounding)"
+        if self.discarded:
+            text += f"; {quantity(self.discarded)}B of parameters discarded"
         return text + "."
 
     def __rich__(self) -> Any:
@@ -463,7 +479,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         with torch.no_grad(), torch.random.fork_rng(devices), unchanged(target):
             run(*(_copied(a) for a in args), **{name: _copied(value) for name, value in kwargs.items()})
         compiled = True
-    return Report(graphs_of(target, compiled=compiled), type(target).__name__)
+    return Report(graphs_of(target, compiled=compiled), type(target).__name__, bytes_of(target.parameters()))
 
 
 def _copied(value: Any) -> Any:

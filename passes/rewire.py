@@ -21,6 +21,7 @@ from effcompile.passes.options import PREFIX, annotations_of, read_annotation
 from effcompile.passes.report import graphs_of
 from effcompile.patterns.normalize import normalize
 from effcompile.patterns.router import Router, RouterSite, find_routers
+from effcompile.runtime import discarded
 from effcompile.runtime.router_state import has_state, state_of, states
 
 
@@ -118,6 +119,7 @@ class Rewire:
             For a batch of several contexts, one of fewer than two tokens, a loss that is no number, a model without
             routers that can be adapted or that was not called yet, or one whose routers give fewer experts besides.
         """
+        discarded.refuse(self.model, "ec.Rewire")
         given = dict(context) if hasattr(context, "keys") else {"input_ids": context}
         ids, mask = given["input_ids"], given.get("attention_mask")
         if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] < 2:

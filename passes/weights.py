@@ -19,6 +19,7 @@ from effcompile.kernels.ffn import FeedForward
 from effcompile.patterns.ffn import BlockParts, Part
 from effcompile.patterns.linear import Linear
 from effcompile.patterns.walk import value
+from effcompile.runtime import discarded
 from effcompile.runtime.plan import PlanError, digest, version_of
 
 _PARAMETER = re.compile(r"_(?:parameters|buffers)\['[^']+'\]$")
@@ -85,12 +86,23 @@ def block_of(parts: BlockParts, tensors: Mapping[str, Tensor]) -> FeedForward:
 _prepared: dict[tuple[Any, ...], dict[str, weakref.ref[Tensor]]] = {}
 
 
+def made_of(tensor: Tensor) -> list[Tensor]:
+    """Everything that was prepared from ``tensor`` as it is now, and is still held."""
+    own = id(tensor), version_of(tensor)
+    found = [ref() for whole, made in _prepared.items() if own in whole[1:] for ref in made.values()]
+    return [t for t in found if t is not None]
+
+
 def prepared(key: str, of: Sequence[Tensor], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make`` gives, made once for ``key`` and the tensors ``of`` while some graph still holds it."""
+    """What ``make`` gives, made once for ``key`` and the tensors ``of`` while some graph still holds it.
+
+    Raises :class:`~effcompile.runtime.discarded.DiscardError` if it is to be made of discarded parameters.
+    """
     whole = (key, *((id(t), version_of(t)) for t in of))
     kept = {name: ref() for name, ref in _prepared.get(whole, {}).items()}
     if kept and all(t is not None for t in kept.values()):
         return {name: t for name, t in kept.items() if t is not None}
+    discarded.refuse_reads(of, "preparing weights in another way than before")
     made = {name: nn.Parameter(t.detach(), requires_grad=False) for name, t in make().items()}
     _prepared[whole] = {name: weakref.ref(t) for name, t in made.items()}
     for t in of:

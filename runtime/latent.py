@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from effcompile.kernels import latent
 from effcompile.kernels.form import FormError
-from effcompile.runtime import rope
+from effcompile.runtime import discarded, rope
 from effcompile.runtime.adapter import attention_modules, hidden_in
 from effcompile.runtime.layer import CacheError, lasting
 from effcompile.runtime.plan import version_of
@@ -90,6 +90,7 @@ class Factor:
     """
 
     def __init__(self, module: nn.Module, made_of: Projection, rank: int, weights: Weights) -> None:
+        discarded.refuse(module, f"latent={rank}")
         linear: nn.Linear = getattr(module, made_of.linear)
         norm: Any = getattr(module, made_of.norm) if made_of.norm else None
         with lasting(), torch.no_grad():
@@ -167,7 +168,7 @@ def factors(model: nn.Module, ranks: Mapping[int, int]) -> dict[int, Factor]:
 
 def _state_of(weight: Tensor) -> tuple[int, int]:
     """What changes when a weight is written to, or moved to another dtype or device, which keeps the parameter."""
-    return version_of(weight), weight.data_ptr()
+    return version_of(weight), discarded.address_of(weight)
 
 
 def _eps(norm: nn.Module) -> float | None:

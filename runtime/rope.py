@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import cache_utils
 
 from effcompile.kernels import rope
+from effcompile.runtime import discarded
 from effcompile.runtime.adapter import angles_in, attention_modules
 from effcompile.runtime.layer import CacheError, lasting
 
@@ -118,6 +119,7 @@ def try_attentions(model: nn.Module, layers: list[int], asked: Callable[..., Any
     ``asked`` gets the module, its path, its arguments, and what of these are the angles; a string that it returns says
     why nothing is known.
     """
+    discarded.refuse(model, "a cache with rope='pre' or latent tries the model, which")
     modules = list(attention_modules(model, layers))
     answers: dict[int, Any] = {
         i: f"no module with layer_idx {i} was called with position_embeddings=(cos, sin)" for i in layers
