@@ -58,6 +58,33 @@ SETTINGS: dict[str, Any] = {
     "carve_moe S1A1E8, energy": ec.carve_moe(1, 1, 8, **ENERGY),
 }
 """What is calibrated, all in one pass over the text; each has a plan of its own."""
+COMPARED = (
+    ("flap 25 %", "flap 25 %, no bias"),
+    ("flap 25 %", f"{STATIC}, 25 %"),
+    ("carve_moe S3A3E8", f"{STATIC}, 25 %"),
+    ("carve_moe S3A3E8, energy", f"{STATIC}, 25 %"),
+    ("carve_moe S3A3E8, energy", "flap 25 %"),
+    ("carve_moe S3A3E8, energy", "carve_moe S3A3E8"),
+    ("carve_moe S2A2E8, energy", f"{STATIC}, 50 %"),
+    ("carve_moe S2A2E8, energy", "flap 50 %"),
+    ("carve_moe S3A3E8, threshold", "carve_moe S3A3E8"),
+    ("carve_moe S3A3E8, energy, threshold", "carve_moe S3A3E8, energy"),
+    ("wina 25 %", "teal 25 %"),
+    ("wina 50 %", "teal 50 %"),
+    ("teal 50 %, greedy", "teal 50 %"),
+    ("wina 50 %, greedy", "wina 50 %"),
+    ("carve_moe S3A3E8", "carve_moe S2A2E8"),
+    ("carve_moe S2A2E8", "carve_moe S1A1E8"),
+    ("carve_moe S3A3E8, energy", "carve_moe S2A2E8, energy"),
+    ("carve_moe S2A2E8, energy", "carve_moe S1A1E8, energy"),
+)
+"""Settings of which the first should lose no more than the second."""
+HEADS: dict[str, Any] = {
+    "flap, neurons": ec.flap(0.25),
+    "flap, neurons and heads by group": ec.flap(0.1875, heads=True),
+    "flap, neurons and query heads": ec.flap(0.1875, heads=True, unit="query"),
+}
+"""With and without heads, at one number of weights that go: blocks hold three quarters of a layer's on this model."""
 GOALS = {
     "teal 25 %": 4.0,
     "wina 25 %": 4.0,
@@ -115,16 +142,44 @@ def speed(quick: bool = False) -> list[Measured]:
     return rows
 
 
+def heads(quick: bool = False) -> list[Measured]:
+    """The same with heads of attention removed besides neurons (:data:`HEADS`)."""
+    return _lost(HEADS, quick)[0]
+
+
+def _share(model: Any, plan: ec.Plan) -> float:
+    """Of the weights of blocks and attention that a plan removes, keys and values with the last of their queries."""
+    c = model.config
+    size, ratio = c.hidden_size // c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
+    attention = 2 * c.hidden_size * size * (c.num_attention_heads + c.num_key_value_heads)
+    gone = 0
+    for record in plan:
+        if "heads" in record.tensors:
+            kept = record.tensors["heads"]
+            gone += attention - 2 * c.hidden_size * size * (len(kept) + len((kept // ratio).unique()))
+        else:
+            gone += 3 * c.hidden_size * (c.intermediate_size - len(record.tensors["kept"]))
+    return gone / (c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size))
+
+
 def loss(quick: bool = False) -> list[Measured]:
     """Perplexity, KL, agreement and the error of the blocks, for each of :data:`SETTINGS`."""
+    rows, found = _lost(SETTINGS, quick)
+    for better, worse in COMPARED:
+        rows.append(Measured(f"KL, {worse} over {better}", found[worse].kl / found[better].kl, " x", 1.0))
+    return rows
+
+
+def _lost(settings: dict[str, Any], quick: bool) -> tuple[list[Measured], dict[str, Distance]]:
+    """What each of some settings loses, all calibrated in one pass over the text."""
     model, measured = shared()[0], texts(1024 if quick else 4096)
     given = batches(2, 1024) if quick else batches()
     dense = [log_probabilities(model, text) for text in measured]
     plain = damage(model, dense, measured).perplexity
     rows, found = [Measured("dense: perplexity", plain)], {}
     say("carve: calibrating")
-    plans = each(model, given, [decorator.options for decorator in SETTINGS.values()])
-    for name, plan in zip(SETTINGS, plans, strict=True):
+    plans = each(model, given, [decorator.options for decorator in settings.values()])
+    for name, plan in zip(settings, plans, strict=True):
         say(f"carve: {name}")
         with _without_inductor():
             told = Side(name, "effcompile", plan=plan).model()
@@ -134,34 +189,14 @@ def loss(quick: bool = False) -> list[Measured]:
             raise AssertionError(f"{name} is at {len(done)} of {model.config.num_hidden_layers} blocks")
         error = sum(record.numbers["error"] for record in plan) / len(plan)
         found[name] = one
+        removed = f", {_share(model, plan):.1%} of the weights removed" if settings is HEADS else ""
         note = (
             f"perplexity {one.perplexity:.2f}, KL {one.kl / one.count:.3f}, same first choice "
-            f"{one.same / one.count:.1%}, error of a block {error:.3f}"
+            f"{one.same / one.count:.1%}, error of a block {error:.3f}" + removed
         )
         value, goal = 100 * (one.perplexity / plain - 1), GOALS.get(name)
         rows.append(Measured(f"{name}: perplexity over dense", value, " %", goal, at_least=False, note=note))
-    for better, worse in (
-        ("flap 25 %", "flap 25 %, no bias"),
-        ("flap 25 %", f"{STATIC}, 25 %"),
-        ("carve_moe S3A3E8", f"{STATIC}, 25 %"),
-        ("carve_moe S3A3E8, energy", f"{STATIC}, 25 %"),
-        ("carve_moe S3A3E8, energy", "flap 25 %"),
-        ("carve_moe S3A3E8, energy", "carve_moe S3A3E8"),
-        ("carve_moe S2A2E8, energy", f"{STATIC}, 50 %"),
-        ("carve_moe S2A2E8, energy", "flap 50 %"),
-        ("carve_moe S3A3E8, threshold", "carve_moe S3A3E8"),
-        ("carve_moe S3A3E8, energy, threshold", "carve_moe S3A3E8, energy"),
-        ("wina 25 %", "teal 25 %"),
-        ("wina 50 %", "teal 50 %"),
-        ("teal 50 %, greedy", "teal 50 %"),
-        ("wina 50 %, greedy", "wina 50 %"),
-        ("carve_moe S3A3E8", "carve_moe S2A2E8"),
-        ("carve_moe S2A2E8", "carve_moe S1A1E8"),
-        ("carve_moe S3A3E8, energy", "carve_moe S2A2E8, energy"),
-        ("carve_moe S2A2E8, energy", "carve_moe S1A1E8, energy"),
-    ):
-        rows.append(Measured(f"KL, {worse} over {better}", found[worse].kl / found[better].kl, " x", 1.0))
-    return rows
+    return rows, found
 
 
 RECOVERED = ("carve_moe S3A3E8, energy", "carve_moe S3A3E8")

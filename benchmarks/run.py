@@ -51,6 +51,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "carve": ("Feed-forward blocks that do less", carve.loss),
     "calibrate": ("What calibrating costs", calibration.run),
     "carve-recover": ("Carved experts: routers that are trained", carve.recovery),
+    "carve-heads": ("Neurons and heads removed", carve.heads),
     "carve-prompt": ("Neurons chosen by the prompt", carve.chosen),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "weights": ("Weights in few bits", weights.run),

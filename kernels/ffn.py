@@ -54,6 +54,11 @@ class FeedForward:
         """Neurons."""
         return self.up.shape[0]
 
+    @property
+    def inputs(self) -> int:
+        """Channels that go in."""
+        return self.up.shape[1]
+
     def middle(self, x: Tensor) -> Tensor:
         """What the neurons say of rows ``[n, d]``: ``[n, F]``."""
         act, up = ACTIVATIONS[self.activation], F.linear(x, self.up, self.up_bias)

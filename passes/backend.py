@@ -29,6 +29,7 @@ from effcompile.passes import base, report
 from effcompile.passes.decision import Seen
 from effcompile.passes.discard import Use, check_moved
 from effcompile.passes.linear import lower_linears
+from effcompile.passes.options import PREFIX
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
 from effcompile.passes.weights import Fresh
@@ -38,6 +39,7 @@ from effcompile.patterns.layers import find_layers
 from effcompile.patterns.linear import LinearSite, find_heads, find_linears
 from effcompile.patterns.moe import ExpertsSite, find_experts
 from effcompile.patterns.normalize import normalize
+from effcompile.patterns.output_projection import HeadsSite, NoHeads, find_output_projections
 from effcompile.patterns.router import RouterSite, find_routers
 from effcompile.patterns.site import Site
 from effcompile.patterns.text import locate
@@ -46,7 +48,7 @@ from effcompile.runtime.router_state import Owned
 
 log = logging.getLogger(__name__)
 
-Other = FeedForwardSite | RouterSite | LinearSite
+Other = FeedForwardSite | RouterSite | LinearSite | HeadsSite | NoHeads
 """A site that is no attention."""
 
 
@@ -99,8 +101,10 @@ def effcompile(
     blocks = find_feed_forward(graph)
     locate(blocks, attention)
     routers = find_routers(graph)
-    # A linear after the block that it is in: a method that takes the block takes it, too.
-    sites: list[Other] = [*blocks, *routers, *find_linears(graph, [site.anchor for site in routers])]
+    # A linear after the block or the heads that it is of: a method that takes these takes it, too.
+    linears = find_linears(graph, [site.anchor for site in routers])
+    heads = find_output_projections(attention) if _named(chosen, graph, HeadsSite.kind) else []
+    sites: list[Other] = [*blocks, *routers, *heads, *linears]
     # Before anything is rewritten: a layer is found by what its attention leads to.
     kinds = _other_kinds(graph, attention, sites)
     decisions, replaced = _rewrite(graph, chosen, attention, sites)
@@ -170,7 +174,7 @@ def _rewrite(
     """Ask every pass about every site of its kind, and put the replacements in; old nodes stay until :func:`_clean`."""
     decisions: list[report.Decision] = []
     replaced: Replaced = []
-    kinds = {name: base.get(name).site_kind for name in base.REGISTRY}
+    kinds = {name: (base.get(name).site_kind, *base.get(name).also) for name in base.REGISTRY}
     inside: dict[fx.Node, str] = {}
     for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
@@ -178,7 +182,7 @@ def _rewrite(
             continue
         taken = inside.get(site.anchor, "") if isinstance(site, LinearSite) else ""
         answers = {}
-        for name in [name for name, kind in kinds.items() if kind == site.kind]:
+        for name in [name for name, kind in kinds.items() if site.kind in kind]:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
             answers[name] = _ask(name, resolved, site)
         asked = any(rule for _, rule in answers.values())
@@ -193,6 +197,8 @@ def _rewrite(
             taken = name
             if isinstance(site, FeedForwardSite):
                 inside |= dict.fromkeys((*site.ups, site.down), name)
+            if isinstance(site, HeadsSite):
+                inside |= dict.fromkeys((site.anchor, *answer.linears), name)
             old = site.output
             with gm.graph.inserting_before(old):
                 new = answer.emit(gm.graph)
@@ -207,13 +213,23 @@ def _rewrite(
     return decisions, replaced
 
 
+def _named(chosen: choices.BackendOptions, gm: fx.GraphModule, kind: str) -> bool:
+    """Whether the user names a pass that takes sites of ``kind`` beside those that it is for."""
+    custom = {key.removeprefix(PREFIX) for node in gm.graph.nodes for key in node.meta.get("custom") or ()}
+    named = {rule.pass_name for rule in chosen.rules} | {name for name, _ in chosen.globals} | custom
+    named |= {record.method for record in chosen.plan or ()}
+    return any(kind in base.get(name).also for name in named & base.REGISTRY.keys())
+
+
 def _other_kinds(
     gm: fx.GraphModule, attention: Sequence[AttentionSite | Unmatched], found: Sequence[Other]
 ) -> list[Site]:
     """The sites of kinds beside attention."""
     feed_forward = [site for site in found if isinstance(site, FeedForwardSite)]
     blocks: list[FeedForwardSite | ExpertsSite] = [*feed_forward, *find_experts(gm)]
-    return [*found, *find_experts(gm), *find_heads(gm), *find_layers(gm, attention, blocks)]
+    # Heads are no place of their own: they are told of where somebody asks for them.
+    places = [site for site in found if not isinstance(site, HeadsSite | NoHeads)]
+    return [*places, *find_experts(gm), *find_heads(gm), *find_layers(gm, attention, blocks)]
 
 
 def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision]:
@@ -235,6 +251,9 @@ def _others(found: Sequence[Site], told: Sequence[Site]) -> list[report.Decision
 def _ask(name: str, resolved: choices.Resolved, site: Any) -> tuple[Rewrite | Reason, str]:
     """One pass's answer for one site, and the choice of the user that led to it."""
     method = base.get(name)
+    silent = resolved.record is None if resolved.options is None else not resolved.options.takes(site.kind)
+    if site.kind in method.also and silent:
+        return Reason("not-asked", f"{name} is not asked about {site.kind}", site.source), ""
     if resolved.options is None and resolved.rule:
         return Reason("switched-off", f"{name} is switched off here by {resolved.rule}", site.source), resolved.rule
     if resolved.options is not None:

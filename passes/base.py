@@ -67,6 +67,8 @@ class Pass:
     """Where it works: ``("prefill", "decode")`` or one of them."""
     site_kind: ClassVar[str] = "attention"
     """The kind of sites it is asked about."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Other kinds, of which it takes sites where its options say so (:meth:`takes`)."""
     limit: ClassVar[Mapping[str, Any]] = {}
     """The option values at which the pass is exact; the conformance test compares with eager there."""
 
@@ -79,6 +81,10 @@ class Pass:
     def match(self, site: Any) -> Any:
         """The form this pass gives to ``site``, or the :class:`~effcompile.kernels.reason.Reason` why it does not."""
         return Reason("pass-without-match", f"{type(self).__name__} does not say which sites it takes.")
+
+    def takes(self, kind: str) -> bool:
+        """Whether these options are about sites of a kind, one of those named above."""
+        return kind == self.site_kind
 
     def check(self, module: nn.Module) -> None:
         """Called before a decorator changes anything: raises ``ValueError`` if these options do not fit ``module``."""

@@ -16,15 +16,16 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
+from effcompile.passes import heads
 from effcompile.passes.backend_options import clean_path
-from effcompile.passes.feed_forward import Calibrated, FeedForwardPass, Found
+from effcompile.passes.feed_forward import Calibrated, CalibratedHeads, FeedForwardPass, Found
 from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.low_rank import LowRank
 from effcompile.passes.options import Decorator, remove
@@ -36,10 +37,11 @@ from effcompile.passes.tree import place_of
 from effcompile.passes.weights import block_of, nodes_of, originals
 from effcompile.patterns.ffn import describe, find_feed_forward
 from effcompile.patterns.normalize import normalize
+from effcompile.patterns.output_projection import NoHeads
 from effcompile.patterns.walk import aten, is_call
 from effcompile.runtime import discarded
 from effcompile.runtime.plan import Plan, Record, digest
-from effcompile.runtime.statistics import Rows, Samples, Statistic
+from effcompile.runtime.statistics import Block, Rows, Samples, Statistic
 
 SAMPLES = 256
 """Rows of each site that are kept to measure an error on, at most twice as many."""
@@ -129,8 +131,17 @@ def each(
     watch, started = _Watch(methods), time.time()
     with watching(model, watch) as copied:
         tokens = run_all(copied, batches, watch, progress=progress)
-    found = [_records(method, wanted) for method, wanted in zip(methods, watch.wanted(), strict=True)]
-    return [plan_of(some, model, tokens, started) for some in found]
+    plans = []
+    for n, method in enumerate(methods):
+        sites, attention = watch.wanted(n)
+        if method.takes("heads") and not attention:
+            reasons = "; ".join([*watch.left][:3]) or "no attention was found"
+            raise CalibrationError(f"calibrate(...): {method}: no heads that can be removed: {reasons}.")
+        plan = plan_of(_records(method, sites, attention), model, tokens, started)
+        if method.takes("heads") and watch.left:
+            plan.made["left"] = watch.left
+        plans.append(plan)
+    return plans
 
 
 @contextlib.contextmanager
@@ -318,7 +329,7 @@ class _Site:
     """One site while data goes through it: statistics that several passes ask for are there once."""
 
     module: str
-    block: FeedForward
+    block: Block
     parameters: dict[str, str]
     samples: Samples
     statistics: list[dict[str, Statistic]]
@@ -331,6 +342,10 @@ class _Site:
 
     def see_input(self, rows: Tensor) -> None:
         self.given = rows
+
+    def see_heads(self, rows: Tensor) -> None:
+        self.see_input(rows)
+        self.see_middle(rows)
 
     def see_middle(self, rows: Tensor) -> None:
         if not rows.isfinite().all():
@@ -349,7 +364,7 @@ See = Callable[[Tensor], None]
 class Watch(abc.ABC):
     """The back end: runs graphs as they are, and looks."""
 
-    kind: ClassVar[str]
+    kind: str
     """What it looks for."""
 
     def __init__(self) -> None:
@@ -374,23 +389,31 @@ class Watch(abc.ABC):
 
 
 class _Watch(Watch):
-    """Looks at feed-forward blocks."""
-
-    kind = "feed-forward block"
+    """Looks at feed-forward blocks, and at the heads of attention if a pass takes them."""
 
     def __init__(self, methods: Sequence[FeedForwardPass]) -> None:
         super().__init__()
         self.methods = methods
+        self.kind = "feed-forward block or head" if self._heads else "feed-forward block"
+        self.left: dict[str, list[str]] = {}
+        """Attention whose heads are not known, by reason."""
 
-    def wanted(self) -> list[list[Calibrated]]:
-        """For each pass its sites, in the order of the model."""
-        return [
-            [Calibrated(s.module, s.block, s.parameters, s.statistics[n], s.samples) for s in self.sites.values()]
-            for n in range(len(self.methods))
-        ]
+    @property
+    def _heads(self) -> bool:
+        return any(method.takes("heads") for method in self.methods)
+
+    def wanted(self, n: int) -> tuple[list[Calibrated], list[CalibratedHeads]]:
+        """The sites of the pass ``n`` in the order of the model: blocks, and heads."""
+        blocks, attention = [], []
+        for s in self.sites.values():
+            if isinstance(s.block, FeedForward):
+                blocks.append(Calibrated(s.module, s.block, s.parameters, s.statistics[n], s.samples))
+            elif s.statistics[n]:
+                attention.append(CalibratedHeads(s.module, s.block, s.parameters, s.statistics[n], s.samples))
+        return blocks, attention
 
     def look(self, graph: fx.GraphModule) -> Looking:
-        """The input of each block, and what its last linear reads."""
+        """The input of each block, and what its last linear reads; what the linear behind heads reads."""
         looked_at: dict[fx.Node, list[See]] = {}
         weights: dict[fx.Node, tuple[Tensor, str]] = {}
         for found in find_feed_forward(graph):
@@ -407,11 +430,21 @@ class _Watch(Watch):
             looked_at.setdefault(parts.input, []).append(site.see_input)
             looked_at.setdefault(last, []).append(site.see_middle)
             weights |= {node: (own[role], site.module) for role, node in nodes_of(parts).items()}
+        for some, tensors in heads.found_heads(graph) if self._heads else ():
+            if isinstance(some, NoHeads) or isinstance(tensors, Reason):
+                assert isinstance(tensors, Reason)
+                self.reasons.append(tensors)
+                self.left.setdefault(str(tensors), []).append(clean_path(some.label))
+                continue
+            site = self._site(clean_path(some.label), heads.heads_of(some, tensors), tensors)
+            looked_at.setdefault(some.linear.input, []).append(site.see_heads)
+            weights[some.linear.weight] = tensors["output"], site.module
         return Looking(graph, looked_at, weights, self)
 
-    def _site(self, module: str, block: FeedForward, own: Mapping[str, Tensor]) -> _Site:
+    def _site(self, module: str, block: Block, own: Mapping[str, Tensor]) -> _Site:
         if module not in self.sites:
-            statistics = [method.statistics(block) for method in self.methods]
+            kind = "ffn" if isinstance(block, FeedForward) else "heads"
+            statistics = [method.statistics(block) if method.takes(kind) else {} for method in self.methods]
             parameters = {role: digest(t) for role, t in own.items()}
             site = self.sites[module] = _Site(module, block, parameters, Samples(SAMPLES), _shared(statistics))
             for one in site.collected:
@@ -457,24 +490,27 @@ class Looking(fx.Interpreter):
         return result
 
 
-def _records(method: FeedForwardPass, sites: Sequence[Calibrated]) -> list[Record]:
+def _records(
+    method: FeedForwardPass, sites: Sequence[Calibrated], attention: Sequence[CalibratedHeads]
+) -> list[Record]:
     try:
-        return _measured(method, sites, method.calibrate(sites))
+        found, kept = method.calibrate_all(sites, attention)
     except ValueError as error:
         raise CalibrationError(f"calibrate(...): {method}: {error}") from None
+    every: list[Calibrated | CalibratedHeads] = [*sites, *attention]
+    return [_measured(method, site, one) for site, one in zip(every, [*found, *kept], strict=True)]
 
 
-def _measured(method: FeedForwardPass, sites: Sequence[Calibrated], found: Sequence[Found]) -> list[Record]:
-    """The records, with the error of each site on its samples."""
-    records = []
-    for site, one in zip(sites, found, strict=True):
-        record = Record(
-            site.module, method.name, json.loads(method.text), site.parameters, dict(one.numbers), dict(one.tensors)
-        )
-        x = site.samples.input
-        wanted = site.block(x).float()
-        got = method.approximate(site.block, record)(x).float()
-        error = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
-        cosine = float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean())
-        records.append(dataclasses.replace(record, numbers={**record.numbers, "error": error, "cosine": cosine}))
-    return records
+def _measured(method: FeedForwardPass, site: Calibrated | CalibratedHeads, one: Found) -> Record:
+    """The record, with the error of the site on its samples."""
+    record = Record(
+        site.module, method.name, json.loads(method.text), site.parameters, dict(one.numbers), dict(one.tensors)
+    )
+    x = site.samples.input
+    wanted = site.block(x).float()
+    block = site.block
+    made = method.approximate(block, record) if isinstance(block, FeedForward) else heads.approximate(block, record)
+    got = made(x).float()
+    error = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    cosine = float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean())
+    return dataclasses.replace(record, numbers={**record.numbers, "error": error, "cosine": cosine})

@@ -15,12 +15,14 @@ from torch import Tensor, fx
 from effcompile.kernels import cost, ffn_cost
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.heads import Heads
 from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.weights import block_of, constant, nodes_of, originals, prepared
 from effcompile.patterns.ffn import BlockParts, FeedForwardSite, describe
+from effcompile.patterns.site import Site
 from effcompile.patterns.walk import same_shape, shape, value
 from effcompile.runtime.plan import PlanError, Record, digest
 from effcompile.runtime.statistics import Samples, Statistic
@@ -35,6 +37,17 @@ class Calibrated:
 
     module: str
     block: FeedForward
+    parameters: Mapping[str, str]
+    statistics: Mapping[str, Statistic]
+    samples: Samples
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CalibratedHeads:
+    """The heads of one attention after the data, likewise."""
+
+    module: str
+    block: Heads
     parameters: Mapping[str, str]
     statistics: Mapping[str, Statistic]
     samples: Samples
@@ -71,12 +84,18 @@ class FeedForwardPass(Pass, abc.ABC):
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
 
     @abc.abstractmethod
-    def statistics(self, block: FeedForward) -> dict[str, Statistic]:
+    def statistics(self, block: Any) -> dict[str, Statistic]:
         """What to collect at a site, by the names under which :meth:`calibrate` finds it."""
 
     @abc.abstractmethod
     def calibrate(self, sites: Sequence[Calibrated]) -> list[Found]:
         """What to do at each site. Raises ``ValueError`` if that cannot be said; the text names the site."""
+
+    def calibrate_all(
+        self, sites: Sequence[Calibrated], heads: Sequence[CalibratedHeads]
+    ) -> tuple[list[Found], list[Found]]:
+        """The same of blocks and of the heads of attention together, for a pass that takes these."""
+        return self.calibrate(sites), []
 
     @abc.abstractmethod
     def approximate(self, block: FeedForward, record: Record) -> Callable[[Tensor], Tensor]:
@@ -99,20 +118,24 @@ class FeedForwardPass(Pass, abc.ABC):
         """What the form of ``record`` must move and compute, or None where that is not known."""
         return None
 
-    def match(self, site: FeedForwardSite) -> Rewrite | Reason:
-        """The form that the plan gives to this block, or why it stays as it is."""
-
-        def no(code: str, text: str) -> Reason:
-            return Reason(code, text, site.source)
-
+    def told(self, site: Site) -> Record | Reason:
+        """What the plan says of a site, made with these options."""
         record: Record | None = getattr(site, "record", None)
         if record is None:
-            return no("no-plan", f"no plan says what {self.name} does here; see effcompile.calibrate")
+            text = f"no plan says what {self.name} does here; see effcompile.calibrate"
+            return Reason("no-plan", text, site.source)
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         # A plan of an earlier version lacks the options that came since.
         if defaults | dict(record.options) != json.loads(self.text):
             told = f"made with {dict(record.options)}, and here {json.loads(self.text)} is asked for"
-            return no("other-options", f"the plan was {told}")
+            return Reason("other-options", f"the plan was {told}", site.source)
+        return record
+
+    def match(self, site: Any) -> Rewrite | Reason:
+        """The form that the plan gives to this block, or why it stays as it is."""
+        record = self.told(site)
+        if isinstance(record, Reason):
+            return record
         found = parts_of(site, self.name)
         if isinstance(found, Reason):
             return found

@@ -37,6 +37,8 @@ class Rewrite:
         Those with kernels that serve all sizes, which are built when they are first launched.
     states
         Weights, by their nodes, with what the replacement reads or writes of the state that belongs to them.
+    linears
+        Those that it has smaller ones for: no other pass finds them there.
     placed
         The replacement reads the old output: ``emit`` has put it behind that, and handed the uses on itself.
     """
@@ -50,4 +52,5 @@ class Rewrite:
     rows: tuple[Any, ...] = ()
     operators: tuple[OperatorProgram, ...] = ()
     states: tuple[tuple[fx.Node, What, Tensor], ...] = ()
+    linears: tuple[fx.Node, ...] = ()
     placed: bool = False

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from effcompile.kernels.ffn import FeedForward
+from effcompile.kernels.heads import Heads
+
+Block = FeedForward | Heads
 
 Where = Literal["input", "middle"]
 """Of a feed-forward block: what goes into it, or what its last linear reads."""
@@ -29,12 +32,12 @@ class Rows:
 
     input: Tensor
     middle: Tensor
-    block: FeedForward
+    block: Block
 
 
-def channels(block: FeedForward, where: Where) -> int:
+def channels(block: Block, where: Where) -> int:
     """How many numbers a row has there."""
-    return block.up.shape[1] if where == "input" else block.width
+    return block.inputs if where == "input" else block.width
 
 
 class Statistic(abc.ABC):
@@ -46,7 +49,7 @@ class Statistic(abc.ABC):
         """What is collected: statistics of one site with equal keys are one."""
 
     @abc.abstractmethod
-    def prepare(self, block: FeedForward) -> None:
+    def prepare(self, block: Block) -> None:
         """Make room for what is kept of ``block``; once, before the first batch."""
 
     @abc.abstractmethod
@@ -68,10 +71,10 @@ class Moments(Statistic):
         """Where it looks."""
         return "moments", self.where
 
-    def prepare(self, block: FeedForward) -> None:
+    def prepare(self, block: Block) -> None:
         """Moments of no rows."""
         self.mean, self._square = (
-            block.up.new_zeros(channels(block, self.where), dtype=torch.float64) for _ in range(2)
+            block.down.new_zeros(channels(block, self.where), dtype=torch.float64) for _ in range(2)
         )
 
     def update(self, rows: Rows) -> None:
@@ -118,9 +121,9 @@ class Magnitudes(Statistic):
         """Where it looks, and what it multiplies with."""
         return "magnitudes", self.where, *(None if t is None else t.data_ptr() for t in (self.scale, self.rotation))
 
-    def prepare(self, block: FeedForward) -> None:
+    def prepare(self, block: Block) -> None:
         """Empty bins."""
-        self.counts = block.up.new_zeros(BINS + 1, dtype=torch.int64)
+        self.counts = block.down.new_zeros(BINS + 1, dtype=torch.int64)
 
     def update(self, rows: Rows) -> None:
         """Count the batch."""
@@ -164,9 +167,9 @@ class TopMarkers(Statistic):
         """How many, of which activations."""
         return "top", self.k, self.normalised
 
-    def prepare(self, block: FeedForward) -> None:
+    def prepare(self, block: Block) -> None:
         """Room for some batches."""
-        self._kept = block.up.new_empty((1 << 14, self.k), dtype=torch.int32)
+        self._kept = block.down.new_empty((1 << 14, self.k), dtype=torch.int32)
 
     def update(self, rows: Rows) -> None:
         """Mark the batch."""
@@ -175,6 +178,7 @@ class TopMarkers(Statistic):
         assert self._kept is not None
         middle = rows.middle
         if self.normalised:
+            assert isinstance(rows.block, FeedForward)
             middle = rows.block.normalised().middle(torch.nn.functional.normalize(rows.input.float(), dim=-1))
         found = middle.float().abs().topk(self.k, dim=-1).indices
         stop = self._seen + found.shape[0]
@@ -208,9 +212,9 @@ class Samples(Statistic):
         """How many."""
         return "samples", self.count
 
-    def prepare(self, block: FeedForward) -> None:
+    def prepare(self, block: Block) -> None:
         """Room for twice the count, in the dtype of the weights."""
-        self._kept = block.up.new_empty((2 * self.count, block.up.shape[1]))
+        self._kept = block.down.new_empty((2 * self.count, block.inputs))
 
     def update(self, rows: Rows) -> None:
         """Keep every ``step``-th row; when twice as many as wanted are kept, every other one goes."""
