@@ -17,11 +17,13 @@ from sparse import _without_inductor
 from torch import Tensor
 
 import effcompile as ec
-from effcompile.kernels.low_rank_ops import breaks_even
+from effcompile.kernels.low_rank_ops import breaks_even, dense_residual
 from effcompile.passes.calibrate import run_all, watching
 from effcompile.passes.calibrate_linear import _LinearWatch, each_linear
 from effcompile.passes.factors import spectrum
 from effcompile.passes.low_rank import LowRank
+from effcompile.passes.residual import STEPS, low_rank_and_sparse, split, to_rows
+from effcompile.runtime.second_moment import SecondMoment
 
 RATIO = 0.8
 SETTINGS = {
@@ -97,6 +99,79 @@ def order(given: list[Tensor], measured: list[Tensor]) -> list[Measured]:
     ]
 
 
+PLACES = [
+    f"model.layers.{n}.{name}"
+    for n in (2, 15, 27)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+]
+
+
+def residual(quick: bool = False) -> list[Measured]:
+    """What a sparse residual, or a second low rank, loses of outputs on other text, over factors of as many bytes."""
+    model = shared()[0]
+    linears = {place: model.get_submodule(place) for place in PLACES[: 4 if quick else None]}
+    given, measured = batches(2, 1024), texts(1024)[:2]
+    seen, other = (_moments(model, linears, some) for some in (given, measured))
+    ratios: dict[str, list[float]] = {}
+    for place, linear in linears.items():
+        say(f"low-rank: residual of {place}")
+        weight = linear.weight.detach()
+        wide, size = weight.double(), tuple(weight.shape)
+        planned, moment = int(RATIO * breaks_even(*size)), other[place].moment
+        how: Any = {"metric": "whitened", "alpha": 0.5, "damping": 1e-6, "mean": False}
+
+        def lost(rest: Tensor, moment: Tensor = moment) -> float:
+            return float(((rest @ moment) * rest).sum().clamp(min=0)) ** 0.5
+
+        def product(made: Any) -> Tensor:
+            return made["up"].double() @ made["down"].double()
+
+        found = spectrum(weight, seen[place], **how)
+        alone = lost(wide - product(found.factors(planned)))
+        for share in (0.1, 0.3, 0.5):
+            rank, entries = split(planned, share, *size, 4, 1)
+            for name, steps in (("in turn", STEPS), ("once", 0)):
+                made, _, _ = low_rank_and_sparse(weight, seen[place], rank, entries, steps=steps, **how)
+                rest = wide - product(made)
+                rest -= dense_residual(made["values"], made["columns"], made["starts"], size[1]).double()
+                ratios.setdefault(f"entries fitted {name}, {share}", []).append(lost(rest) / alone)
+            rest = wide - product(found.factors(rank))
+            u, s, v = torch.linalg.svd(rest, full_matrices=False)
+            more = planned - rank
+            rest -= (u[:, :more] * s[:more]) @ v[:more]
+            ratios.setdefault(f"second low rank, {share}", []).append(lost(rest) / alone)
+    rows = []
+    for name, each in ratios.items():
+        mean = statistics.geometric_mean(each)
+        goal = 0.8 if name == "entries fitted in turn, 0.3" else None
+        rows.append(
+            Measured(
+                f"{name}: error",
+                mean,
+                " x",
+                goal,
+                at_least=False,
+                note=f"{min(each):.3f} to {max(each):.3f} of {len(each)} linears",
+            )
+        )
+    return rows
+
+
+@torch.no_grad()
+def _moments(model: Any, linears: dict[str, Any], some: list[Tensor]) -> dict[str, SecondMoment]:
+    """What linears read."""
+    found = {place: SecondMoment(linear.weight.shape[1]) for place, linear in linears.items()}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, given, one=found[place]: one.update(given[0].flatten(0, -2)))
+        for place, linear in linears.items()
+    ]
+    for ids in some:
+        model(ids.view(-1, ids.shape[-1]), use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def speed(quick: bool = False) -> list[Measured]:
     """The linears of 30 layers at half of their parameters and FLOPs, at one token and at eight, beside dense ones."""
     rows = []
@@ -123,6 +198,19 @@ def _sides(tokens: int) -> dict[str, Any]:
         for _ in range(LAYERS)
     ]
     inputs = {n: torch.randn(tokens, n) for _, n in SHAPES}
+    # As many bytes as the factors: three tenths of them in entries.
+    less = [split(r, 0.3, m, n, 4, 16) for r, (m, n) in zip(ranks, SHAPES)]
+    entries = [
+        [
+            to_rows(torch.randn(m, n) * (torch.rand(m, n) < k / (m * n)), torch.float32)
+            for (_, k), (m, n) in zip(less, SHAPES)
+        ]
+        for _ in range(LAYERS)
+    ]
+    smaller = [
+        [(torch.randn(r, n).div_(n**0.5), torch.randn(m, r).div_(r**0.5)) for (r, _), (m, n) in zip(less, SHAPES)]
+        for _ in range(LAYERS)
+    ]
     ops = torch.ops.effcompile
 
     def dense(layer: int, n: int, x: Tensor) -> Tensor:
@@ -138,6 +226,9 @@ def _sides(tokens: int) -> dict[str, Any]:
     def ours(layer: int, n: int, x: Tensor) -> Tensor:
         return ops.low_rank_linear(x, *thin[layer][n], None)
 
+    def sparse(layer: int, n: int, x: Tensor) -> Tensor:
+        return ops.low_rank_linear(x, *smaller[layer][n], None, *entries[layer][n])
+
     def chain(one: Any) -> Any:
         def run() -> list[Tensor]:
             return [one(layer, n, inputs[shape[1]]) for layer in range(LAYERS) for n, shape in enumerate(SHAPES)]
@@ -145,6 +236,7 @@ def _sides(tokens: int) -> dict[str, Any]:
         return torch.compile(run)
 
     sides = {"dense, Inductor": dense, "dense, our linear": linear, "low rank, Inductor": two, "low rank": ours}
+    sides["low rank and entries"] = sparse
     made = {name: chain(one) for name, one in sides.items()}
     for run in made.values():
         run()

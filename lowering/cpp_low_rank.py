@@ -20,7 +20,7 @@ from effcompile.lowering import toolchain
 
 _SCALARS = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 # Fields of LowRankArgs in kernels/cpp/low_rank.h.
-_ARGS = struct.Struct("=5q 5q").pack
+_ARGS = struct.Struct("=8q 6q").pack
 SINGLE = 1 << 15
 """Numbers in both factors up to which waking a second thread costs more than it saves."""
 
@@ -70,21 +70,34 @@ def _pointer(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+def low_rank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    values: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Launcher of ``effcompile::low_rank_linear`` on CPUs. Arguments and result are the operator's."""
     (rank, inputs), outputs = down.shape, up.shape[0]
     rows, dtype = x.numel() // max(inputs, 1), x.dtype
     if not 1 <= rows <= LOW_RANK_ROWS:
-        return low_rank_ops.low_rank_reference(x, down, up, bias)
-    low_rank_ops.check_low_rank(x, down, up, bias)
+        return low_rank_ops.low_rank_reference(x, down, up, bias, values, columns, starts)
+    low_rank_ops.check_low_rank(x, down, up, bias, values, columns, starts)
     entry = _entry(dtype)
     if isinstance(entry, str):
         raise KernelUnavailable(entry)
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], outputs))
-    threads = torch.get_num_threads() if rank * (outputs + inputs) > SINGLE else 1
+    residual, numbers, narrow = (0, 0, 0), rank * (outputs + inputs), False
+    if values is not None and columns is not None and starts is not None and values.numel():
+        lists = _pointer(columns, columns.dtype), _pointer(starts, torch.int32)
+        residual, narrow = (_pointer(values, dtype), *lists), columns.dtype is torch.int16
+        numbers += values.numel()
+    threads = torch.get_num_threads() if numbers > SINGLE else 1
     pointers = _pointer(down, dtype), _pointer(up, dtype), 0 if bias is None else _pointer(bias, dtype)
-    entry(_ARGS(x.data_ptr(), *pointers, out.data_ptr(), rows, inputs, rank, outputs, threads))
+    entry(_ARGS(x.data_ptr(), *pointers, out.data_ptr(), *residual, rows, inputs, rank, outputs, threads, narrow))
     return out
 
 

@@ -199,7 +199,8 @@ def _rewrite(
                 inside |= dict.fromkeys((*site.ups, site.down), name)
             if isinstance(site, HeadsSite):
                 inside |= dict.fromkeys((site.anchor, *answer.linears), name)
-            old = site.output
+            inside |= dict.fromkeys(answer.takes, name)
+            old = answer.output or site.output
             with gm.graph.inserting_before(old):
                 new = answer.emit(gm.graph)
             for key, item in old.meta.items():

@@ -8,6 +8,7 @@ the ranks chosen in :mod:`effcompile.passes.ranks`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -17,39 +18,90 @@ import torch
 from torch import Tensor, fx
 
 from effcompile.kernels import low_rank_ops
+from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
+from effcompile.passes.adapters import Folded, adapters_of, match_adapter
 from effcompile.passes.base import Pass
 from effcompile.passes.factors import Metric
 from effcompile.passes.feed_forward import TOKENS, check_weights
-from effcompile.passes.ranks import PLANNERS, Item, Ranks
+from effcompile.passes.masa import materialized
+from effcompile.passes.ranks import PLANNERS, Item, Ranks, bytes_of
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.weights import constant, prepared, real
+from effcompile.passes.weights import constant, prepared, real, wants_gradients
+from effcompile.patterns.adapters import Adapted
 from effcompile.patterns.linear import Linear, LinearSite, operands_of, readers_of
-from effcompile.patterns.walk import module_path, shape, value
-from effcompile.runtime.plan import Record
+from effcompile.patterns.walk import aten, module_path, shape, value
+from effcompile.runtime.plan import PlanError, Record
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Covered:
-    """A linear that may be factored: its operands, and the user's tensors."""
+    """A linear that may be factored: its operands, the user's tensors, and adapters that are folded into it."""
 
     linear: Linear
     weight: Tensor
     bias: Tensor | None
+    adapted: Adapted | None = None
+    adapters: Sequence[Folded] = ()
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        one, two = self.weight.shape
+        return (two, one) if self.linear.flipped else (one, two)
+
+    @functools.cached_property
     def rows(self) -> Tensor:
-        """The weight with an output to a row, ``[m, n]``: a view."""
+        """The weight with an output to a row, ``[m, n]``: a view, or with adapters a tensor that was rounded once."""
         weight = self.weight.detach()
-        return weight.t() if self.linear.flipped else weight
+        weight = weight.t() if self.linear.flipped else weight
+        if not self.adapters:
+            return weight
+        return sum((one.weight for one in self.adapters), weight.double()).to(weight.dtype)
+
+    @functools.cached_property
+    def shift(self) -> Tensor | None:
+        """The bias with those of adapters, fp64 ``[m]``; None without any."""
+        given = [None if self.bias is None else self.bias.detach().double(), *(one.bias for one in self.adapters)]
+        parts = [t for t in given if t is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    @property
+    def output(self) -> fx.Node:
+        """The node that a replacement stands for."""
+        return self.linear.node if self.adapted is None else self.adapted.output
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By role, for digests."""
-        return {"linear": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+        """By role, for digests; the factor of an adapter is a part of the role, since it is a number in the graph."""
+        return {role: t for role, (_, t) in self._named.items()}
+
+    @property
+    def nodes(self) -> dict[str, fx.Node]:
+        """Of :attr:`tensors`."""
+        return {role: node for role, (node, _) in self._named.items()}
+
+    @property
+    def _named(self) -> dict[str, tuple[fx.Node, Tensor]]:
+        found = {"linear": (self.linear.weight, self.weight)}
+        if self.bias is not None and self.linear.bias is not None:
+            found["bias"] = self.linear.bias, self.bias
+        for n, one in enumerate(self.adapters):
+            for name, (node, tensor) in one.named.items():
+                found[f"adapter {n} * {one.scale!r}: {name}"] = node, tensor
+        return found
+
+    def check(self, record: Record) -> None:
+        """Raise :class:`PlanError` unless ``record`` was made from these weights, with these adapters."""
+        check_weights(record, self.tensors)
+        if gone := sorted(set(record.parameters) - set(self.tensors)):
+            raise PlanError(
+                f"plan: {record.method} at {record.module}: it was made with {', '.join(gone)}, which the model no "
+                "longer has. Calibrate this model, or take the record out of the plan."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +114,19 @@ class LowRank(Pass):
     ----------
     method
         Under which metric of the inputs the weight is cut: ``"svd"`` none, ``"asvd"`` the mean size of each channel,
-        ``"whitened"`` the second moment.
+        ``"whitened"`` the second moment. ``"masa"``: layers of a group share matrices besides, and what these leave is
+        cut under the second moment.
     ratio
         Share of the covered linears that is kept, 0 to 1.
     planner
         What shares ranks out: ``"sensitivity"`` the measured growth of the loss, ``"energy"`` the same share of what
         outputs hold, ``"lorc"`` more for what is followed by more amplification, ``"uniform"`` the same share of each.
     budget
-        What ``ratio`` is a share of: ``"parameters"`` or ``"bytes"``.
+        What ``ratio`` is a share of, ``"parameters"`` or ``"bytes"``; or what all covered linears may take together,
+        in bytes (``300_000_000`` or ``"300MB"``), in place of ``ratio``.
+    milliseconds
+        What all covered linears may take together for one token, in place of ``ratio``: the times of each shape are
+        measured where the model is calibrated.
     rank
         One rank for all of them, in place of a budget.
     alpha
@@ -84,12 +141,23 @@ class LowRank(Pass):
         Leave a linear dense where its factors would have as many parameters.
     head
         Cover the linear that makes the logits, too.
+    residual
+        Share of what factors cost that goes to single entries of the weight instead: the largest of what factors of
+        the smaller rank lose, in a sparse matrix beside them.
+    group, atoms, materialize
+        Of ``"masa"``: layers that share, and how many matrices they do (None: what loses least of the outputs). The
+        weight of each layer is made when the model is compiled, which costs a step what the dense one does; or, with
+        ``materialize=False``, never, which costs less memory and more time.
+    adapters
+        What becomes of LoRA beside a linear: ``"keep"`` it, each adapter as one product on its own tensors, or
+        ``"fold"`` it into the weight, before that is factored. Neither counts in the budget.
     """
 
-    method: Metric = "whitened"
+    method: Metric | Literal["masa"] = "whitened"
     ratio: float = 0.8
     planner: Literal["sensitivity", "energy", "lorc", "uniform"] = "sensitivity"
-    budget: Literal["parameters", "bytes"] = "parameters"
+    budget: int | str = "parameters"
+    milliseconds: float | None = None
     rank: int | None = None
     alpha: float = 0.5
     damping: float = 1e-6
@@ -97,9 +165,14 @@ class LowRank(Pass):
     round_to: int = 16
     break_even: bool = True
     head: bool = False
+    residual: float = 0.0
+    group: int = 4
+    atoms: int | None = None
+    materialize: bool = True
+    adapters: Literal["keep", "fold"] = "keep"
 
     name: ClassVar[str] = "low_rank"
-    paper: ClassVar[str] = "SVD-LLM (Wang et al., ICLR 2025); ASVD (Yuan et al., 2023); LoRC (2024)"
+    paper: ClassVar[str] = "SVD-LLM (Wang et al., ICLR 2025); ASVD (Yuan et al., 2023); LoRC (2024); MASA (AAAI 2026)"
     summary: ClassVar[str] = "linears as two thin ones, with ranks chosen under one budget"
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     site_kind: ClassVar[str] = "linear"
@@ -108,6 +181,35 @@ class LowRank(Pass):
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio!r}; expected a share above 0, at most 1.")
+        if self.budget not in ("parameters", "bytes"):
+            bytes_of(self.budget)
+        if self.milliseconds is not None and not 0 < self.milliseconds < math.inf:
+            raise ValueError(f"milliseconds={self.milliseconds!r}; expected a number above 0.")
+        if not 0 <= self.residual < 1:
+            raise ValueError(f"residual={self.residual!r}; expected a share of 0 or more, below 1.")
+        if self.residual and self.milliseconds is not None:
+            raise ValueError("residual= beside milliseconds=: the time of single entries is not measured; give bytes.")
+        if self.group < 2 or (self.atoms is not None and self.atoms < 1):
+            raise ValueError(f"group={self.group!r}, atoms={self.atoms!r}; expected 2 or more, and 1 or more.")
+        others = {
+            n: getattr(self, n) for n in ("group", "atoms", "materialize") if getattr(self, n) != getattr(LowRank, n)
+        }
+        if others and self.method != "masa":
+            raise ValueError(f"{', '.join(others)}: options of method='masa', beside method={self.method!r}.")
+        total = self.budget not in ("parameters", "bytes")
+        if self.method == "masa":
+            if total or self.milliseconds is not None or self.residual or self.planner in ("energy", "lorc"):
+                raise ValueError(
+                    "method='masa' has a ratio, or a rank with a number of atoms, and the same share for each group: "
+                    "leave budget, milliseconds, residual and planner as they are."
+                )
+            if self.rank is not None and self.atoms is None:
+                raise ValueError(f"rank={self.rank!r} with method='masa' is of what atoms leave; give atoms, too.")
+        given = {"rank": self.rank is not None, "milliseconds": self.milliseconds is not None, "budget": total}
+        if sum(given.values()) > 1:
+            raise ValueError(f"{', '.join(n for n, g in given.items() if g)}: each says how much is kept; give one.")
+        if (total or self.milliseconds is not None) and self.ratio != LowRank.ratio:
+            raise ValueError(f"ratio={self.ratio!r} beside a whole budget; leave ratio out, or say a share of it.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank!r}; expected 1 or more.")
         if self.round_to < 1:
@@ -125,6 +227,8 @@ class LowRank(Pass):
 
         if site.role == "router":
             return no("router", "this linear scores experts, and with another choice nothing is as it was")
+        if site.role == "adapter":
+            return no("adapter", "it is half of an adapter, which is of low rank already")
         if site.role == "head" and not self.head:
             return no("head", "it makes logits, or shares the embedding's weight; low_rank(head=True) covers it")
         linear = operands_of(site.anchor)
@@ -151,7 +255,12 @@ class LowRank(Pass):
                 "the two would no longer be of one tensor"
             )
             return no("tied-weight", text)
-        return Covered(linear, weight, bias)
+        if site.adapted is None or self.adapters == "keep":
+            return Covered(linear, weight, bias)
+        adapters = adapters_of(site.adapted)
+        if isinstance(adapters, str):
+            return no("computed-weight", adapters)
+        return Covered(linear, weight, bias, site.adapted, adapters)
 
     def match(self, site: LinearSite) -> Rewrite | Reason:
         """The factors that the plan gives to this linear, or why it stays as it is."""
@@ -159,53 +268,126 @@ class LowRank(Pass):
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
 
+        if site.role == "adapter":
+            return match_adapter(site, self.name, self.adapters)
         record: Record | None = getattr(site, "record", None)
         covered = self.covers(site)
         if isinstance(covered, Reason):
             return covered
-        if record is None:
+        if record is None and not covered.adapters:
             return no("no-plan", f"no plan says what {self.name} does here; see effcompile.calibrate")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        if defaults | dict(record.options) != json.loads(self.text):
+        if record is not None and defaults | dict(record.options) != json.loads(self.text):
             told = f"made with {dict(record.options)}, and here {json.loads(self.text)} is asked for"
             return no("other-options", f"the plan was {told}")
-        check_weights(record, covered.tensors)
-        if "up" not in record.tensors:
+        if record is not None:
+            covered.check(record)
+        factored = record is not None and ("up" in record.tensors or "atoms" in record.tensors)
+        if record is not None and not factored and not covered.adapters:
             return Reason(*stays_dense(record), site.source)
-        linear, (outputs, inputs) = covered.linear, covered.rows.shape
+        linear, (outputs, inputs) = covered.linear, covered.size
         x, out = value(linear.input), value(linear.node)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in covered.tensors.values()):
+        if wants_gradients(linear.node.graph):
             return no("gradients", f"gradients are needed, and {self.name} has none; use torch.no_grad()")
         if len({x.dtype, out.dtype, covered.weight.dtype, *([] if covered.bias is None else [covered.bias.dtype])}) > 1:
             return no("mixed-dtypes", "this linear reads and writes different dtypes, as under autocast")
-        up = record.tensor("up", outputs, -1)
-        rank = up.shape[1]
-        record.tensor("down", rank, inputs)
-        if not 1 <= rank <= min(outputs, inputs):
-            return no("not-supported", f"rank {rank} of a weight {outputs} x {inputs}; expected 1 to its smaller side")
-        shifted = "shift" in record.tensors
-        if shifted:
-            record.tensor("shift", outputs)
-        nodes = {"linear": linear.weight, "bias": linear.bias}
-        size = {"itemsize": x.dtype.itemsize}
+        size: Any = {"itemsize": x.dtype.itemsize}
         before = low_rank_ops.linear_cost(TOKENS, outputs, inputs, bias=covered.bias is not None, **size)
-        after = low_rank_ops.low_rank_cost(
-            TOKENS, outputs, inputs, rank, bias=shifted or covered.bias is not None, **size
-        )
-        programs = (OperatorProgram("low_rank_linear", x.dtype),) if x.device.type == "cpu" else ()
+        for one in covered.adapters:
+            rank = one.down.shape[0]
+            before += low_rank_ops.linear_cost(TOKENS, rank, inputs, bias=one.down_bias is not None, **size)
+            before += low_rank_ops.linear_cost(TOKENS, outputs, rank, bias=one.up_bias is not None, **size)
+        folded = f" with {len(covered.adapters)} folded" if covered.adapters else ""
+        if record is None or not factored:
+            form = f"{self.name} dense{folded}"
+            after = low_rank_ops.linear_cost(TOKENS, outputs, inputs, bias=covered.shift is not None, **size)
+            made: Record | None = None
+        elif self.method == "masa":
+            form, after = self._shared(record, covered, size)
+            form, made = form + folded, record
+        else:
+            rank = self._checked(record, outputs, inputs)
+            form, made = f"{self.name} {self.method} {rank} of {min(outputs, inputs)}{folded}", record
+            bias = "shift" in record.tensors or covered.shift is not None
+            entries = record.tensors["values"].numel() if "values" in record.tensors else 0
+            form += f" + {entries:,} entries" if entries else ""
+            after = low_rank_ops.low_rank_cost(TOKENS, outputs, inputs, rank, bias=bias, entries=entries, **size)
+        chain = made is not None and "up" in made.tensors and (self.method != "masa" or not self.materialize)
+        programs = (OperatorProgram("low_rank_linear", x.dtype),) if chain and x.device.type == "cpu" else ()
+        taken = () if covered.adapted is None else covered.adapted.adapters
         return Rewrite(
-            f"{self.name} {self.method} {rank} of {min(outputs, inputs)}",
-            lambda graph: emit(graph, covered, record),
-            weights=tuple((site.module, n, covered.tensors[role]) for role, n in nodes.items() if n is not None),
+            form,
+            lambda graph: emit(graph, covered, made),
+            weights=tuple((site.module, n, covered.tensors[role]) for role, n in covered.nodes.items()),
             cost=(before, after),
             rows=tuple(shape(linear.input)[:-1]),
             operators=programs,
+            output=covered.output,
+            takes=tuple(node for one in taken for node in (one.down, one.up)),
         )
+
+    def _shared(self, record: Record, covered: Covered, size: Any) -> tuple[str, Cost]:
+        """What the report says of a linear with shared atoms, and what it costs."""
+        outputs, inputs = covered.size
+        count = record.tensor("atoms", -1, outputs, inputs).shape[0]
+        record.tensor("coefficients", count)
+        rank = self._checked(record, outputs, inputs) if "up" in record.tensors else 0
+        if "shift" in record.tensors:
+            record.tensor("shift", outputs)
+        layers, kept = (record.numbers.get(name, math.nan) for name in ("layers", "parameters"))
+        bias = "shift" in record.tensors or covered.shift is not None
+        after = low_rank_ops.linear_cost(TOKENS, outputs, inputs, bias=bias, **size)
+        told = "a step costs what the dense one does"
+        if not self.materialize:
+            after = low_rank_ops.linear_cost(TOKENS, count * outputs, inputs, bias=False, **size)
+            after += low_rank_ops.low_rank_cost(TOKENS, outputs, inputs, rank, bias=bias, **size)
+            told = "a step costs more than the dense one"
+        form = f"{self.name} masa {count} atoms for {layers:.0f} layers + rank {rank}"
+        return f"{form}: {kept / (outputs * inputs):.0%} of the bytes in the plan, {told}", after
+
+    def _checked(self, record: Record, outputs: int, inputs: int) -> int:
+        """The rank of a record. Raises :class:`PlanError` if its tensors do not fit the linear."""
+        rank = record.tensor("up", outputs, -1).shape[1]
+        record.tensor("down", rank, inputs)
+        if not 1 <= rank <= min(outputs, inputs):
+            raise PlanError(
+                f"plan: {self.name} at {record.module}: rank {rank} of a weight {outputs} x {inputs}; expected 1 to "
+                "its smaller side. Calibrate again."
+            )
+        if "shift" in record.tensors:
+            record.tensor("shift", outputs)
+        if "values" in record.tensors:
+            # A kernel reads where the lists say.
+            count = record.tensor("values", -1).numel()
+            columns, starts = record.tensor("columns", count), record.tensor("starts", outputs + 1)
+            ends = int(starts[0]) == 0 and int(starts[-1]) == count and bool((starts.diff() >= 0).all())
+            inside = not count or (int(columns.min()) >= 0 and int(columns.max()) < inputs)
+            types = columns.dtype is low_rank_ops.index_dtype(inputs) and starts.dtype is torch.int32
+            if not (ends and inside and types):
+                raise PlanError(
+                    f"plan: {self.name} at {record.module}: columns and starts are no rows of a matrix {outputs} x "
+                    f"{inputs}. Calibrate again."
+                )
+        return rank
+
+    @property
+    def unit(self) -> str:
+        """What the budget is in."""
+        if self.milliseconds is not None:
+            return "ms"
+        return "parameters" if self.budget == "parameters" else "bytes"
+
+    def whole(self, items: Sequence[Item]) -> float:
+        """The budget, in the unit of what ``items`` cost; no more than they do."""
+        dense = sum(item.dense for item in items)
+        if self.milliseconds is not None:
+            return min(self.milliseconds, dense)
+        return self.ratio * dense if self.budget in ("parameters", "bytes") else min(bytes_of(self.budget), dense)
 
     def plan_ranks(self, items: Sequence[Item], names: Sequence[str]) -> Ranks:
         """A rank for each linear, None for those that stay dense. Raises ``ValueError`` if that cannot be said."""
         if self.rank is None:
-            return PLANNERS[self.planner](items, self.ratio * sum(item.dense for item in items), self.round_to)
+            return PLANNERS[self.planner](items, self.whole(items), self.round_to)
         for item, name in zip(items, names, strict=True):
             if self.rank > len(item.lost):
                 raise ValueError(f"rank={self.rank}, but {name} has at most {len(item.lost)}; give a smaller rank.")
@@ -214,33 +396,77 @@ class LowRank(Pass):
 
 def stays_dense(record: Record) -> tuple[str, str]:
     """Why a linear that was calibrated stays dense: a code, and a text with both numbers."""
+    if record.options.get("method") == "masa" and record.numbers.get("layers", 1) > 1:
+        return "kept-dense", "with ratio=1 every weight is kept as it is"
+    if record.options.get("method") == "masa":
+        return "no-group", "no other layer has a linear of this shape in this place, so there is nothing to share"
     # Told, not used: a plan that was edited may lack them.
     rank, factors, dense = (record.numbers.get(name, math.nan) for name in ("tried", "factors", "dense"))
-    what = record.options.get("budget", "parameters")
+    what = "parameters" if record.options.get("budget", "parameters") == "parameters" else "bytes"
+    one, two = f"{factors:,.0f}", f"{dense:,.0f}"
+    if record.options.get("milliseconds") is not None:
+        what, one, two = "ms", f"{factors:.4g}", f"{dense:.4g}"
     if factors >= dense:
-        text = f"factors of rank {rank:.0f} would have {factors:,.0f} {what}, and the weight has {dense:,.0f}"
-        return "break-even", text
+        return "break-even", f"factors of rank {rank:.0f} would have {one} {what}, and the weight has {two}"
     text = (
-        f"the planner keeps the weight with its {dense:,.0f} {what}: even rank {rank:.0f}, with {factors:,.0f}, would "
-        "lose more here than the same elsewhere"
+        f"the planner keeps the weight with its {two} {what}: even rank {rank:.0f}, with {one}, would lose more here "
+        "than the same elsewhere"
     )
     return "kept-dense", text
 
 
-def emit(graph: fx.Graph, covered: Covered, record: Record) -> fx.Node:
-    """``low_rank_linear`` on prepared factors, where the insertion point is."""
-    linear, weight, bias = covered.linear, covered.weight, covered.bias
+def emit(graph: fx.Graph, covered: Covered, record: Record | None) -> fx.Node:
+    """A linear on prepared tensors, where the insertion point is: on the factors of ``record``, or dense without."""
+    linear, adapted, weight = covered.linear, covered.adapted, covered.weight
+    own = {} if record is None else record.tensors
+    sharing = "atoms" in own and record is not None and not record.options.get("materialize", True)
 
     def make() -> dict[str, Tensor]:
-        made = {name: record.tensors[name].to(weight).contiguous() for name in ("down", "up")}
-        both = [t.to(weight.device).double() for t in (bias, record.tensors.get("shift")) if t is not None]
-        return made | ({"bias": sum(both, torch.zeros_like(both[0])).to(weight.dtype)} if both else {})
+        if "atoms" in own and not sharing:
+            made = {"weight": materialized(own).to(weight).contiguous()}
+        else:
+            made = {name: own[name].to(weight).contiguous() for name in ("down", "up", "values") if name in own}
+            lists = ("columns", "starts", "coefficients")
+            made |= {name: own[name].to(weight.device).contiguous() for name in lists if name in own}
+            made = made or {"weight": covered.rows.contiguous()}
+        both = [t.to(weight.device).double() for t in (covered.shift, own.get("shift")) if t is not None]
+        return made | ({"bias": sum(both[1:], both[0]).to(weight.dtype)} if both else {})
 
-    made = prepared(record.text, list(covered.tensors.values()), make)
+    # An adapter's factor is a number in the graph, so it is in the names of what is folded.
+    key = f"{'dense' if record is None else record.text} {sorted(covered.tensors)} {linear.flipped}"
+    made = prepared(key, list(covered.tensors.values()), make)
     nodes = {name: constant(graph, t, linear.input) for name, t in made.items()}
-    arguments = linear.input, nodes["down"], nodes["up"], nodes.get("bias")
-    node = graph.call_function(torch.ops.effcompile.low_rank_linear.default, arguments)
-    with value(linear.input).fake_mode:
-        fakes = [None if n is None else value(n) for n in arguments]
-        node.meta["val"] = torch.ops.effcompile.low_rank_linear.default(*fakes)
+    read = linear.input if adapted is None else adapted.input
+    read = _in_dtype(graph, read, value(linear.input).dtype)
+    bias = nodes.get("bias")
+    if "weight" in nodes:
+        node = _call(graph, aten.linear.default, read, nodes["weight"], bias)
+    elif "up" in nodes:
+        target = torch.ops.effcompile.low_rank_linear.default
+        residual = [nodes[name] for name in ("values", "columns", "starts") if name in nodes]
+        node = _call(graph, target, read, nodes["down"], nodes["up"], bias, *residual)
+    if sharing:
+        # One tensor for all layers of the group, of which each takes its sum.
+        atoms = own["atoms"]
+        both = prepared(
+            f"atoms {weight.dtype} {weight.device}", [atoms], lambda: {"atoms": atoms.to(weight).flatten(0, 1)}
+        )
+        every = _call(graph, aten.linear.default, read, constant(graph, both["atoms"], linear.input))
+        apart = _call(graph, aten.unflatten.int, every, -1, [len(atoms), covered.size[0]])
+        parts = _call(graph, aten.mul.Tensor, apart, _call(graph, aten.unsqueeze.default, nodes["coefficients"], -1))
+        total = _in_dtype(graph, _call(graph, aten.sum.dim_IntList, parts, [-2]), weight.dtype)
+        rest = node if "up" in nodes else bias
+        node = total if rest is None else _call(graph, aten.add.Tensor, total, rest)
+    return _in_dtype(graph, node, value(covered.output).dtype)
+
+
+def _in_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if value(node).dtype is dtype else _call(graph, aten.to.dtype, node, dtype)
+
+
+def _call(graph: fx.Graph, target: Any, *arguments: Any) -> fx.Node:
+    """A call with its fake value."""
+    node = graph.call_function(target, arguments)
+    with value(arguments[0]).fake_mode:
+        node.meta["val"] = target(*map(value, arguments))
     return node

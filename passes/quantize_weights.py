@@ -21,7 +21,7 @@ from effcompile.passes.base import Pass
 from effcompile.passes.feed_forward import check_weights
 from effcompile.passes.reconstruct import ROUNDINGS, Rounding
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.weights import constant, prepared, real
+from effcompile.passes.weights import constant, prepared, real, wants_gradients
 from effcompile.patterns.linear import LinearSite, operands_of
 from effcompile.patterns.walk import shape, value
 from effcompile.runtime import discarded
@@ -104,7 +104,7 @@ class QuantizeWeights(Pass):
             return no("mixed-dtypes", "it reads and writes different dtypes, as under autocast")
         if weight.dtype not in DTYPES or weight.ndim != 2 or (parts.bias is not None and len(shape(parts.bias)) != 1):
             return no("not-supported", f"its weight is {weight.dtype} {tuple(weight.shape)}, or its bias no vector")
-        if _gradients(site.anchor.graph):
+        if wants_gradients(site.anchor.graph):
             return no("gradients", "gradients are needed, and packed weights have none; use torch.no_grad()")
         if weight.device.type != "cpu":
             return no("no-kernel", f"there is no kernel for {weight.device.type}")
@@ -183,9 +183,3 @@ class QuantizeWeights(Pass):
         ends, products = tokens * (inputs + outputs) * itemsize, 2 * tokens * outputs * inputs
         dense = Cost(outputs * inputs * itemsize + ends, products)
         return dense, Cost(packed + ends, products + 2 * outputs * inputs)
-
-
-def _gradients(graph: fx.Graph) -> bool:
-    """Whether something that goes into ``graph`` wants a gradient: the operator would not hand it on."""
-    given = (getattr(n.meta.get("grapharg"), "example", None) for n in graph.find_nodes(op="placeholder"))
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)

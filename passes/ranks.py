@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,6 +56,24 @@ class Item:
         return list(range(round_to, min(most, len(self.lost)) + 1, round_to))
 
 
+_UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "k", "M", "G"))}, "KB": 1000}
+_UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G"), 1)}
+
+
+def bytes_of(budget: int | str) -> int:
+    """A number of bytes as people write it. Raises ``ValueError`` for what is none.
+
+    >>> bytes_of("300MB"), bytes_of("1.5 GiB"), bytes_of(4096)
+    (300000000, 1610612736, 4096)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?i?B?)", str(budget).strip())
+    if isinstance(budget, bool) or found is None or found[2] not in _UNITS or not float(found[1]):
+        raise ValueError(
+            f"budget={budget!r}; expected 'parameters', 'bytes', or a number of bytes such as 300_000_000 or '300MB'."
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
 def cost(items: Sequence[Item], ranks: Ranks) -> float:
     """Of all together."""
     return sum(item.cost(rank) for item, rank in zip(items, ranks, strict=True))
@@ -83,7 +102,7 @@ def _too_little(items: Sequence[Item], budget: float, least: float) -> str:
     whole = sum(item.dense for item in items)
     return (
         f"the smallest ranks keep {least / whole:.3f} of these linears, and {budget / whole:.3f} are asked for; give a "
-        "larger ratio, or a smaller round_to."
+        "larger ratio or budget, or a smaller round_to."
     )
 
 

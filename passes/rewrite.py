@@ -41,6 +41,10 @@ class Rewrite:
         Those that it has smaller ones for: no other pass finds them there.
     placed
         The replacement reads the old output: ``emit`` has put it behind that, and handed the uses on itself.
+    output
+        What is replaced, if it is not the site's output but comes after it.
+    takes
+        Nodes of other sites that the replacement stands for, too: no method is asked about them later.
     """
 
     form: str
@@ -54,3 +58,5 @@ class Rewrite:
     states: tuple[tuple[fx.Node, What, Tensor], ...] = ()
     linears: tuple[fx.Node, ...] = ()
     placed: bool = False
+    output: fx.Node | None = None
+    takes: tuple[fx.Node, ...] = ()

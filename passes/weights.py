@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 
@@ -46,6 +47,12 @@ def real(node: fx.Node) -> Tensor | None:
         return found if isinstance(found, Tensor) else None
     lifted = parameter_of(node)
     return None if lifted is None else lifted[1]
+
+
+def wants_gradients(graph: fx.Graph) -> bool:
+    """Whether something that goes into ``graph`` wants a gradient: an operator without one would not hand it on."""
+    given = (getattr(n.meta.get("grapharg"), "example", None) for n in graph.find_nodes(op="placeholder"))
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
 
 
 def nodes_of(parts: BlockParts) -> dict[str, fx.Node]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from effcompile.patterns.adapters import ROW_VIEWS, Adapted, Adapter, adapted
 from effcompile.patterns.site import Site
 from effcompile.patterns.walk import aten, is_call, operand, same_size, shape, strip_casts
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = ROW_VIEWS
 
 
 @dataclasses.dataclass
@@ -21,10 +23,14 @@ class LinearSite(Site):
 
     kind: ClassVar[str] = "linear"
 
-    role: Literal["", "head", "router"] = ""
-    """What it is for, where that matters: it makes the logits, or chooses experts."""
+    role: Literal["", "head", "router", "adapter"] = ""
+    """What it is for, where that matters: it makes the logits, chooses experts, or is half of an adapter."""
     number: int = 0
     """How many linears of the same module come before it in the graph."""
+    adapted: Adapted | None = None
+    """The adapters that are added to it, if there are any."""
+    adapter: tuple[Adapter, Adapted] | None = None
+    """The adapter that it is a half of, and what that is added to."""
 
     @property
     def label(self) -> str:
@@ -109,7 +115,10 @@ def find_linears(gm: fx.GraphModule, routers: Collection[fx.Node] = ()) -> list[
     loss reads; or what has the weight of an embedding.
     """
     whole = bool(gm.graph.find_nodes(op="call_function", target=aten.embedding.default))
-    heads = {*_last(gm)} if whole else {site.anchor for site in find_heads(gm)}
+    bases = {node: one for node in gm.graph.nodes if is_linear(node) and (one := adapted(node)) is not None}
+    halves = {n: (each, one) for one in bases.values() for each in one.adapters for n in (each.down, each.up)}
+    sums = {one.output: base for base, one in bases.items()}
+    heads = {*_last(gm, sums)} if whole else {site.anchor for site in find_heads(gm, sums)}
     for loss in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
         node = strip_casts(loss.args[0])
         while is_call(node, aten.slice.Tensor, *VIEWS):
@@ -121,7 +130,9 @@ def find_linears(gm: fx.GraphModule, routers: Collection[fx.Node] = ()) -> list[
         if is_linear(node):
             parts = operands_of(node)
             tied = parts is not None and any(is_call(user, aten.embedding.default) for user in parts.weight.users)
-            site = LinearSite(node, "router" if node in routers else "head" if node in heads or tied else "")
+            roles = {"router": node in routers, "head": node in heads or tied, "adapter": node in halves}
+            role: Any = next((name for name, holds in roles.items() if holds), "")
+            site = LinearSite(node, role, adapted=bases.get(node), adapter=halves.get(node))
             site.number = before[site.module]
             before[site.module] += 1
             found.append(site)
@@ -137,18 +148,22 @@ def readers_of(weight: fx.Node) -> set[fx.Node]:
     return found
 
 
-def find_heads(gm: fx.GraphModule) -> list[HeadSite]:
-    """The linears that make what the graph returns, of another width than they read, and feed nothing else."""
-    return [HeadSite(node) for node in _last(gm) if not same_size(shape(node)[-1], shape(input_of(node))[-1])]
+def find_heads(gm: fx.GraphModule, sums: Mapping[fx.Node, fx.Node] = MappingProxyType({})) -> list[HeadSite]:
+    """The linears that make what the graph returns, of another width than they read, and feed nothing else.
+
+    ``sums`` are those of linears with adapters.
+    """
+    return [HeadSite(node) for node in _last(gm, sums) if not same_size(shape(node)[-1], shape(input_of(node))[-1])]
 
 
-def _last(gm: fx.GraphModule) -> list[fx.Node]:
-    """The linears whose result leaves the graph, but for scaling and capping, and feeds nothing else."""
+def _last(gm: fx.GraphModule, sums: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The linears whose result leaves the graph, but for adapters, scaling and capping, and feeds nothing else."""
     found = []
     for made in gm.graph.output_node().all_input_nodes:
-        node = made
+        node: Any = made
         for _ in range(8):
             node = strip_casts(node)
+            node = sums.get(node, node)
             numbers = is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], fx.Node)
             if not (numbers or is_call(node, aten.tanh.default, aten.slice.Tensor, *VIEWS)):
                 break

@@ -135,12 +135,20 @@ class Plan:
         """
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{r.module}/{r.method}/{name}": t.detach().cpu().contiguous().clone()
-            for r in self
-            for name, t in r.tensors.items()
-        }
-        content = {"format": FORMAT, "version": VERSION, "made": self.made, "records": [_plain(r) for r in self]}
+        tensors: dict[str, Tensor] = {}
+        places: dict[int, str] = {}
+        records = []
+        for r in self:
+            plain, shared = _plain(r), {}
+            for name, t in r.tensors.items():
+                key = f"{r.module}/{r.method}/{name}"
+                # What several records hold is written once.
+                if (first := places.setdefault(id(t), key)) != key:
+                    shared[name] = first
+                else:
+                    tensors[key] = t.detach().cpu().contiguous().clone()
+            records.append(plain | ({"shared": shared} if shared else {}))
+        content = {"format": FORMAT, "version": VERSION, "made": self.made, "records": records}
         # The tensors first: a JSON without them would be a plan that cannot be read.
         _replace(place / _TENSORS, lambda path: save_file(tensors, path))
         _replace(place / _JSON, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
@@ -196,12 +204,14 @@ def _record(entry: Any, tensors: Mapping[str, Tensor], place: Path) -> Record:
         numbers = {name: float(x) for name, x in entry["numbers"].items()}
         names = list(entry["tensors"])
         options, parameters = dict(entry["options"]), dict(entry["parameters"])
+        shared = dict(entry.get("shared", ()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{place / _JSON}: a record that cannot be read ({error!r}): {str(entry)[:120]}.") from None
-    missing = [name for name in names if f"{module}/{method}/{name}" not in tensors]
+    keys = {name: shared.get(name, f"{module}/{method}/{name}") for name in names}
+    missing = [name for name in names if keys[name] not in tensors]
     if missing:
         raise PlanError(f"{place / _TENSORS}: {', '.join(missing)} of {method} at {module} are not there.")
-    own = {name: tensors[f"{module}/{method}/{name}"] for name in names}
+    own = {name: tensors[key] for name, key in keys.items()}
     return Record(module, method, options, parameters, numbers, own)
 
 

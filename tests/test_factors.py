@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effcompile.passes.factors import damped_root, spectrum
+from effcompile.passes.residual import low_rank_and_sparse, split
 from effcompile.runtime.second_moment import SecondMoment
 
 
@@ -100,3 +101,47 @@ def test_second_moments_without_a_root(what: str, damping: float) -> None:
         assert found.damping > 0
     with pytest.raises(ValueError, match="NaN or infinity"):
         damped_root(torch.full((3, 3), torch.nan), 0.0)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("method", ["svd", "asvd", "whitened"])
+def test_sparse_residual(seen: Any, method: Any, mean: bool) -> None:
+    """At equal bytes; what is said to be lost is lost; with as many entries as the weight has nothing is."""
+    weight, inputs, rows = seen
+    how: dict[str, Any] = {"alpha": 0.5, "damping": 0.0}
+    planned = 20
+    rank, entries = split(planned, 0.3, 56, 40, 4, 1)
+    assert entries * 6 + 57 * 4 + rank * 96 * 4 <= planned * 96 * 4 < entries * 6 + 57 * 4 + (rank + 1) * 96 * 4
+    made, lost, error = low_rank_and_sparse(weight, inputs, rank, entries, mean=mean, metric=method, **how)
+    assert made["values"].numel() == entries
+    kernel = torch.ops.effcompile.low_rank_linear
+    names = ("down", "up", "shift", "values", "columns", "starts")
+    left = rows @ weight.t() - kernel(rows, *(made.get(name) for name in names))
+    assert float(left.square().sum(1).mean()) == pytest.approx(lost, rel=1e-3)
+    wanted = rows @ weight.t()
+    around = wanted - wanted.mean(0) if mean else wanted
+    assert error == pytest.approx(float(left.norm() / around.norm()), rel=1e-3)
+    _, lost, _ = low_rank_and_sparse(weight, inputs, 4, weight.numel(), mean=mean, metric=method, **how)
+    assert lost < 1e-9
+
+
+def test_a_residual_keeps_what_factors_cannot(seen: Any) -> None:
+    """A weight of rank 3 with 50 single entries comes back as those, in turns that each lose less."""
+    _, inputs, _ = seen
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(56, 3, generator=generator) @ torch.randn(3, 40, generator=generator)).flatten()
+    places = torch.randperm(weight.numel(), generator=generator)[:50]
+    weight[places] += 5
+    weight = weight.view(56, 40)
+    for method, most in (("svd", 1e-5), ("asvd", 1e-5), ("whitened", 0.05)):
+        how: dict[str, Any] = {"alpha": 0.5, "damping": 0.0, "mean": False, "metric": method}
+        errors = [low_rank_and_sparse(weight, inputs, 3, 50, steps=steps, **how)[2] for steps in (0, 4, 20)]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[2] < most
+        # More than as many bytes of factors.
+        assert errors[1] < 0.5 * of((weight, inputs), method).error(5)
+
+
+def test_split_without_room_for_a_residual() -> None:
+    assert split(16, 0.3, 64, 64, 4, 16) == (16, 0)
+    assert split(32, 0.5, 64, 64, 2, 16) == (16, (16 * 128 * 2 - 4 * 65) // 4)

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from pairs import pairwise
+from torch.nn import functional as F
 
 from effcompile.kernels import low_rank_ops, ops
 from effcompile.lowering import cpp_low_rank
+from effcompile.passes.residual import to_rows
 
 low_rank = torch.ops.effcompile.low_rank_linear
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -127,6 +129,10 @@ def test_nothing_is_read_behind_the_buffers(dtype):
     for rows, inputs, rank, outputs in ((1, 33, 7, 9), (8, 65, 17, 3), (3, 1, 1, 1)):
         fence, given = Fence(), made(rows, inputs, rank, outputs, dtype=dtype)
         got = low_rank(*map(fence, given))
+        residual, _ = sparse(outputs, inputs, dtype)
+        with_residual = low_rank(*map(fence, (*given, *residual)))
+        wanted = low_rank_ops.low_rank_reference(*given, *residual)
+        torch.testing.assert_close(with_residual, wanted, rtol=3e-2, atol=3e-2)
         torch.testing.assert_close(got, low_rank_ops.low_rank_reference(*given), rtol=2e-2, atol=2e-2)
 
 
@@ -139,3 +145,74 @@ def test_cost_is_what_is_read_and_computed():
     assert (dense.bytes, dense.flops) == (4 * (32 * 48 + 3 * 80), 2 * 3 * 32 * 48)
     # At break-even both read as much.
     assert low_rank_ops.breaks_even(32, 48) * (32 + 48) == 32 * 48
+
+
+def sparse(outputs, inputs, dtype=torch.float32, density=0.2):
+    """A residual with an empty row, a full one and, with several, rows between, and the matrix that it is."""
+    matrix = torch.randn(outputs, inputs) * (torch.rand(outputs, inputs) < density)
+    matrix[0] = torch.randn(inputs)
+    if outputs > 1:
+        matrix[-1] = 0
+    matrix = matrix.to(dtype)
+    return to_rows(matrix.double(), dtype), matrix
+
+
+RESIDUALS = pairwise(
+    rows=[1, 2, 7, 8, 9], inputs=[1, 33, 500], rank=[1, 8], outputs=[1, 65, 96], bias=[True, False], dtype=DTYPES
+)
+
+
+@pytest.mark.parametrize("case", RESIDUALS, ids=lambda c: "-".join(str(v).replace("torch.", "") for v in c.values()))
+@pytest.mark.usefixtures("no_fallback")
+def test_residual_against_the_reference_and_fp64(case, monkeypatch):
+    if case["rank"] == 8:
+        monkeypatch.setattr(cpp_low_rank, "SINGLE", 0)
+    given = made(**case)
+    residual, matrix = sparse(case["outputs"], case["inputs"], case["dtype"])
+    assert residual[1].dtype == torch.int16
+    wanted, terms = exact(*given)
+    wanted = wanted + given[0].double() @ matrix.double().t()
+    terms += float((given[0].double().abs() @ matrix.double().abs().t()).max())
+    with ops.reference_only():
+        reference = low_rank(*given, *residual)
+    within(low_rank(*given, *residual), reference, wanted, terms, case["dtype"])
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_residual_of_many_inputs_and_of_no_entries():
+    """Columns beyond 16 bits, and lists that are empty."""
+    x, down, up, bias = made(2, 40000, 2, 3)
+    residual, matrix = sparse(3, 40000, density=0.001)
+    assert residual[1].dtype == torch.int32
+    assert int(residual[1].max()) > 1 << 15
+    wanted = F.linear(x.double(), up.double() @ down.double() + matrix.double(), bias.double())
+    torch.testing.assert_close(low_rank(x, down, up, bias, *residual).double(), wanted, rtol=0, atol=2e-3)
+    empty = to_rows(torch.zeros(3, 40000), torch.float32)
+    for rows in (2, 30):
+        given = (torch.randn(rows, 40000), down, up, bias)
+        assert torch.equal(low_rank(*given, *empty), low_rank(*given))
+
+
+def test_residual_opcheck_and_cost():
+    given = made(3, 16, 4, 9)
+    residual, _ = sparse(9, 16)
+    torch.library.opcheck(low_rank, (*given, *residual))
+    found = low_rank_ops.low_rank_cost(3, 9, 16, 4, itemsize=4, bias=True, entries=residual[0].numel())
+    assert found.bytes == sum(t.nbytes for t in (*given, *residual)) + 3 * 9 * 4
+    assert found.flops == 2 * 3 * (4 * 25 + residual[0].numel())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v, c, s: (v, c, None), "given together"),
+        (lambda v, c, s: (v[1:], c, s), "do not fit"),
+        (lambda v, c, s: (v, c, s[1:]), "do not fit"),
+        (lambda v, c, s: (v, c.int(), s), r"columns are torch\.int32"),
+        (lambda v, c, s: (v, c, s.long()), r"starts torch\.int64"),
+    ],
+)
+@pytest.mark.parametrize("rows", [3, 30])
+def test_residuals_that_do_not_fit(change, said, rows):
+    with pytest.raises(ValueError, match=said):
+        low_rank(*made(rows, 16, 4, 9), *change(*sparse(9, 16)[0]))

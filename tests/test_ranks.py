@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from effcompile.passes.ranks import PLANNERS, UNITS, Item, _unit, cost, largest
+from effcompile.passes.ranks import PLANNERS, UNITS, Item, _unit, bytes_of, cost, largest
 
 
 def item(outputs, inputs, seed, *, bias=0, sensitivity=1.0, log_condition=1.0):
@@ -101,3 +101,11 @@ def test_nothing_fits_where_factors_always_cost_more():
 def test_largest_of_a_family():
     ranks = largest([ITEMS[0]], ITEMS[0].cost(10), lambda x: [int(1 + x * 40)])
     assert ranks == [10]
+
+
+def test_bytes_as_people_write_them():
+    for text, wanted in (("300MB", 3e8), ("2 GiB", 2**31), ("1.5kB", 1500), ("12", 12), (7, 7), ("64KiB", 1 << 16)):
+        assert bytes_of(text) == wanted
+    for wrong in ("MB", "-3MB", "3 XB", "0MB", True, -1, 0, "3iB"):
+        with pytest.raises(ValueError, match="expected 'parameters', 'bytes', or a number of bytes"):
+            bytes_of(wrong)

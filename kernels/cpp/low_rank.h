@@ -1,5 +1,5 @@
-// y = up (down x) + bias for a few rows of x: both factors are read once for all rows, at the speed of memory, and what is
-// between them stays in fp32 and in the cache.
+// y = up (down x) + S x + bias for a few rows of x: both factors are read once for all rows, at the speed of memory, and
+// what is between them stays in fp32 and in the cache. S is sparse, by rows, and is read beside `up`.
 #pragma once
 #include <omp.h>
 
@@ -13,8 +13,29 @@ struct LowRankArgs {
   const void* up;    // [outputs, rank]
   const void* bias;  // [outputs] or null
   void* out;         // [rows, outputs]
-  int64_t rows, inputs, rank, outputs, threads;
+  const void* values;     // [entries] or null
+  const void* columns;    // [entries], int16 or int32
+  const int32_t* starts;  // [outputs + 1]
+  int64_t rows, inputs, rank, outputs, threads, narrow;
 };
+
+// A row of the residual times x.
+template <class T, class I>
+inline float sparse_dot(const T* values, const I* columns, int64_t begin, int64_t end, const float* x) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = begin; k < end; ++k) sum += static_cast<float>(values[k]) * x[columns[k]];
+  return sum;
+}
+
+template <class T>
+inline float residual_of(const LowRankArgs& a, int64_t n, const float* x) {
+  if (!a.values) return 0.f;
+  const T* values = static_cast<const T*>(a.values);
+  const int64_t begin = a.starts[n], end = a.starts[n + 1];
+  return a.narrow ? sparse_dot(values, static_cast<const int16_t*>(a.columns), begin, end, x)
+                  : sparse_dot(values, static_cast<const int32_t*>(a.columns), begin, end, x);
+}
 
 // put(m, n, x[m] . w[n]) for the rows of a matrix [count, size] that are thread t's, in whole blocks.
 template <class T, class Put>
@@ -57,6 +78,7 @@ inline int64_t low_rank_linear(const LowRankArgs& a) {
 #pragma omp barrier
     own_products(through, a.rows, static_cast<const T*>(a.up), a.outputs, a.rank, t, threads,
                  [&](int64_t m, int64_t n, float y) {
+                   y += residual_of<T>(a, n, from[m]);
                    out[m * a.outputs + n] = static_cast<T>(y + (bias ? static_cast<float>(bias[n]) : 0.f));
                  });
   }
