@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from effcompile.kernels.gradients import reinmax, sparsemixer
     from effcompile.kernels.ops import CapacityError
     from effcompile.passes.anchor_attention import AnchorAttention
+    from effcompile.passes.batches import CalibrationError
     from effcompile.passes.blockrank import BlockRank, blockrank_layout, blockrank_scores
-    from effcompile.passes.calibrate import CalibrationError, calibrate
+    from effcompile.passes.calibrate import calibrate
     from effcompile.passes.calibrate_read_me import train_router
     from effcompile.passes.carve_moe import CarveMoE
     from effcompile.passes.compress_kv import CompressKV
@@ -91,7 +92,7 @@ else:
     _HOMES = {
         "Cache": "runtime.cache",
         "CacheError": "runtime.cache",
-        "CalibrationError": "passes.calibrate",
+        "CalibrationError": "passes.batches",
         "CapacityError": "kernels.ops",
         "Chunk": "passes.layout",
         "DecorationError": "passes.options",

@@ -25,6 +25,7 @@ from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
 from effcompile.passes import heads
 from effcompile.passes.backend_options import clean_path
+from effcompile.passes.batches import CalibrationError, call, count, mask_of, shown
 from effcompile.passes.feed_forward import Calibrated, CalibratedHeads, FeedForwardPass, Found
 from effcompile.passes.fit_threshold import Fitter, records
 from effcompile.passes.low_rank import LowRank
@@ -45,10 +46,6 @@ from effcompile.runtime.statistics import Block, Rows, Samples, Statistic
 
 SAMPLES = 256
 """Rows of each site that are kept to measure an error on, at most twice as many."""
-
-
-class CalibrationError(ValueError):
-    """What was given cannot be calibrated: no data, no sites, or statistics that are not numbers."""
 
 
 def calibrate(
@@ -159,7 +156,7 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[nn.Module]:
 
 def run_all(copied: nn.Module, batches: Iterable[Any], watch: Watch, *, progress: bool) -> int:
     """All batches through what :func:`watching` gives; the tokens that count. Raises if nothing was seen."""
-    tokens = sum(run_one(copied, batch, watch) for batch in _shown(batches, progress))
+    tokens = sum(run_one(copied, batch, watch) for batch in shown(batches, progress))
     check_seen(tokens, watch)
     return tokens
 
@@ -197,15 +194,15 @@ def _fitted(model: nn.Module, batches: Sequence[Any], method: SparsePrefill, pro
     copied.compile(backend=fitter)
     try:
         with torch.no_grad():
-            for batch in _shown(batches, progress):
-                tokens += _count(batch)
-                _call(copied, batch)
+            for batch in shown(batches, progress):
+                tokens += count(batch)
+                call(copied, batch)
             if not fitter.layers:
                 reasons = "; ".join(sorted(set(fitter.reasons))[:3]) or "no attention over a whole prompt was found"
                 raise CalibrationError(f"calibrate(...): no layer to fit {method.name} to: {reasons}.")
             fitter.sparse = ""
             dense = _last_logits(copied, batches[0])
-            for layer in _shown(list(fitter.layers.values()), progress):
+            for layer in shown(list(fitter.layers.values()), progress):
                 fitter.sparse = layer.module
                 ours = _last_logits(copied, batches[0])
                 layer.loss = float(torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True))
@@ -220,7 +217,7 @@ def _fitted(model: nn.Module, batches: Sequence[Any], method: SparsePrefill, pro
 
 def _last_logits(model: nn.Module, batch: Any) -> Tensor:
     """Log probabilities of the last tokens, fp32 ``[N, V]``."""
-    out = _call(model, batch, logits_to_keep=LAST)
+    out = call(model, batch, logits_to_keep=LAST)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits[:, -LAST:].flatten(0, 1).float().log_softmax(-1)
 
@@ -232,7 +229,7 @@ def _rounded(model: nn.Module, batches: Sequence[Any], method: QuantizeWeights, 
     started, cbq = time.time(), method.method == "cbq"
     try:
         path, layers = rows_of_blocks(copied)
-        texts = read(layers, batches, functools.partial(_call, copied), _mask)
+        texts = read(layers, batches, functools.partial(call, copied), mask_of)
         if not texts:
             raise CalibrationError("calibrate(...): batches is empty; give some text.")
         found = reconstruct(
@@ -244,7 +241,7 @@ def _rounded(model: nn.Module, batches: Sequence[Any], method: QuantizeWeights, 
             iterations=method.iterations,
             lr=method.lr,
             crossed=cbq,
-            shown=functools.partial(_shown, progress=progress),
+            shown=functools.partial(shown, progress=progress),
         )
     except ReconstructionError as error:
         raise CalibrationError(f"calibrate(...): {method}: {error}.") from None
@@ -253,13 +250,7 @@ def _rounded(model: nn.Module, batches: Sequence[Any], method: QuantizeWeights, 
     for one in found:
         tensors = {name: t for name, t in one.packed._asdict().items() if t is not None}
         made.append(Record(one.module, method.name, options, {"linear": one.digest}, one.numbers, tensors))
-    return plan_of(made, model, sum(map(_count, batches)), started)
-
-
-def _mask(batch: Any) -> Tensor | None:
-    """Which tokens of a batch count, bool ``[B, T]``; None for all."""
-    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return plan_of(made, model, sum(map(count, batches)), started)
 
 
 def _method(thing: Any) -> FeedForwardPass | SparsePrefill | QuantizeWeights | LowRank:
@@ -281,47 +272,14 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     return remove(copied)
 
 
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, "calibrating", console=Console(stderr=True), transient=True)
-
-
 def run_one(model: Any, batch: Any, watch: Watch) -> int:
     """One batch through the model; returns the tokens that count."""
-    mask = _mask(batch)
+    mask = mask_of(batch)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         mask = None  # it is the encoder's alone, and which rows are those of the encoder is not known here
     watch.keep = None if mask is None else mask.flatten()
-    _call(model, batch)
-    return _count(batch)
-
-
-def _count(batch: Any) -> int:
-    """The tokens of a batch that its mask does not hide."""
-    given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return int(mask.bool().sum())
-    ids = next((x for x in given.values() if isinstance(x, Tensor)), None)
-    if ids is None:
-        raise CalibrationError(f"calibrate(...): a batch without a tensor: {batch!r:.80}.")
-    return ids.numel()
-
-
-def _call(model: Any, batch: Any, logits_to_keep: int = 1) -> Any:
-    """The model on one batch. Neither a cache nor the logits of all tokens are made where the model can leave them."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    takes = inspect.signature(model.forward).parameters
-    if isinstance(batch, Tensor) and "input_ids" not in takes:
-        return model(batch.to(device))
-    given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
-    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
-    spare = {"use_cache": False, "logits_to_keep": logits_to_keep}
-    return model(**{name: x for name, x in spare.items() if name in takes} | given)
+    call(model, batch)
+    return count(batch)
 
 
 @dataclasses.dataclass(eq=False)

@@ -20,18 +20,8 @@ from torch.nn import functional as F
 
 from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import clean_path
-from effcompile.passes.calibrate import (
-    LAST,
-    CalibrationError,
-    Looking,
-    See,
-    Watch,
-    _call,
-    _shown,
-    plan_of,
-    run_all,
-    watching,
-)
+from effcompile.passes.batches import CalibrationError, call, shown
+from effcompile.passes.calibrate import LAST, Looking, See, Watch, plan_of, run_all, watching
 from effcompile.passes.factors import Spectrum, spectrum
 from effcompile.passes.low_rank import Covered, LowRank
 from effcompile.passes.masa import masa_records
@@ -181,7 +171,7 @@ def each_linear(
 def _spectra(method: LowRank, watch: _LinearWatch, progress: bool) -> dict[str, Spectrum]:
     """The directions of every linear under the method's metric."""
     how: Any = {"metric": method.method, "alpha": method.alpha, "damping": method.damping, "mean": method.bias}
-    sites = _shown(list(watch.sites.values()), progress)
+    sites = shown(list(watch.sites.values()), progress)
     return {site.module: spectrum(site.covered.rows, site.inputs, **how) for site in sites}
 
 
@@ -310,7 +300,7 @@ class _Probe:
         ranks = uniform(items, method.whole(items), method.round_to)
         dense = _next_tokens(self.copied, self.text)
         losses = []
-        for site, one, item, rank in _shown(list(zip(sites, found, items, ranks, strict=True)), self.progress):
+        for site, one, item, rank in shown(list(zip(sites, found, items, ranks, strict=True)), self.progress):
             grid = item.grid(method.round_to)
             rank = rank or (grid[-1] if grid else None)
             if rank is None or one.tail(rank) <= 0:
@@ -328,7 +318,7 @@ class _Probe:
 
 def _next_tokens(model: nn.Module, batch: Any) -> Tensor:
     """Log probabilities of the last tokens, fp32 ``[N, V]``."""
-    out = _call(model, batch, logits_to_keep=LAST)
+    out = call(model, batch, logits_to_keep=LAST)
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise CalibrationError(

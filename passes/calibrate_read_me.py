@@ -22,26 +22,14 @@ from torch.nn import functional as F
 from effcompile.kernels import token_router
 from effcompile.kernels.ffn import FeedForward
 from effcompile.passes.backend_options import clean_path
-from effcompile.passes.calibrate import (
-    SAMPLES,
-    CalibrationError,
-    Looking,
-    _mask,
-    _shared,
-    _shown,
-    _Site,
-    _Watch,
-    check_seen,
-    plan_of,
-    run_one,
-    watching,
-)
+from effcompile.passes.batches import CalibrationError, mask_of, shown
+from effcompile.passes.calibrate import SAMPLES, Looking, _shared, _Site, _Watch, check_seen, plan_of, run_one, watching
 from effcompile.passes.feed_forward import Calibrated, check_weights
 from effcompile.passes.options import build
 from effcompile.passes.read_me import ROUTER, ReadMe, lookups, router_of
 from effcompile.patterns.walk import module_path, operand
 from effcompile.runtime.plan import Plan, PlanError, Record, digest
-from effcompile.runtime.statistics import DomainSizes, Samples
+from effcompile.runtime.statistics import Block, DomainSizes, Samples
 
 DECAY, EVERY = 0.8, 100
 """The factor on the rate of learning, and the steps after which it holds once more."""
@@ -112,7 +100,8 @@ class _DomainWatch(_Watch):
             places[node] = name
         return _Reading(looking.module, looking.looked_at, looking.weights, self, places)
 
-    def _site(self, module: str, block: FeedForward, own: Mapping[str, Tensor]) -> _Site:
+    def _site(self, module: str, block: Block, own: Mapping[str, Tensor]) -> _Site:
+        assert isinstance(block, FeedForward)  # no heads were asked for
         if module not in self.sites:
             statistics = [method.statistics(block) for method in self.methods]
             parameters = {role: digest(t) for role, t in own.items()}
@@ -185,7 +174,7 @@ def each_read_me(
         tokens, common = 0, None
         for number, own in enumerate(domains.values()):
             watch.begin(number)
-            for batch in _shown(own, progress):
+            for batch in shown(own, progress):
                 found, seen = _called(copied, batch, watch)
                 tokens += found
                 common = seen if common is None else common & seen
@@ -197,13 +186,13 @@ def each_read_me(
             )
         module = next(name for name in watch.embeddings if name in common)
         weight = watch.embeddings[module]
-        sites = watch.wanted()[0]
+        sites = watch.wanted(0)[0]
         records = _records(method, sites, list(domains))
         for record in records:
             watch.sites[record.module].masks = record.tensors["masks"].to(weight.device)
         every = [batch for own in domains.values() for batch in own]
         texts = _overlaps(copied, watch, every, progress)
-    router, numbers = fit(texts, method, weight.shape[0], functools.partial(_shown, progress=progress))
+    router, numbers = fit(texts, method, weight.shape[0], functools.partial(shown, progress=progress))
     options = json.loads(method.text)
     records.append(Record(module + ROUTER, method.name, options, {"embedding": digest(weight)}, numbers, router))
     plan = plan_of(records, model, tokens, started)
@@ -262,8 +251,8 @@ def train_router(
     module = router.module.removesuffix(ROUTER)
     if module not in watch.embeddings or digest(watch.embeddings[module]) != router.parameters.get("embedding"):
         raise PlanError(f"plan: {router.method} at {module}: the embedding is not that which the plan was made from.")
-    shown = functools.partial(_shown, progress=progress)
-    tensors, numbers = fit(texts, changed, watch.embeddings[module].shape[0], shown, router.tensors)
+    bar = functools.partial(shown, progress=progress)
+    tensors, numbers = fit(texts, changed, watch.embeddings[module].shape[0], bar, router.tensors)
     record = dataclasses.replace(router, numbers=numbers, tensors=tensors)
     return Plan({(r.module, r.method): record if r is router else r for r in plan}, plan.made)
 
@@ -271,7 +260,7 @@ def train_router(
 def _overlaps(copied: nn.Module, watch: _DomainWatch, batches: Sequence[Any], progress: bool) -> list[Read]:
     """The second pass: each text, with what its tokens have in common with the masks."""
     texts = []
-    for batch in _shown(batches, progress):
+    for batch in shown(batches, progress):
         watch.overlaps = {}
         _called(copied, batch, watch)
         texts += _texts(batch, watch.overlaps)
@@ -295,7 +284,7 @@ def _ids(batch: Any) -> Tensor:
 
 def _texts(batch: Any, overlaps: Mapping[str, Tensor]) -> list[Read]:
     """Each row of a batch without what its mask hides; overlaps are the mean over blocks."""
-    ids, mask = _ids(batch), _mask(batch)
+    ids, mask = _ids(batch), mask_of(batch)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     lengths = mask.sum(1).tolist()
     for module, counts in overlaps.items():
@@ -329,12 +318,12 @@ def _records(method: ReadMe, sites: Sequence[Calibrated], domains: Sequence[str]
             wanted = site.block(x).float()
             for expert in range(len(domains)):
                 got = method.approximate(site.block, record, expert)(x).float()
-                error = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
+                lost = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
                 if expert == number:
-                    errors[f"error {domain}"] = error
+                    errors[f"error {domain}"] = lost
                     cosines.append(float(F.cosine_similarity(got, wanted, dim=-1).mean()))
                 else:
-                    others.append(error)
+                    others.append(lost)
         numbers = {
             "error": sum(errors.values()) / len(errors), "cosine": sum(cosines) / len(cosines),
             "error of other experts": sum(others) / len(others), **one.numbers, **errors,

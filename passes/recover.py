@@ -26,7 +26,8 @@ from effcompile.kernels.ffn import FeedForward
 from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import clean_path
 from effcompile.passes.base import REGISTRY, get
-from effcompile.passes.calibrate import CalibrationError, Looking, Watch, _call, _mask, _shown
+from effcompile.passes.batches import CalibrationError, call, mask_of, shown
+from effcompile.passes.calibrate import Looking, Watch
 from effcompile.passes.carve_moe import CarveMoE
 from effcompile.passes.feed_forward import FeedForwardPass, check_weights, parts_of
 from effcompile.passes.options import build, remove
@@ -123,7 +124,7 @@ def _train(
         block.before = block.imbalance
     optimizer = torch.optim.Adam([block.scale for block in blocks], lr=lr, betas=(0.9, 0.95))
     before = float(first.detach())
-    for step, batch in enumerate(_shown(texts * epochs, progress)):
+    for step, batch in enumerate(shown(texts * epochs, progress)):
         loss = first if step == 0 else _loss(copied, batch, watch)
         if not loss.isfinite():
             raise CalibrationError(f"recover(...): the loss of step {step + 1} is {float(loss.detach())}.")
@@ -142,13 +143,13 @@ def _train(
 def _loss(copied: nn.Module, batch: Any, watch: _Surrogate) -> Tensor:
     """Mean cross-entropy of each token that is not hidden, given those before it; and the loads of the blocks."""
     given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch}
-    ids, mask = given.get("input_ids"), _mask(batch)
+    ids, mask = given.get("input_ids"), mask_of(batch)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
         raise CalibrationError("recover(...): a batch without input_ids [B, T] of two tokens or more.")
     for block in watch.sites.values():
         block.load.zero_()
     watch.keep = None if mask is None else mask.flatten()
-    out = _call(copied, batch, logits_to_keep=0)
+    out = call(copied, batch, logits_to_keep=0)
     logits: Any = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape or logits.ndim != 3:
         raise CalibrationError("recover(...): the model gives no logits [B, T, V] of its input_ids.")

@@ -24,7 +24,7 @@ def split(planned: int, share: float, outputs: int, inputs: int, itemsize: int, 
     """The rank and the entries that take no more bytes than factors of the ``planned`` rank do.
 
     >>> split(100, 0.25, 576, 576, 4, 16)
-    (64, 6528)
+    (64, 27263)
     """
     rank = max(round_to, int((1 - share) * planned) // round_to * round_to)
     spare = (planned - rank) * (outputs + inputs) * itemsize - 4 * (outputs + 1)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from effcompile.kernels.reason import Reason
-from effcompile.passes.calibrate import _call, _shared_copy
+from effcompile.passes.batches import call
+from effcompile.passes.calibrate import _shared_copy
 from effcompile.passes.options import PREFIX, annotations_of, read_annotation
 from effcompile.passes.report import graphs_of
 from effcompile.patterns.normalize import normalize
@@ -148,7 +149,7 @@ class Rewire:
         optimizer, losses = None, []
         for _ in range(self.steps):
             with torch.enable_grad():
-                out = _call(self._copy, given, logits_to_keep=0)
+                out = call(self._copy, given, logits_to_keep=0)
                 loss = _loss(out if isinstance(out, Tensor) else out.logits, ids, mask)
             seen = list(self._watch.seen.values())
             if not seen:

@@ -256,8 +256,9 @@ class DomainSizes(Statistic):
         """How many rows."""
         return "domain sizes", self.samples
 
-    def prepare(self, block: FeedForward) -> None:
+    def prepare(self, block: Block) -> None:
         """Sums of no rows, in the domain that is set."""
+        assert isinstance(block, FeedForward)
         self.inputs[self.domain] = Samples(self.samples)
         self.inputs[self.domain].prepare(block)
         self._sums[self.domain] = block.up.new_zeros(block.width, dtype=torch.float64)
