@@ -360,7 +360,7 @@ def fit(
     held, trained = mixed[: len(mixed) // HELD], mixed[len(mixed) // HELD :]
     seen = torch.cat([ids for ids, _ in trained]).unique()
     experts = trained[0][1].shape[1]
-    router = _start(method, seen, vocabulary, experts, generator) if start is None else _with_rows(start, seen)
+    router = _start(method, seen, vocabulary, experts) if start is None else _with_rows(start, seen)
     measured = functools.partial(_measure, router, method, held or trained)
     mean = torch.cat([target for _, target in trained]).mean(0)
     numbers = {"kl before": measured()["kl"]} | _constant(mean, held or trained)
@@ -388,11 +388,10 @@ def fit(
     return router, numbers | _measure(router, method, held or trained)
 
 
-def _start(
-    method: ReadMe, seen: Tensor, vocabulary: int, experts: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def _start(method: ReadMe, seen: Tensor, vocabulary: int, experts: int) -> dict[str, Tensor]:
     """A router before training. Ids that are ``seen`` have rows of their own, and the others one together."""
     size, hidden = method.dim, method.hidden
+    generator = torch.Generator().manual_seed(method.seed)
     shapes = {
         "embedding": (seen.numel() + 1, size), "qkv": (3 * size, size), "out": (size, size),
         "gate_up": (2 * hidden, size), "down": (size, hidden), "head": (experts, size),

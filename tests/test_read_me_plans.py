@@ -91,7 +91,25 @@ def test_the_router_learns_which_vocabulary_a_text_is_of() -> None:
 
 @pytest.mark.slow
 def test_training_goes_on() -> None:
-    """A router of no step learns; ids that were not there before get rows of their own; masks stay."""
+    """A router of no step becomes what calibrating makes of it in as many; what stays, stays."""
+    model, text = model_of(), domains(4, 12)
+    options: dict[str, Any] = {**SMALL, "window": 24, "batch": 8, "lr": 5e-3}
+    first = ec.calibrate(model, text, [ec.read_me(**{**options, "steps": 0})], progress=False)
+    before = router_in(first)
+    every = [ids for own in text.values() for ids in own]
+    plan = ec.train_router(model, first, every, steps=20, lr=5e-3, progress=False)
+    said = router_in(plan)
+    at_once = router_in(ec.calibrate(model, text, [ec.read_me(**{**options, "steps": 20})], progress=False))
+    for name in TENSORS:
+        assert torch.equal(said.tensors[name], at_once.tensors[name]), name
+    assert said.numbers["kl"] == at_once.numbers["kl"] < before.numbers["kl"]
+    assert [r.text for r in plan if r is not said] == [r.text for r in first if r is not before]
+    assert plan.diff(first)
+
+
+@pytest.mark.slow
+def test_training_meets_new_ids() -> None:
+    """Ids that were not there before get rows of their own, and the others keep theirs."""
     model, text = model_of(), domains(4, 12)
     options: dict[str, Any] = {**SMALL, "window": 24, "batch": 8, "lr": 5e-3}
     few = {name: [ids.where(ids % 4 != 0, ids + 1) for ids in own] for name, own in text.items()}
@@ -99,12 +117,9 @@ def test_training_goes_on() -> None:
     before = router_in(first)
     assert before.numbers["kl"] == pytest.approx(before.numbers["kl before"], rel=0.05)
     plan = ec.train_router(
-        model, first, [ids for own in text.values() for ids in own], steps=60, lr=5e-3, progress=False
+        model, first, [ids for own in text.values() for ids in own], steps=20, lr=5e-3, progress=False
     )
     said = router_in(plan)
-    assert said.numbers["kl"] < 0.9 * min(said.numbers["kl constant"], said.numbers["kl before"])
-    assert [r.text for r in plan if r is not said] == [r.text for r in first if r is not before]
-    assert plan.diff(first)
     rows, old = said.tensors["rows"], before.tensors["rows"]
     known = old < old.max()
     assert torch.equal(rows[known], old[known])
