@@ -108,6 +108,7 @@ def effcompile(
     # Before anything is rewritten: a layer is found by what its attention leads to.
     kinds = _other_kinds(graph, attention, sites)
     decisions, replaced = _rewrite(graph, chosen, attention, sites)
+    notes += _unused(chosen, graph, sites, attention)
     told = {decision.site for decision in decisions}
     others = _others(kinds, [site for n, site in enumerate(sites, len(attention)) if n in told])
     clock.lap("match")
@@ -212,6 +213,27 @@ def _rewrite(
     gm.graph.lint()
     gm.recompile()
     return decisions, replaced
+
+
+def _unused(
+    chosen: choices.BackendOptions, gm: fx.GraphModule, sites: Sequence[Other], attention: Sequence[Site]
+) -> tuple[str, ...]:
+    """A sentence if a plan speaks of modules of this graph at which there is no site that it speaks of.
+
+    Such a graph computes something else than one in which the sites are found, as a step beside its prompt.
+    """
+    if chosen.plan is None:
+        return ()
+    stacks = (node.meta.get("nn_module_stack") for node in gm.graph.nodes)
+    inside = {choices.clean_path(list(stack.values())[-1][0]) for stack in stacks if stack}
+    kinds = {name: (base.get(name).site_kind, *base.get(name).also) for name in {r.method for r in chosen.plan}}
+    every = [(choices.clean_path(site.label), site.kind) for site in (*sites, *attention)]
+    found = {(label, name) for label, kind in every for name in kinds if kind in kinds[name]}
+    lost = [r for r in chosen.plan if r.module.partition("#")[0] in inside and (r.module, r.method) not in found]
+    if not lost:
+        return ()
+    names = ", ".join(f"{r.method} at {r.module}" for r in lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
+    return (f"plan: {names}: no such site in this graph, which stays dense there; the decisions say why.",)
 
 
 def _named(chosen: choices.BackendOptions, gm: fx.GraphModule, kind: str) -> bool:

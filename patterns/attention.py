@@ -33,6 +33,7 @@ from effcompile.patterns.walk import (
     shape,
     source_line,
     strip_copies,
+    tied,
     value,
 )
 
@@ -342,7 +343,7 @@ def _site(
             "attention-shape", f"expected [B, H, T, D] with fixed heads and head sizes, found {sizes}", source
         )
     made = same_shape(shape(output), (*q[:3], v[3]))
-    if k[1] != v[1] or q[1] % k[1] or q[3] != k[3] or not same_size(k[2], v[2]) or not made:
+    if k[1] != v[1] or q[1] % k[1] or q[3] != k[3] or not tied(k[2], v[2]) or not made:
         return Reason("attention-shape", f"query, key and value do not belong together: {sizes}", source)
     expanded = shape(arguments(anchor)["key"])[1] if spelling == "sdpa" else q[1]
     if expanded != q[1] and not gqa_flag:

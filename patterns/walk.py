@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 aten = torch.ops.aten
 
@@ -59,6 +59,16 @@ def is_call(node: Any, *targets: Any) -> bool:
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for sure. Never adds a guard: unknown is False."""
     return bool(statically_known_true(a == b))
+
+
+def tied(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal that the operator could not work with if they were not.
+
+    What is not known becomes a guard of the graph: the lengths of keys and values in a cache that grows are symbols of
+    their own, and an operator that takes both says nothing of it before it runs. Lengths that only the data tell stay
+    unknown, which is False.
+    """
+    return bool(guard_or_false(a == b))
 
 
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
