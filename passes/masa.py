@@ -96,7 +96,7 @@ def _group(method: LowRank, sites: Sequence[_Site]) -> list[Made]:
             left = (method.ratio - atoms / count) * outputs * inputs - atoms
             left -= sum(outputs for s in sites if method.bias and s.covered.shift is None) / count
             # Beyond the smaller side there is nothing left to keep.
-            rank = min(int(left / (outputs + inputs)) // method.round_to * method.round_to, outputs, inputs)
+            rank = min(math.floor(left / (outputs + inputs)) // method.round_to * method.round_to, outputs, inputs)
         if rank < 0:
             continue
         made = _with(method, sites, atoms, rank)
