@@ -3,6 +3,9 @@
 A build lives in ``<Inductor's cache>/effcompile/cpp/<key>/<name>.cpp`` and ``.so``, where the key covers the source,
 the headers of :mod:`effcompile.kernels.cpp`, the torch version, the compiler settings and the CPU's capabilities. A
 warm start loads the library without asking for a compiler at all.
+
+Half of a build is reading the headers of ATen. :func:`precompile` keeps them as the compiler sees them, which takes
+longer than the few builds of a model and 120 MB, and so is for those who build dozens of programs, such as our tests.
 """
 
 from __future__ import annotations
@@ -85,17 +88,56 @@ def build(name: str, source: str) -> Path:
     return library
 
 
-def _compile(name: str, source: Path) -> str:
+def _header() -> Path:
+    """The header that :func:`precompile` prepares; in one place for all cache folders, as Inductor has it."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    parts = "\0".join((headers_digest(), machine(), settings()))
+    key = hashlib.sha256(parts.encode()).hexdigest()[:24]
+    return Path(default_cache_dir()) / "effcompile" / "headers" / key / "parts.h"
+
+
+def _prepared(header: Path) -> Path | None:
+    """What the compiler has made of ``header``, if that is there: gcc's name for it, or clang's."""
+    made = (header.with_name(header.name + suffix) for suffix in (".gch", ".pch"))
+    return next((path for path in made if path.exists()), None)
+
+
+def precompile() -> Path:
+    """Prepare the headers that all builds on this machine begin with, if that is not done yet; where it is.
+
+    Builds that find it take half the time. The code is the same: a compiler that cannot use it reads the headers.
+    Raises :class:`BuildError`.
+    """
+    from torch.utils._filelock import FileLock
+
+    header = _header()
+    header.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(header.parent / "lock"), timeout=600):
+        found = _prepared(header)
+        if found is None:
+            header.write_text(f'#include "{headers_dir() / "vec.h"}"\n')
+            made = Path(_compile(f"{header}.{os.getpid()}", header, precompiling=True))
+            found = header.with_name(header.name + made.suffix)
+            os.replace(made, found)
+    return found
+
+
+def _compile(name: str, source: Path, *, precompiling: bool = False) -> str:
     try:
         from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+        # -g0: debug lines would be most of the file. -w: warnings here are about headers of torch.
+        flags = [f"-I{headers_dir()}", "-g0", "-w"]
+        if not precompiling and _prepared(_header()):
+            flags.append(f"-include {_header()}")
         options = CppTorchOptions(
             vec_isa=pick_vec_isa(),
             include_pytorch=True,
             warning_all=False,
-            # -g0: debug lines would be most of the file. -w: warnings here are about headers of torch.
-            extra_flags=[f"-I{headers_dir()}", "-g0", "-w"],
+            extra_flags=flags,
+            precompiling=precompiling,
         )
         builder = CppBuilder(name, str(source), options, str(source.parent))
         builder.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -28,6 +29,17 @@ def _same_start() -> None:
     torch._dynamo.reset()
     if report := sys.modules.get("effcompile.passes.report"):
         report._graphs.clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _many_builds() -> None:
+    """Where tests run beside each other there are many of them, and C++ to build in hundreds."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from effcompile.lowering import toolchain
+
+        # Without a compiler it is for the tests that need one to say so.
+        with contextlib.suppress(toolchain.BuildError):
+            toolchain.precompile()
 
 
 @pytest.fixture(scope="session")
