@@ -84,12 +84,18 @@ def test_split_over_threads(program: Program) -> None:
         torch.set_num_threads(before)
 
 
+# Each mix in both phases, with the dtypes in turn: those of a kind of numbers are in the cover above.
+MIXES = [
+    Program(phase, KVForm(*mix), Predicate(), dtype, 3, 64, 64)
+    for (mix, phase), dtype in zip(
+        itertools.product(itertools.product(BITS, repeat=2), ("decode", "prefill")), itertools.cycle(DTYPES)
+    )
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, repeat=2)))
-def test_attend_every_mix(phase: Any, dtype: torch.dtype, key_bits: int, value_bits: int) -> None:
-    program = Program(phase, KVForm(key_bits, value_bits), Predicate(), dtype, 3, 64, 64)
+@pytest.mark.parametrize("program", MIXES, ids=lambda p: p.name)
+def test_attend_every_mix(program: Program) -> None:
     check_attend(program, (*LENGTHS, 1111))
 
 

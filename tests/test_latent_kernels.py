@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cpp_calls import Call, assert_same, assert_within_budget, check_attend, exact, fresh, poisoned
+from pairs import pairwise
 from stores import dequantised
 from test_rope_kernels import turned
 from torch import Tensor
@@ -165,12 +166,16 @@ def test_an_up_projection_that_does_not_belong_is_refused() -> None:
         call.attend()
 
 
+MIXES = pairwise(
+    bits=[(16, 4), (8, 4), (4, 4), (3, 4), (2, 4)], turn=[(64, "pre"), (16, "pre"), (32, "pre_adjacent")],
+    dtype=list(DTYPES),
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("key_bits", [16, 8, 4, 3, 2])
-@pytest.mark.parametrize(("kind", "rotary"), [("pre", 64), ("pre", 16), ("pre_adjacent", 32)])
-def test_attend_every_mix(dtype: torch.dtype, key_bits: int, kind: str, rotary: int) -> None:
-    check_attend(program(80, (key_bits, 4), rotary, kind, dtype=dtype, residual=1), call=LatentCall)
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(map(str, m.values())))
+def test_attend_mixes(mix: dict[str, Any]) -> None:
+    check_attend(program(80, mix["bits"], *mix["turn"], dtype=mix["dtype"], residual=1), call=LatentCall)
 
 
 @pytest.mark.slow

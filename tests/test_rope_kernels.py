@@ -16,6 +16,7 @@ from cpp_calls import (
     exact,
     poisoned,
 )
+from pairs import pairwise
 from torch import Tensor
 
 from effcompile.kernels import ops, rope
@@ -141,11 +142,13 @@ def test_store_and_load(built: Program) -> None:
     check_store_and_load(built, lambda capacity, length: table_of(2, capacity, built.rotary, length, 1.1))
 
 
+MIXES = pairwise(
+    turn=[("pre", 64), ("pre", 16), ("pre_adjacent", 64), ("pre_adjacent", 32)], bits=[(8, 4), (4, 4), (3, 4), (2, 4)],
+    dtype=list(DTYPES), phase=["decode", "prefill"],
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("key_bits", [8, 4, 3, 2])
-@pytest.mark.parametrize(("kind", "rotary"), [("pre", 64), ("pre", 16), ("pre_adjacent", 64), ("pre_adjacent", 32)])
-def test_attend_every_mix(phase: Any, dtype: torch.dtype, key_bits: int, kind: str, rotary: int) -> None:
-    made = program(kind, rotary, (key_bits, 4), phase, dtype=dtype)
-    check_attend(made, call=PreCall)
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(map(str, m.values())))
+def test_attend_mixes(mix: dict[str, Any]) -> None:
+    check_attend(program(*mix["turn"], mix["bits"], mix["phase"], dtype=mix["dtype"]), call=PreCall)
