@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +292,11 @@ class TestPaged:
         call.check(*call.launch())
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("splits", [1, 3])
-    @pytest.mark.parametrize("case", PAGED[4:] + MORE_PAGED, ids=name_of)
+    @pytest.mark.parametrize(
+        ("case", "splits"),
+        list(zip(PAGED[4:] + MORE_PAGED, itertools.cycle([1, 3]))),
+        ids=lambda v: name_of(v) if isinstance(v, dict) else str(v),
+    )
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], splits: int) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case, splits)
 
@@ -361,24 +365,28 @@ GIVEN_MASK = program(given=True, predicate=Predicate(False))
 PADDED = Predicate(key_mask=True)
 AHEAD = [(COLUMNS, "sm_90", 128), (POSITIONS, "sm_80", 128), (GIVEN_MASK, "gfx942", 64)]
 MORE_AHEAD = [
-    (dataclasses.replace(p, key_size=size[0], value_size=size[1], dtype=dtype, **rule), chip, block)
-    for chip in CHIPS
-    for p, rule in ((COLUMNS, {}), (COLUMNS, {"predicate": PADDED}), (POSITIONS, {"predicate": PADDED}),
-                    (GIVEN_MASK, {}))
-    for size, dtype, block in (((128, 128), torch.bfloat16, 128), ((64, 64), torch.float16, 64),
-                               ((80, 96), torch.bfloat16, 48), ((256, 256), torch.bfloat16, 128),
-                               ((64, 64), torch.float32, 128))
+    (dataclasses.replace(p, key_size=size[0], value_size=size[1], dtype=dtype, **rule), case["chip"], block)
+    for case in pairwise(
+        chip=CHIPS,
+        kind=[(COLUMNS, {}), (COLUMNS, {"predicate": PADDED}), (POSITIONS, {"predicate": PADDED}), (GIVEN_MASK, {})],
+        shape=[((128, 128), torch.bfloat16, 128), ((64, 64), torch.float16, 64), ((80, 96), torch.bfloat16, 48),
+               ((256, 256), torch.bfloat16, 128), ((64, 64), torch.float32, 128)],
+    )
+    for (p, rule), (size, dtype, block) in [(case["kind"], case["shape"])]
 ]  # fmt: skip
 PAGES_AHEAD = [
     (program(phase="decode", form=KVForm(4, 4)), "sm_90", 32),
     (program(phase="decode", form=KVForm(8, 4), predicate=PADDED), "gfx942", 32),
 ]
 MORE_PAGES = [
-    (program(phase="decode", form=form, dtype=dtype, predicate=rule), chip, page)
-    for chip in CHIPS
-    for form, page in ((DENSE, 16), (DENSE, 128), (KVForm(4, 4), 32), (KVForm(4, 4), 128), (KVForm(8, 8), 32),
-                       (KVForm(3, 2, 16, 32), 64), (KVForm("fp8", 8), 32))
-    for dtype, rule in ((torch.bfloat16, Predicate()), (torch.float16, PADDED))
+    (program(phase="decode", form=form, dtype=dtype, predicate=rule), case["chip"], page)
+    for case in pairwise(
+        chip=CHIPS,
+        store=[(DENSE, 16), (DENSE, 128), (KVForm(4, 4), 32), (KVForm(4, 4), 128), (KVForm(8, 8), 32),
+               (KVForm(3, 2, 16, 32), 64), (KVForm("fp8", 8), 32)],
+        kind=[(torch.bfloat16, Predicate()), (torch.float16, PADDED)],
+    )
+    for (form, page), (dtype, rule) in [(case["store"], case["kind"])]
 ]  # fmt: skip
 
 

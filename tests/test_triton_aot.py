@@ -136,12 +136,13 @@ FAST += [
 ]
 OTHER_FORMS = [KVForm("fp8", "fp8"), *(KVForm(*bits, 32, 128, "token", "channel") for bits in [(4, 4), (8, 8), (3, 2)])]
 OTHER = [
-    (Program(phase, form, Predicate(), torch.bfloat16, 4, 128, 128), chip)
-    for form in OTHER_FORMS
-    for phase in ("decode", "prefill")
-    for chip in CHIPS
+    (Program(c["phase"], c["form"], Predicate(), torch.bfloat16, 4, 128, 128), c["chip"])
+    for c in pairwise(form=OTHER_FORMS, chip=CHIPS, phase=["decode", "prefill"])
 ]
-FAST += [OTHER[1], OTHER[13]]  # decode with fp8, prefill along the other axes, both on sm_90
+FAST += [
+    (Program(phase, form, Predicate(), torch.bfloat16, 4, 128, 128), "sm_90")
+    for phase, form in (("decode", OTHER_FORMS[0]), ("prefill", OTHER_FORMS[1]))
+]
 SCORED = {
     "chip": CHIPS,
     "phase": ["decode", "prefill"],
