@@ -75,16 +75,10 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype", "compiler"),
-    [
-        ("quantize_weights", "float32", "none"),
-        *(
-            pytest.param(method, dtype, "inductor", marks=pytest.mark.slow)
-            for method in METHODS
-            for dtype in ("float32", "bfloat16")
-        ),
-    ],
+    [*((method, "float32", "none") for method in METHODS), ("quantize_weights", "bfloat16", "inductor")],
 )
 def test_resident_memory_falls_by_what_is_dropped(tmp_path, method, dtype, compiler):
     seen = measured(tmp_path, method, dtype, compiler)

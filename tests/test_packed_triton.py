@@ -39,7 +39,7 @@ MORE_CASES = [
 ]  # fmt: skip
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
 
 
 class TestInterpreted:
