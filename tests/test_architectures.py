@@ -79,7 +79,7 @@ class Shifted(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-oss", "llama4", "falcon-alibi", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "llama4", "mixtral"])
 def test_architecture_through_inductor(name: str) -> None:
     """The other tests run graphs operator by operator; these have something in them that AOTAutograd has to digest."""
     entry = ARCHITECTURES[name]

@@ -384,23 +384,15 @@ def test_weights_that_change_are_refused(no_inductor: list[Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_through_inductor(dtype: torch.dtype) -> None:
+def test_through_inductor() -> None:
     """Generated code keeps the state, in prompts of two lengths and in steps."""
-    model = MODELS["llama"]("sdpa").to(dtype)
+    model = MODELS["llama"]("sdpa")
     fast, plain = frozen(model), shared_copy(model)
     watch = Frozen(plain, "down_proj")
     for length in (33, 20):
         got, expected = (m.generate(IDS[:, :length], **GREEDY) for m in (fast, plain))
-        if dtype is torch.float32:
-            assert_same(got, expected)
-            assert neurons(fast) == [core.tolist() for core in watch.core.values()]
-        else:
-            # A rounding may let another neuron in.
-            common = [
-                len(set(a) & set(b)) for x, y in zip(neurons(fast), watch.core.values()) for a, b in zip(x, y.tolist())
-            ]
-            assert min(common) >= 30
+        assert_same(got, expected)
+        assert neurons(fast) == [core.tolist() for core in watch.core.values()]
     assert forms(fast) == {"coreinfer, 38 neurons chosen", "coreinfer 38 of 96 neurons"}
 
 

@@ -52,7 +52,12 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "phase": ("decode", "prefill"),
     "causal": (True, False),
 }
-MORE_SIZES = {"sizes": ((256, 256, 64), (16, 32, 32), (96, 48, 48), (200, 240, 16)), "ratio": (4, 7, 1)}
+MORE_SIZES = {
+    "sizes": ((256, 256, 64), (16, 32, 32), (96, 48, 48), (200, 240, 16)),
+    "ratio": (4, 7, 1),
+    "key_bits": (4, 16, 3),
+    "value_bits": (8, 16, 2),
+}
 PROGRAMS = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS)))
 MORE = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS | MORE_SIZES)))
 ALL = [*PROGRAMS, *(pytest.param(program, marks=pytest.mark.slow) for program in MORE)]
@@ -84,11 +89,11 @@ def test_split_over_threads(program: Program) -> None:
         torch.set_num_threads(before)
 
 
-# Each mix in both phases, with the dtypes in turn: those of a kind of numbers are in the cover above.
+# Phases and dtypes in turn: pairs of one of them with each kind of numbers are in the cover above.
 MIXES = [
     Program(phase, KVForm(*mix), Predicate(), dtype, 3, 64, 64)
-    for (mix, phase), dtype in zip(
-        itertools.product(itertools.product(BITS, repeat=2), ("decode", "prefill")), itertools.cycle(DTYPES)
+    for mix, phase, dtype in zip(
+        itertools.product(BITS, repeat=2), itertools.cycle(("decode", "prefill")), itertools.cycle(DTYPES)
     )
 ]
 

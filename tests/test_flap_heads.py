@@ -84,7 +84,11 @@ def calls(graph: Any, target: Any) -> list[Any]:
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "unit"), [*((name, "query") for name in MAKE), ("llama", "group"), ("gpt2", "group"), ("grouped", "group")]
+    ("name", "unit"),
+    [
+        *((name, "query") for name in MAKE if name not in ("qwen2", "mistral")),  # written as llama
+        *((name, "group") for name in ("llama", "gpt2", "grouped")),
+    ],
 )
 def test_smaller_model_is_the_masked_one(name: str, unit: Any, no_inductor: list[Any]) -> None:
     """Groups and query heads; a call without a cache, and a prompt and a step with one."""

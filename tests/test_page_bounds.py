@@ -74,7 +74,7 @@ def test_lives_of_a_cache_with_bounds() -> None:
 
 @pytest.mark.slow
 def test_many_lives_of_a_cache_with_bounds() -> None:
-    _run(BoundedLives, 1500)
+    _run(BoundedLives, 600)
 
 
 def test_a_cache_that_grows_keeps_its_bounds() -> None:

@@ -317,20 +317,14 @@ def test_nothing_else_changes(no_inductor: list[Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_through_inductor(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_through_inductor() -> None:
     """Generated code keeps the router's state, in prompts of two lengths and in steps."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, plan = model_of("llama", dtype), plan_of("llama", dtype)
+    model, plan = model_of("llama"), plan_of("llama")
     fast, oracle = planned(model, plan), Masked(model, plan, "down_proj")
     for length in (33, 20):
         got = fast.generate(IDS[:, :length], **GREEDY)
         wanted = oracle(got.sequences)
         for step, ours in enumerate(got.logits):
-            theirs = wanted[:, length - 1 + step].float()
-            if dtype is torch.float32:
-                close(ours, theirs)
-            else:
-                assert (ours - theirs).norm() < 0.03 * theirs.norm()
+            close(ours, wanted[:, length - 1 + step])
         assert ec.routed_text(fast) == {"model.embed_tokens": (length + 6, 2, 0)}
     assert forms(fast) == {"read_me 48 of 96 neurons, 2 experts"}
