@@ -74,7 +74,7 @@ def test_the_router_learns_which_vocabulary_a_text_is_of() -> None:
     """On text that was held out it comes nearer to the experts that tokens would take than any constant."""
     model = model_of()
     options: dict[str, Any] = {**SMALL, "window": 24, "batch": 8, "lr": 5e-3}
-    text = domains(4, 12)
+    text = domains(8, 12)
     plan = ec.calibrate(model, text, [ec.read_me(**{**options, "steps": 60})], progress=False)
     said = router_in(plan).numbers
     assert said["kl"] < 0.9 * min(said["kl constant"], said["kl before"])
