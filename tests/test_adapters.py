@@ -354,18 +354,15 @@ def test_a_head_with_adapters_is_a_head(no_inductor: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_steps_with_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """Compiled by Inductor, prompt and steps: the same tokens either way."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_steps_with_adapters() -> None:
+    """Compiled by Inductor, prompt and steps, with adapters kept beside their linears: the same tokens."""
     model, ids = adapted(llama(), QV, TWO), BATCHES[0][:, :9]
+    told = copy.deepcopy(model)
+    told.compile(backend="effcompile", options={"low_rank": {"adapters": "keep"}})
     with torch.no_grad():
-        wanted = model.generate(ids, max_new_tokens=5, do_sample=False)
-        for way in ("keep", "fold"):
-            torch._dynamo.reset()
-            told = copy.deepcopy(model)
-            told.compile(backend="effcompile", options={"low_rank": {"adapters": way}})
-            assert torch.equal(told.generate(ids, max_new_tokens=5, do_sample=False), wanted)
-            assert len(rewritten(told)) == 6 * (2 if way == "keep" else 1)
+        wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(told.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+    assert len(rewritten(told)) == 12
 
 
 @pytest.mark.slow
