@@ -78,7 +78,11 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype", "compiler"),
-    [*((method, "float32", "none") for method in METHODS), ("quantize_weights", "bfloat16", "inductor")],
+    [
+        *((method, "float32", "none") for method in METHODS),
+        ("low_rank", "bfloat16", "none"),
+        ("quantize_weights", "bfloat16", "inductor"),
+    ],
 )
 def test_resident_memory_falls_by_what_is_dropped(tmp_path, method, dtype, compiler):
     seen = measured(tmp_path, method, dtype, compiler)
