@@ -12,12 +12,13 @@ STAMP := $(VENV)/.installed
 LINKS := build/typed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint types check clean
+.PHONY: help setup demo test slow exhaustive bench lint types check clean
 
 help:
 	@echo 'make demo    SmolLM2-135M with a 4-bit cache, beside eager and stock Inductor (sets everything up first)'
 	@echo 'make test    the fast tests                                               (sets everything up first)'
 	@echo 'make slow    the tests that take minutes'
+	@echo 'make exhaustive   covers of rare settings of kernels, for those who change one'
 	@echo 'make bench   the measurements of benchmarks/; ARGS="--only decode" for one section'
 	@echo 'make check   ruff and mypy'
 	@echo 'make clean   remove the environment and build files'
@@ -45,6 +46,9 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
+
+exhaustive: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m exhaustive $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -13,10 +13,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this is such a child: tests of kernels are there, all others are in its parent."""
 
 
-def interpreted(file: str, *, now: bool = True) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Two tests for ``file`` to hold, which run it once more, interpreted: its fast tests, and its slow ones.
+def interpreted(file: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Two tests for ``file`` to hold, which run it once more, interpreted: most of it, and its exhaustive tests.
 
-    The first is fast if ``now``; where the child takes long it belongs to the slow set as well.
+    The interpreter takes long: the first belongs to the slow set.
     """
 
     def run(*options: str) -> None:
@@ -27,13 +27,13 @@ def interpreted(file: str, *, now: bool = True) -> tuple[Callable[[], None], Cal
         assert child.returncode == 0, child.stdout[-6000:]
         assert " passed" in child.stdout
 
-    def fast() -> None:
-        run()
-
     @pytest.mark.slow
-    def slow() -> None:
-        run("-m", "slow")
+    def most() -> None:
+        run("-m", "not exhaustive")
 
-    fast = fast if now else pytest.mark.slow(fast)
-    fast.__test__ = slow.__test__ = not INTERPRETED  # type: ignore[attr-defined]
-    return fast, slow
+    @pytest.mark.exhaustive
+    def rest() -> None:
+        run("-m", "exhaustive")
+
+    most.__test__ = rest.__test__ = not INTERPRETED  # type: ignore[attr-defined]
+    return most, rest

@@ -44,7 +44,7 @@ PLAIN: dict[str, Any] = {"tokens": (150, 150), "sizes": (64, 64), "dtype": torch
                          "batch": 1, "rule": "causal", "shared": False, "groups": 1}  # fmt: skip
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def made(case: dict[str, Any], density: float = 0.3) -> Call:
@@ -80,7 +80,7 @@ class TestInterpreted:
         call = made(case)
         self.check(call, *launch(call))
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any]) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case)
@@ -214,7 +214,7 @@ class TestAhead:
     __test__ = not INTERPRETED
 
     test_fits_a_chip = fits(AHEAD)
-    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
+    test_fits_more = pytest.mark.exhaustive(fits(MORE_AHEAD))
 
     def test_what_is_refused_for_gpus(self) -> None:
         def refused(**changes: Any) -> str | None:

@@ -18,7 +18,7 @@ from effcompile.lowering.triton_aot import noted, resources
 CASES = [(2, 3, 64, "some"), (1, 4, 65, "shared"), (1, 1, 1, "all")]
 
 
-test_in_the_interpreter = interpreted(__file__, now=False)[0]
+test_in_the_interpreter = interpreted(__file__)[0]
 
 
 class TestInterpreted:
@@ -51,7 +51,7 @@ class TestAhead:
         [
             (14336, torch.bfloat16, "sm_90"),
             *(
-                pytest.param(neurons, dtype, chip, marks=pytest.mark.slow)
+                pytest.param(neurons, dtype, chip, marks=pytest.mark.exhaustive)
                 for neurons in (1536, 14336, 16384)
                 for dtype in (torch.bfloat16, torch.float32)
                 for chip in ("sm_80", "sm_90", "sm_100", "gfx942")

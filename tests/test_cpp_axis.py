@@ -62,7 +62,7 @@ FEW = [
 ]
 # 72 channels are no whole vectors, and as values per token they hold no whole groups of 16.
 COVER = [program for row in pairwise(**FACTORS) if cpp.refusal(program := program_of(row)) is None]
-ALL = [*FEW, *(pytest.param(program, marks=pytest.mark.slow) for program in dict.fromkeys(COVER))]
+ALL = [*FEW, *(pytest.param(program, marks=pytest.mark.exhaustive) for program in dict.fromkeys(COVER))]
 
 
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)

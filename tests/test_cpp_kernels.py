@@ -60,7 +60,7 @@ MORE_SIZES = {
 }
 PROGRAMS = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS)))
 MORE = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS | MORE_SIZES)))
-ALL = [*PROGRAMS, *(pytest.param(program, marks=pytest.mark.slow) for program in MORE)]
+ALL = [*PROGRAMS, *(pytest.param(program, marks=pytest.mark.exhaustive) for program in MORE)]
 
 
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
@@ -98,7 +98,7 @@ MIXES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("program", MIXES, ids=lambda p: p.name)
 def test_attend_every_mix(program: Program) -> None:
     check_attend(program, (*LENGTHS, 1111))

@@ -33,7 +33,7 @@ def name_of(case: dict[str, Any]) -> str:
     return "-".join(str(v).replace("torch.", "") for v in case.values())
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 AXES = {"dtype": DTYPES, "activation": list(ACTIVATIONS), "gated": [True, False], "biases": [False, True]}
 SIZE = {"size": [64, 33, 1]}
@@ -82,12 +82,12 @@ class TestInterpreted:
     def test_grouped(self, case: dict[str, Any]) -> None:
         conformance.test_grouped_kernel_against_the_reference(case)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_GROUPED, ids=name_of)
     def test_more_grouped(self, case: dict[str, Any]) -> None:
         conformance.test_grouped_kernel_against_the_reference(case)
 
-    @pytest.mark.parametrize("case", [CROWDED, *(pytest.param(c, marks=pytest.mark.slow) for c in PREFILL)],
+    @pytest.mark.parametrize("case", [CROWDED, *(pytest.param(c, marks=pytest.mark.exhaustive) for c in PREFILL)],
                              ids=name_of)  # fmt: skip
     def test_many_tokens_and_a_group_of_none(self, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         class Crowded(Grouped):
@@ -331,7 +331,7 @@ class TestAhead:
             triton_ffn.grouped_ffn(x, None, w, w, None, None, 64, 1, "relu")
         assert "max.f32" not in launches[0].compile("sm_90").asm["ptx"]
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_AHEAD, ids=name_of)
     def test_fits_more(self, case: dict[str, Any]) -> None:
         self.test_fits_a_chip(**case)

@@ -172,7 +172,7 @@ MIXES = pairwise(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(map(str, m.values())))
 def test_attend_mixes(mix: dict[str, Any]) -> None:
     check_attend(program(80, mix["bits"], *mix["turn"], dtype=mix["dtype"], residual=1), call=LatentCall)

@@ -36,7 +36,7 @@ from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 from effcompile.lowering import triton
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 PACKED = [
@@ -69,7 +69,7 @@ class TestPacked:
         more = values(call, PARTS["all"], (1, 1, 1), extra=-call.keys % 128) if parts else {}
         check(call, seen_by(call), *launch(call, **more), **more)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("case", "parts"), MORE_PACKED, ids=id_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], parts: bool) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case, parts)
@@ -138,7 +138,7 @@ class TestAhead:
     __test__ = not INTERPRETED
 
     test_fits_a_chip = fits(AHEAD)
-    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
+    test_fits_more = pytest.mark.exhaustive(fits(MORE_AHEAD))
 
     def test_what_is_refused_for_gpus(self) -> None:
         for form in FORMS:

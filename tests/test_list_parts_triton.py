@@ -34,7 +34,7 @@ DENSE = KVForm(16, 16)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def id_of(value: Any) -> str:
@@ -94,7 +94,7 @@ class TestScores:
         more = values(call, PARTS[parts], lead, extra=-call.keys % 128 + 3)
         check(call, seen_by(call), *launch(call, **more), **more)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("case", "parts", "lead"), MORE_SCORED, ids=id_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], parts: str, lead: Any) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case, parts, lead)
@@ -195,7 +195,7 @@ class TestMoved:
         narrow = launch(call, **more | {"query_positions": stands.int()})
         assert torch.equal(out, narrow[0])
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("case", "keys", "low"), MORE_MOVED, ids=id_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], keys: bool, low: int) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case, keys, low)
@@ -340,7 +340,7 @@ class TestRanges:
             seen = seen & call.mask[:, None, None, : call.keys]
         check(call, seen, *launch(call, ranges=given))
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("case", "lead", "causal"), MORE_RANGED, ids=id_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any], lead: Any, causal: bool) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case, lead, causal)
@@ -405,7 +405,7 @@ class TestAhead:
     __test__ = not INTERPRETED
 
     test_fits_a_chip = fits(AHEAD)
-    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
+    test_fits_more = pytest.mark.exhaustive(fits(MORE_AHEAD))
 
     def test_what_is_refused_for_gpus(self) -> None:
         for kind in KINDS:

@@ -33,7 +33,7 @@ from effcompile.lowering.triton_build import build
 DENSE = KVForm(16, 16)
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def launch(call: Call, **changes: Any) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class TestListed:
         seen = call.seen
         assert_within_budget(*launch(call), call.query, call.key, call.value, seen, call.size**-0.5)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any]) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case)
@@ -291,7 +291,7 @@ class TestPaged:
         call = Paged(case)
         call.check(*call.launch())
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(
         ("case", "splits"),
         list(zip(PAGED[4:] + MORE_PAGED, itertools.cycle([1, 3]))),
@@ -394,7 +394,7 @@ class TestAhead:
     __test__ = not INTERPRETED
 
     test_fits_a_chip = fits(AHEAD)
-    test_fits_more = pytest.mark.slow(fits(MORE_AHEAD))
+    test_fits_more = pytest.mark.exhaustive(fits(MORE_AHEAD))
 
     @pytest.mark.parametrize(("program", "chip", "page"), PAGES_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
     def test_pages_fit_a_chip(self, program: Program, chip: str, page: int) -> None:
@@ -413,7 +413,7 @@ class TestAhead:
         merged = compile_ahead(built, program, chip, {"SPLITS": 16, "PADDED": 16}, "merge_")
         assert resources(merged)["spilled"] == 0
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("program", "chip", "page"), MORE_PAGES, ids=lambda v: getattr(v, "name", str(v)))
     def test_more_pages_fit(self, program: Program, chip: str, page: int) -> None:
         self.test_pages_fit_a_chip(program, chip, page)

@@ -39,7 +39,7 @@ MORE_CASES = [
 ]  # fmt: skip
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 class TestInterpreted:
@@ -76,7 +76,7 @@ class TestInterpreted:
         seen = attention.allowed(rule, queries, length, mask, query.device, ids, first)
         assert_within_budget(out, lse, query, k, v, seen, scale, **parts)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, Any]) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case)
@@ -114,7 +114,7 @@ class TestAhead:
     def test_fits_a_chip(self, program: Program, chip: str) -> None:
         check(program, chip)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("program", "chip"), MORE_AHEAD, ids=lambda v: getattr(v, "name", str(v)))
     def test_fits_more(self, program: Program, chip: str) -> None:
         check(program, chip)

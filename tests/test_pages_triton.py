@@ -25,7 +25,7 @@ from effcompile.lowering import triton, triton_blocks
 DENSE, F32, F16, BF16 = KVForm(16, 16), torch.float32, torch.float16, torch.bfloat16
 BATCH, GROUPS = 3, 2
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 def case(
@@ -88,7 +88,7 @@ class TestPages:
         assert seen.any(-1).all(1).all(-1).tolist() == [True, True, case["masks"] < BATCH]
         assert_within_budget(out, lse, query, k, v, seen, scale)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("splits", [1, 3])
     @pytest.mark.parametrize("case", CASES + MORE_CASES, ids=name_of)
     def test_more(self, case: dict[str, Any], splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ AHEAD = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize(("chip", "form", "page"), AHEAD, ids=lambda v: getattr(v, "name", str(v)))
 def test_keys_before_rope_fit_a_chip(chip: str, form: KVForm, page: int) -> None:

@@ -148,7 +148,7 @@ MIXES = pairwise(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(map(str, m.values())))
 def test_attend_mixes(mix: dict[str, Any]) -> None:
     check_attend(program(*mix["turn"], mix["bits"], mix["phase"], dtype=mix["dtype"]), call=PreCall)

@@ -78,7 +78,7 @@ def table_of(batch: int, capacity: int, rotary: int, length: int) -> torch.Tenso
     return table
 
 
-test_in_the_interpreter = interpreted(__file__, now=False)[0]
+test_in_the_interpreter = interpreted(__file__)[0]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Every generated Triton kernel, compiled ahead of time for four chips, with no GPU: it builds, within its budget.
 
 Registers, spills and shared memory are read from the binary, the matrix instruction from the assembly. The fast set
-is a pairwise cover; ``-m slow`` compiles more.
+is a pairwise cover; ``-m exhaustive`` compiles more.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_attend(program: Program, chip: str) -> None:
     check(program, chip)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("program", "chip"), MORE, ids=name_of)
 def test_attend_more(program: Program, chip: str) -> None:
     check(program, chip)

@@ -33,7 +33,7 @@ if INTERPRETED:
 State = list[Tensor | None]
 
 
-test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__, now=False)
+test_in_the_interpreter, test_more_in_the_interpreter = interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ class TestAttend:
 
     __test__ = INTERPRETED
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, object]) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case)
@@ -361,7 +361,7 @@ class TestStore:
 
     __test__ = INTERPRETED
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("case", MORE_STORE_CASES, ids=name_of)
     def test_more_bit_identical(self, case: dict[str, object]) -> None:
         self.test_bit_identical(case)
