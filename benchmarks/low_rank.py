@@ -237,6 +237,7 @@ def _sides(tokens: int) -> dict[str, Any]:
 
     sides = {"dense, Inductor": dense, "dense, our linear": linear, "low rank, Inductor": two, "low rank": ours}
     sides["low rank and entries"] = sparse
+    torch._dynamo.reset()  # what is compiled is one function to Dynamo, which stops after eight
     made = {name: chain(one) for name, one in sides.items()}
     for run in made.values():
         run()

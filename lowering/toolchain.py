@@ -106,7 +106,7 @@ def _prepared(header: Path) -> Path | None:
 def precompile() -> Path:
     """Prepare the headers that all builds on this machine begin with, if that is not done yet; where it is.
 
-    Builds that find it take half the time. The code is the same: a compiler that cannot use it reads the headers.
+    Builds that find it take half the time. The code is the same: where it cannot be used, the headers are read.
     Raises :class:`BuildError`.
     """
     from torch.utils._filelock import FileLock
@@ -124,14 +124,21 @@ def precompile() -> Path:
 
 
 def _compile(name: str, source: Path, *, precompiling: bool = False) -> str:
+    if precompiling or not _prepared(_header()):
+        return _run(name, source, precompiling=precompiling)
+    try:
+        return _run(name, source, f"-include {_header()}")
+    except BuildError:  # clang takes what another version of it prepared for an error; gcc reads the header itself
+        return _run(name, source)
+
+
+def _run(name: str, source: Path, *more: str, precompiling: bool = False) -> str:
     try:
         from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
         # -g0: debug lines would be most of the file. -w: warnings here are about headers of torch.
-        flags = [f"-I{headers_dir()}", "-g0", "-w"]
-        if not precompiling and _prepared(_header()):
-            flags.append(f"-include {_header()}")
+        flags = [f"-I{headers_dir()}", "-g0", "-w", *more]
         options = CppTorchOptions(
             vec_isa=pick_vec_isa(),
             include_pytorch=True,

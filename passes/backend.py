@@ -229,11 +229,12 @@ def _unused(
     kinds = {name: (base.get(name).site_kind, *base.get(name).also) for name in {r.method for r in chosen.plan}}
     every = [(choices.clean_path(site.label), site.kind) for site in (*sites, *attention)]
     found = {(label, name) for label, kind in every for name in kinds if kind in kinds[name]}
-    lost = [r for r in chosen.plan if r.module.partition("#")[0] in inside and (r.module, r.method) not in found]
+    own = [r for r in chosen.plan if not base.get(r.method).is_common(r.module)]
+    lost = [r for r in own if r.module.partition("#")[0] in inside and (r.module, r.method) not in found]
     if not lost:
         return ()
     names = ", ".join(f"{r.method} at {r.module}" for r in lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
-    return (f"plan: {names}: no such site in this graph, which stays dense there; the decisions say why.",)
+    return (f"plan: {names}: not applied in this graph, in which no such site was found.",)
 
 
 def _named(chosen: choices.BackendOptions, gm: fx.GraphModule, kind: str) -> bool:

@@ -95,6 +95,11 @@ class Pass:
     def on_remove(self, module: nn.Module) -> None:
         """Called when these options leave ``module``; undoes :meth:`on_decorate`, if there is anything to undo."""
 
+    @classmethod
+    def is_common(cls, module: str) -> bool:
+        """Whether a record of a plan under the name ``module`` is for all sites, and of none itself."""
+        return False
+
     @property
     def text(self) -> str:
         """The options as canonical JSON: equal options give equal text in every process."""

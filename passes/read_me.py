@@ -105,6 +105,11 @@ class ReadMe(FeedForwardPass):
                 "and numbers above 0."
             )
 
+    @classmethod
+    def is_common(cls, module: str) -> bool:
+        """The router's."""
+        return module.endswith(ROUTER)
+
     def kept(self, width: int) -> int:
         """Of so many neurons, those that a token uses."""
         return max(1, round(self.remain * width))

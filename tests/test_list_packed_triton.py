@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from interpreter import INTERPRETED, interpreted
-from pairs import pairwise
 from test_block_parts import PARTS, values
 from test_block_triton import seen_by
 from test_list_parts_triton import (
@@ -122,16 +121,17 @@ class TestPacked:
 
 AHEAD = [(program(form=KVForm(4, 4)), "sm_90", 128)]
 FORMS = [KVForm(4, 4), KVForm(8, 8), KVForm(8, 16), KVForm(3, 2, 32, 64)]
+KINDS: list[tuple[KVForm, dict[str, Any]]] = [(form, {}) for form in FORMS]
+KINDS += [
+    (KVForm(4, 4), {"score": ALL, "before": True}),
+    (KVForm(4, 4), {"ranges": True, "predicate": Predicate(key_mask=True)}),
+]
 MORE_AHEAD = [
-    (program(form=form, key_size=case["size"], value_size=case["size"], **more), case["chip"], 128)
-    for case in pairwise(
-        chip=["sm_90", "sm_100", "gfx942"],
-        size=[64, 128],
-        kind=[*((form, {}) for form in FORMS), (KVForm(4, 4), {"score": ALL, "before": True}),
-              (KVForm(4, 4), {"ranges": True, "predicate": Predicate(key_mask=True)})],
-    )
-    for form, more in [case["kind"]]
-]  # fmt: skip
+    (program(form=form, key_size=size, value_size=size, **more), chip, 128)
+    for form, more in KINDS
+    for chip in ("sm_90", "sm_100", "gfx942")
+    for size in (64, 128)
+]
 
 
 class TestAhead:

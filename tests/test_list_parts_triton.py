@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from interpreter import INTERPRETED, interpreted
-from pairs import pairwise
 from test_block_lists import Call
 from test_block_parts import PARTS, values
 from test_block_triton import seen_by
@@ -396,8 +395,10 @@ KINDS += [
     {"ranges": True, "given": True},
 ]
 MORE_AHEAD = [
-    (program(key_size=c["size"], value_size=c["size"], **c["kind"]), c["chip"], 128)
-    for c in pairwise(kind=list(KINDS), chip=["sm_90", "sm_100", "gfx942"], size=[64, 128])
+    (program(key_size=size, value_size=size, **kind), chip, 128)
+    for kind in KINDS
+    for chip in ("sm_90", "sm_100", "gfx942")
+    for size in (64, 128)
 ]
 
 

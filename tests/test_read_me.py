@@ -138,6 +138,7 @@ def test_limit_is_eager(architecture: str, no_inductor: list[Any]) -> None:
     )  # fmt: skip
     fast = planned(model, plan)
     close(read(fast, IDS), read(model, IDS))
+    assert [graph.unmatched for graph in ec.inspect(fast).graphs] == [()]
     width = 512 if architecture == "gpt2" else 96
     assert forms(fast) == {f"read_me {width} of {width} neurons, 2 experts"}
     for record in plan:
