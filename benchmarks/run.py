@@ -24,6 +24,7 @@ import latents
 import low_rank
 import paged
 import peers
+import picture
 import prefill
 import quality
 import sparse
@@ -58,6 +59,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "low-rank": ("Linears of low rank", low_rank.loss),
     "low-rank-residual": ("Linears of low rank: what a residual gains", low_rank.residual),
     "low-rank-speed": ("Linears of low rank: decoding", low_rank.speed),
+    "picture": ("Perplexity against bytes", picture.run),
     "compile": ("Cold compile", steady.compile_share),
     "steps": ("Many steps", steady.steps),
     "peers": ("What else a user could pick", peers.run),
@@ -105,6 +107,8 @@ def main() -> int:
         say(f"{name}: {time.perf_counter() - began:.0f} s")
         if not chosen.quick:
             write(chosen.out, found)
+            if name == "picture":
+                picture.draw(found[name], chosen.out.with_name("perplexity_bytes.png"))
 
     missed = [row for rows in found.values() for row in rows if row.met is False]
     for row in missed:

@@ -6,6 +6,7 @@ free on it, and says little of other models. Fewer bits and wider groups say mor
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -62,7 +63,7 @@ def bandwidth() -> float:
     return block.nbytes / min(times)
 
 
-def _bytes(side: Side) -> int:
+def step_bytes(side: Side) -> int:
     """Of all linears of the model in one step, as the report has them: packed ones, and the rest in fp32."""
     torch._dynamo.reset()
     with _without_inductor(), torch.no_grad():
@@ -86,10 +87,24 @@ def speed(quick: bool = False) -> list[Measured]:
         ratios = spread([a / b for a, b in zip(best, medians[side.name])])
         value, goal = ratio_of_rounds(best, medians[side.name]), 2.2 if side.weights else None
         rows.append(Measured(f"{side.name}: over the better Inductor", value, "x", goal, note=ratios))
-        size = _bytes(side)
+        size = step_bytes(side)
         note = f"{size / 1e6:.0f} MB; {1e3 * size / rate / statistics.median(medians[side.name]):.0%} of the step"
         rows.append(Measured(f"{side.name}: reading the weights", 1e3 * size / rate, " ms", note=note))
     return rows
+
+
+@functools.cache
+def learned(quick: bool) -> dict[str, tuple[dict[str, Any], Any, float]]:
+    """Options, plan and seconds of calibrating of each of :data:`LEARNED`, at 3 bits in groups of 64."""
+    found = {}
+    given = batches(4 if quick else SEQUENCES, LENGTH)
+    for method in LEARNED:
+        options = {"bits": 3, "group": 64, "method": method, "iterations": 10 if quick else ITERATIONS, "lr": RATE}
+        say(f"weights: {method}")
+        began = time.perf_counter()
+        plan = ec.calibrate(shared()[0], given, [ec.quantize_weights(**options)], progress=False)
+        found[f"w3g64 {method}"] = options, plan, time.perf_counter() - began
+    return found
 
 
 def loss(quick: bool = False) -> list[Measured]:
@@ -99,14 +114,9 @@ def loss(quick: bool = False) -> list[Measured]:
     plain = damage(model, dense, measured).perplexity
     rows, found = [Measured("dense: perplexity", plain)], {}
     settings: dict[str, tuple[dict[str, Any], Any]] = {name: (options, None) for name, options in LOSS.items()}
-    given = batches(4 if quick else SEQUENCES, LENGTH)
-    for method in LEARNED:
-        options = {"bits": 3, "group": 64, "method": method, "iterations": 10 if quick else ITERATIONS, "lr": RATE}
-        say(f"weights: {method}")
-        began = time.perf_counter()
-        plan = ec.calibrate(model, given, [ec.quantize_weights(**options)], progress=False)
-        rows.append(Measured(f"w3g64 {method}: calibrating", time.perf_counter() - began, " s"))
-        settings[f"w3g64 {method}"] = (options, plan)
+    for name, (options, plan, seconds) in learned(quick).items():
+        rows.append(Measured(f"{name}: calibrating", seconds, " s"))
+        settings[name] = (options, plan)
     for name, (options, plan) in settings.items():
         say(f"weights: {name}")
         torch._dynamo.reset()
