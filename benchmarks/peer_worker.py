@@ -54,7 +54,9 @@ def dense_model(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
 
 
-def hugging(folder: str, bits: tuple[int, int] | None = None, quantized: Quantized | None = None) -> Handler:
+def hugging(
+    folder: str, bits: tuple[int, int] | None = None, quantized: Quantized | None = None, weights: bool = False
+) -> Handler:
     """``generate`` of transformers: eager, decorated by effcompile, or with a quantised cache of transformers."""
     import torch
 
@@ -64,6 +66,9 @@ def hugging(folder: str, bits: tuple[int, int] | None = None, quantized: Quantiz
         import effcompile as ec
 
         ec.compress_kv(key_bits=bits[0], value_bits=bits[1])(model)
+        if weights:
+            ec.quantize_weights(bits=4, group=32)(model)
+            ec.quantize_weights(bits=8, group=32, head=True)(model.lm_head)
         model.compile(backend="effcompile")
 
     def ask(ids: list[int], new: int) -> Answer:
@@ -162,6 +167,7 @@ def main(name: str, folder: str, gguf: str) -> None:
     makers: dict[str, Callable[[], Handler]] = {
         "eager": lambda: hugging(folder),
         "effcompile K4V4": lambda: hugging(folder, bits=(4, 4)),
+        "effcompile K4V4, linears in 4 bits, head in 8": lambda: hugging(folder, bits=(4, 4), weights=True),
         "quanto 4 bits": lambda: hugging(folder, quantized=("quanto", {"nbits": 4})),
         "hqq 4 bits": lambda: hugging(folder, quantized=("hqq", {"nbits": 4, "axis_key": 0, "axis_value": 0})),
         "kvpress SnapKV 0.5": lambda: kvpress(folder, 0.5),

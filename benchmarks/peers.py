@@ -18,9 +18,11 @@ from effcompile import smollm2
 
 ENVIRONMENTS = HERE.parent / "build" / "peers"
 OURS = "effcompile K4V4"
+FEW = "effcompile K4V4, linears in 4 bits, head in 8"
 PEERS = {
     "eager": None,
     OURS: None,
+    FEW: None,
     "quanto 4 bits": "quantized",
     "hqq 4 bits": "quantized",
     "kvpress SnapKV 0.5": "kvpress",
@@ -57,40 +59,42 @@ def installed() -> Iterable[str]:
 
 def run(quick: bool = False) -> list[Measured]:
     """Seconds of prefill, milliseconds a token and bytes of each peer; answers are shown, right or wrong."""
-    tokens, rounds = (1500, 1) if quick else (7000, 3)
+    lengths, rounds = ((1500,), 1) if quick else ((512, 7000), 3)
     _, tokenizer = shared()
-    ids = smollm2.passkey(tokenizer, tokens, smollm2.DEPTHS[1])[0].tolist()
+    texts = {n: smollm2.passkey(tokenizer, n, smollm2.DEPTHS[1])[0].tolist() for n in lengths}
     workers: dict[str, Worker] = {}
-    times: dict[str, list[float]] = {}
-    last: dict[str, dict[str, float]] = {}
-    answers: dict[str, str] = {}
+    times: dict[tuple[str, int], list[float]] = {}
+    last: dict[tuple[str, int], dict[str, float]] = {}
+    answers: dict[tuple[str, int], str] = {}
     try:
         for name in installed():
             where = (str(smollm2.folder()), str(smollm2.gguf_file()))
             workers[name] = Worker("peer_worker.py", name, *where, python=str(python_of(PEERS[name])))
             say(f"peers, warm-up: {name}")
             try:
-                answer = workers[name].ask(ids=ids, new=8)
+                said = {n: workers[name].ask(ids=ids, new=8)["ids"] for n, ids in texts.items()}
             except (RuntimeError, BrokenPipeError) as problem:
                 console.print(f"[yellow]{name} is left out: {problem}")
                 workers.pop(name).close()
                 continue
-            answers[name] = str(tokenizer.decode(answer["ids"])).strip()
-            times[name] = []
-        for turn in range(rounds):
-            for name in list(workers) if turn % 2 else list(workers)[::-1]:
-                last[name] = answer = workers[name].ask(ids=ids, new=24)
-                times[name].append(answer["milliseconds"])
-                say(f"  round {turn + 1}: {name} {answer['milliseconds']:.1f} ms")
+            answers |= {(name, n): str(tokenizer.decode(ids)).strip() for n, ids in said.items()}
+            times |= {(name, n): [] for n in lengths}
+        for n in lengths:
+            for turn in range(rounds):
+                for name in list(workers) if turn % 2 else list(workers)[::-1]:
+                    last[name, n] = answer = workers[name].ask(ids=texts[n], new=24)
+                    times[name, n].append(answer["milliseconds"])
+                    say(f"  {n} tokens, round {turn + 1}: {name} {answer['milliseconds']:.1f} ms")
     finally:
         for worker in workers.values():
             worker.close()
     rows = []
-    for name, medians in times.items():
-        slower = f"{ratio_of_rounds(medians, times[OURS]):.2f} times {OURS}; " if OURS in times else ""
-        size = f", cache {last[name]['bytes'] / 2**20:.0f} MiB" if last[name]["bytes"] else ""
-        note = f"{spread(medians)}; {slower}prefill {last[name]['prefill']:.1f} s{size}; said: {answers[name][:24]}"
-        rows.append(Measured(f"{name}, {tokens} tokens", statistics.median(medians), " ms", note=note))
+    for (name, n), medians in times.items():
+        ours, found = times.get((OURS, n)), last[name, n]
+        slower = f"{ratio_of_rounds(medians, ours):.2f} times {OURS}; " if ours else ""
+        size = f", cache {found['bytes'] / 2**20:.0f} MiB" if found["bytes"] else ""
+        note = f"{spread(medians)}; {slower}prefill {found['prefill']:.1f} s{size}; said: {answers[name, n][:24]}"
+        rows.append(Measured(f"{name}, {n} tokens", statistics.median(medians), " ms", note=note))
     return rows
 
 

@@ -142,6 +142,9 @@ def draw(rows: Iterable[Measured], path: Path) -> None:
             edge.append((size, perplexity))
     axes.step(*zip(*edge), where="post", color="grey", linewidth=0.8, zorder=0, label="least so far")
     axes.set(xscale="log", yscale="log", xlabel=f"MB that a step behind {TOKENS:,} tokens reads", ylabel="perplexity")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.set_title("SmolLM2-135M-Instruct: perplexity against bytes")
     axes.legend()
     figure.savefig(path, dpi=140)
