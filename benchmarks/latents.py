@@ -19,10 +19,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "r160 16 bits, V16": {"latent": 160, "key_bits": 16, "value_bits": 16},
     "r128 16 bits, V16": {"latent": 128, "key_bits": 16, "value_bits": 16},
     "r96 16 bits, V16": {"latent": 96, "key_bits": 16, "value_bits": 16},
+    "0.67 16 bits, V16": {"latent": 0.67, "key_bits": 16, "value_bits": 16},
     "r128 8 bits, V4": {"latent": 128, "key_bits": 8, "value_bits": 4},
     "r128 4 bits, V4": {"latent": 128, "key_bits": 4, "value_bits": 4},
 }
-"""Ranks of 192, and bits of latents and values, as options of a cache."""
+"""Ranks of 192, or a share of all of them, and bits of latents and values, as options of a cache."""
 GOAL = "r128 8 bits, V4"
 TIMED = {"K8V4": {"key_bits": 8, "value_bits": 4}, GOAL: FORMS[GOAL]}
 TOKENS = 2000

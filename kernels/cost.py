@@ -126,7 +126,8 @@ def scale_bytes(form: KVForm, kind: Kind) -> int:
 
 def _held(form: KVForm, kind: Kind) -> tuple[Any, Any]:
     """Heads and channels of one side's buffers: latents are one head, whatever the keys are."""
-    return (Integer(1), Integer(form.latent)) if kind == "key" and form.latent else (G, _SIZES[kind])
+    rank = form.rank(kind)
+    return (Integer(1), Integer(rank)) if rank else (G, _SIZES[kind])
 
 
 def _side_allocation(form: KVForm, kind: Kind, itemsize: int) -> Expr:

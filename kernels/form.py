@@ -81,6 +81,19 @@ def word(bits: int) -> tuple[int, int]:
     return 8 // shared, bits // shared
 
 
+def is_share(latent: object) -> bool:
+    """Whether latents are given as a share of the channels of all layers, and not as channels.
+
+    >>> is_share(0.67), is_share(128), is_share(0), is_share(1.0)
+    (True, False, False, False)
+    """
+    return isinstance(latent, float) and 0 < latent < 1
+
+
+def _is_rank(latent: object) -> bool:
+    return isinstance(latent, int) and not isinstance(latent, bool) and latent >= 0 and latent % 16 == 0
+
+
 class FormError(ValueError):
     """A compressed form that cannot be built: bits not offered, or a group that does not divide."""
 
@@ -111,6 +124,7 @@ class KVForm:
         One of :data:`ROPE`: whether packed keys hold the rotary embedding.
     latent
         ``r``, the channels of the latents that stand for the keys of all heads. A multiple of 16; 0: keys themselves.
+        A share between 0 and 1 stands for ranks that a cache chooses; such a form has no buffers.
 
     Raises
     ------
@@ -134,7 +148,7 @@ class KVForm:
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
     rope: str = "post"
-    latent: int = 0
+    latent: int | float = 0
 
     def __post_init__(self) -> None:
         for kind, axis in _AXES.items():
@@ -158,13 +172,14 @@ class KVForm:
             )
         if self.rope not in ROPE:
             raise FormError(f"rope={self.rope!r} is not offered; choose 'post' or 'pre'.")
-        if isinstance(self.latent, bool) or not isinstance(self.latent, int) or self.latent < 0 or self.latent % 16:
+        if not (is_share(self.latent) or _is_rank(self.latent)):
             raise FormError(
                 f"latent={self.latent!r} is not offered; choose the channels that stand for the keys of all heads, a "
-                "multiple of 16 such as 128, or 0 to keep whole keys."
+                "multiple of 16 such as 128, a share of all layers' channels such as 0.67, or 0 to keep whole keys."
             )
         if self.latent:
-            self.check_head("key", self.latent)
+            if not is_share(self.latent):
+                self.check_head("key", self.rank("key"))
             return  # latents are made before RoPE, whatever their bits and axis
         if self.rope != "post" and self.key_bits == 16:
             raise FormError(
@@ -252,6 +267,16 @@ class KVForm:
         """What a scale of the keys or of the values is shared along."""
         return self.key_axis if kind == "key" else self.value_axis
 
+    def rank(self, kind: Kind) -> int:
+        """The channels of a side's latents; 0 for whole keys, and for values. Raises :class:`FormError` for a share."""
+        if is_share(self.latent):
+            raise FormError(f"latent={self.latent!r} is a share; make a cache of this form, which chooses the ranks.")
+        return int(self.latent) if kind == "key" else 0
+
+    def step(self, kind: Kind) -> int:
+        """What the channels of a side's latents are a multiple of."""
+        return self.group if self.bits(kind) != 16 and self.axis(kind) == "token" else 16
+
     def span(self, kind: Kind) -> int:
         """Tokens that one row of a side's first buffer stands for: a group of channels that are packed, else 1."""
         return self.group if self.bits(kind) != 16 and self.axis(kind) == "channel" else 1
@@ -262,8 +287,7 @@ class KVForm:
 
     def check_head(self, kind: Kind, size: int) -> None:
         """Raise :class:`FormError` if a head of ``size`` channels cannot be packed with this form."""
-        bits, latent = self.bits(kind), kind == "key" and self.latent
-        size = latent or size
+        bits, size = self.bits(kind), self.rank(kind) or size
         if bits == 16:
             return
         if self.axis(kind) == "token" and size % self.group:
@@ -283,8 +307,8 @@ class KVForm:
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of one side's buffers, in operator order: dense, or codes, scales, tail."""
         bits = self.bits(kind)
-        if kind == "key" and self.latent:
-            heads, size = 1, self.latent
+        if rank := self.rank(kind):
+            heads, size = 1, rank
         if bits == 16:
             return [((batch, heads, capacity, size), dtype)]
         self.check_head(kind, size)

@@ -70,8 +70,10 @@ class CompressKV(Pass):
         Whether keys are quantised with their rotary embedding ("post") or before it ("pre": KVQuant, section 3.2).
     latent
         Channels that stand for the keys of all heads, which are rebuilt from them inside attention (LoRC); a multiple
-        of 16, at most the channels of all key heads together. ``key_bits`` are then those of the latents. 0: keys
-        themselves. Values stay as they are: the plain decomposition of their weights, which is LoRC's, loses far more.
+        of 16, at most the channels of all key heads together. ``key_bits`` are then those of the latents. A share
+        between 0 and 1, such as 0.67: that share of the channels of all layers, most in shallow ones (LoRC's schedule).
+        0: keys themselves. Values stay as they are: the plain decomposition of their weights, which is LoRC's, loses
+        far more.
     rules
         Other values of these options for some layers: a pattern of module paths (as seen from the decorated module)
         and what differs there, such as ``{"model.layers.[0-3]": {"key_bits": 8}}``. The deepest match wins, of equally
@@ -85,7 +87,7 @@ class CompressKV(Pass):
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
     rope: Literal["post", "pre"] = "post"
-    latent: int = 0
+    latent: int | float = 0
     rules: by_layer.Rules = None
 
     name: ClassVar[str] = "compress_kv"
@@ -274,7 +276,7 @@ def _program(site: AttentionSite, form: KVForm, more: Mapping[str, Any] = types.
 
 def stores(form: KVForm, program: Program, rotary: int = 0) -> StoreProgram:
     """What appends to a store of ``form``, for attention by ``program``; latents are stored as they come."""
-    sizes = (form.latent or program.key_size, program.value_size)
+    sizes = (form.rank("key") or program.key_size, program.value_size)
     return StoreProgram(form.buffered, program.dtype, *sizes, 0 if form.latent else rotary)
 
 

@@ -120,7 +120,7 @@ class Cache(cache_utils.Cache):
         key_axis: Axis = "channel",
         value_axis: Axis = "token",
         rope: str = "post",
-        latent: int = 0,
+        latent: int | float = 0,
         rules: Rules = None,
         batch_size: int | None = None,
     ) -> None:
@@ -149,12 +149,12 @@ class Cache(cache_utils.Cache):
             raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
         chosen = parse(rules, default)
         check(chosen, model, full)
-        forms = adapter.layer_forms(model, default, len(layers), chosen)
+        forms = latents.planned(model, adapter.layer_forms(model, default, len(layers), chosen), full)
         # Where no program reads pages, nobody would read their bounds, and noting them would wait for the device.
         bounded = adapter.bounded_layers(model, full) if device.type == "cpu" else {}
         # Latents are made before RoPE as well.
         learned = learn(model, [i for i in full if forms[i].pre or forms[i].latent])
-        factors = latents.factors(model, {i: forms[i].latent for i in full if forms[i].latent})
+        factors = latents.factors(model, {i: forms[i].rank("key") for i in full if forms[i].latent})
         if factors and (both := [i for i in full if forms[i].pre and not forms[i].latent]):
             raise CacheError(
                 f"layers {both} keep keys before RoPE and layers {list(factors)} keep latents, whose angles "
