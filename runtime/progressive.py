@@ -27,7 +27,7 @@ def places(log_conditions: Sequence[float]) -> list[float]:
     """Where each product of the condition numbers from a layer to the last lies: 1 for the largest, 0 for the least."""
     logs = torch.tensor(log_conditions, dtype=torch.float64)
     behind = logs.flip(0).cumsum(0).flip(0)
-    return ((behind - behind.min()) / (behind.max() - behind.min()).clamp(min=1e-30)).tolist()  # type: ignore[no-any-return]
+    return ((behind - behind.min()) / (behind.max() - behind.min()).clamp(min=1e-30)).tolist()
 
 
 def share(x: float, place: float) -> float:

@@ -125,28 +125,35 @@ class Found:
 _found: weakref.WeakKeyDictionary[nn.Module, Found] = weakref.WeakKeyDictionary()
 
 
+def look(model: nn.Module, layers: Iterable[int], kinds: Iterable[Kind]) -> dict[int, Found]:
+    """What makes keys and values in ``layers`` of ``model``; tried again if weights changed or a kind is not known."""
+    modules = {index: (path, module) for index, path, module in attention_modules(model, list(layers))}
+    held = [_found.get(module) for _, module in modules.values()]
+    if not all(found is not None and found.serves(kinds) for found in held):
+        for index, answer in rope.try_attentions(model, list(modules), _look).items():
+            path, module = modules[index]
+            sides: dict[Kind, Projection | str] = {k: answer for k in KINDS} if isinstance(answer, str) else answer
+            _found[module] = Found(path, weakref.ref(module), sides, Weights(module))
+    return {index: _found[module] for index, (_, module) in modules.items()}
+
+
 def find(model: nn.Module, asked: Mapping[int, str], kinds: Iterable[Kind]) -> dict[int, Found]:
-    """What makes keys, values or both in some layers of ``model``; tried once while weights stay as they are.
+    """What makes keys, values or both in some layers of ``model``.
 
     ``asked`` says of each layer what the user has asked for there. Raises :class:`CacheError`, which repeats it, for a
     layer of which that is not known.
     """
-    layers = list(asked)
-    modules = {index: (path, module) for index, path, module in attention_modules(model, layers)}
-    held = [_found.get(modules[index][1]) if index in modules else None for index in layers]
-    if not all(found is not None and found.serves(kinds) for found in held):
-        for index, answer in rope.try_attentions(model, layers, _look).items():
-            sides: dict[Kind, Projection | str] = {k: answer for k in KINDS} if isinstance(answer, str) else answer
-            for kind in kinds:
-                if isinstance(why := sides[kind], str):
-                    raise CacheError(
-                        f"layer {index}: {asked[index]} needs the projection that makes its {kind}s, and {why}; use "
-                        f"{asked[index].partition('=')[0]}=0 here (compress_kv on this layer's attention, a rule, or "
-                        "for the whole cache)."
-                    )
-            path, module = modules[index]
-            _found[module] = Found(path, weakref.ref(module), sides, Weights(module))
-    return {index: _found[modules[index][1]] for index in layers}
+    found = look(model, asked, kinds)
+    for index, what in asked.items():
+        for kind in kinds:
+            why = found[index].sides[kind] if index in found else f"no module has layer_idx {index}"
+            if isinstance(why, str):
+                raise CacheError(
+                    f"layer {index}: {what} needs the projection that makes its {kind}s, and {why}; use "
+                    f"{what.partition('=')[0]}=0 here (compress_kv on this layer's attention, a rule, or for the whole "
+                    "cache)."
+                )
+    return found
 
 
 def _state_of(weight: Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from test_latent_cache import EXACT, model_of
 from torch import Tensor, nn
 
 import effcompile as ec
+from effcompile.kernels import ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.runtime import progressive
 from effcompile.runtime.cache import CacheError
@@ -100,9 +101,10 @@ def test_condition_numbers() -> None:
 
 def test_decorators_rules_and_packing(six: Any) -> None:
     """A share is an option like another; layers that say otherwise are left out of its budget."""
+    # Nothing here is about kernels, and building them takes seconds.
     model = ec.compress_kv(latent=0.67, key_bits=8, value_bits=4, rules={"model.layers.[01]": {"latent": 96}})(six)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ops.reference_only():
             cache = model(torch.arange(40)[None]).past_key_values
         found = ranks_of(cache)
         assert found[:2] == [96, 96]
@@ -129,7 +131,7 @@ def test_a_share_of_the_ranks_runs(six: Any) -> None:
     planned = ec.Cache(six, latent=0.8, **EXACT)
     rules = {f"model.layers.{i}": {"latent": rank} for i, rank in enumerate(ranks_of(planned))}
     given = ec.Cache(six, **EXACT, rules=rules)
-    with torch.no_grad():
+    with torch.no_grad(), ops.reference_only():
         for cache in (planned, given):
             six(ids[:, :50], past_key_values=cache)
         ours, theirs = (six(ids[:, 50:], past_key_values=cache).logits for cache in (planned, given))
