@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from effcompile.passes.coreinfer import CoreInfer
     from effcompile.passes.delta import Delta
     from effcompile.passes.discard import Discarded, discard_parameters
+    from effcompile.passes.fit_latents import fit_latents
     from effcompile.passes.flap import Flap
     from effcompile.passes.flexprefill import FlexPrefill
     from effcompile.passes.graph_kv import GraphKV, graph_kv_layout
@@ -114,6 +115,7 @@ else:
         "core_neurons": "runtime.core_state",
         "discard_parameters": "passes.discard",
         "expert_counts": "runtime.router_state",
+        "fit_latents": "passes.fit_latents",
         "forget_core_neurons": "runtime.core_state",
         "forget_routed_text": "runtime.routed_text",
         "graph_kv_layout": "passes.graph_kv",
@@ -181,6 +183,7 @@ __all__ = [
     "delta",
     "discard_parameters",
     "expert_counts",
+    "fit_latents",
     "flap",
     "flexprefill",
     "forget_core_neurons",

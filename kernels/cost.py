@@ -125,8 +125,9 @@ def scale_bytes(form: KVForm, kind: Kind) -> int:
 
 
 def _held(form: KVForm, kind: Kind) -> tuple[Any, Any]:
-    """Heads and channels of one side's buffers: latents are one head, whatever the keys are."""
-    return (Integer(1), Integer(form.latent)) if kind == "key" and form.latent else (G, _SIZES[kind])
+    """Heads and channels of one side's buffers: latents are one head, whatever the keys or values are."""
+    rank = form.rank(kind)
+    return (Integer(1), Integer(rank)) if rank else (G, _SIZES[kind])
 
 
 def _side_allocation(form: KVForm, kind: Kind, itemsize: int) -> Expr:
@@ -155,11 +156,11 @@ def table(rotary: int, latents: bool = False) -> Expr:
 def _side_read(form: KVForm, kind: Kind, itemsize: int, count: Expr, length: Any, rotary: int = 0) -> Cost:
     """Reading the newest ``count`` of ``length`` tokens of one side: codes, scales, tail, and dequantisation.
 
-    Packed keys before RoPE need their angles too, and two products and a sum for each rotated channel. All latents
-    need them, and are multiplied by their up-projection, fp32, which is read as well.
+    Packed keys before RoPE need their angles too, and two products and a sum for each rotated channel. All latents of
+    keys need them, and are multiplied by their up-projection, fp32, which is read as well.
     """
     (heads, size), bits = _held(form, kind), form.bits(kind)
-    latents = kind == "key" and form.latent > 0
+    latents = kind == "key" and form.rank(kind) > 0
     tail = length - packed_length(form, length) if bits != 16 else count
     packed = Max(0, count - tail) if bits != 16 else Integer(0)
     channel = form.axis(kind) == "channel"
@@ -190,7 +191,16 @@ def attend(form: KVForm, predicate: Predicate, itemsize: int, rotary: int = 0) -
     """
     read = _store_read(form, itemsize, tokens_read(predicate), S, rotary)
     mask = B * tokens_read(predicate) if predicate.key_mask else Integer(0)
-    return Cost(_ends(itemsize, True) + read.bytes + mask, B * H * pairs(predicate) * 2 * (D + E) + read.flops)
+    rank = form.rank("value")
+    if rank:  # latents are summed, and each row of sums is multiplied by the up-projection
+        read += Cost(_value_up(rank), B * H * T * 2 * (rank + 1) * E)
+    met = D + (rank or E)
+    return Cost(_ends(itemsize, True) + read.bytes + mask, B * H * pairs(predicate) * 2 * met + read.flops)
+
+
+def _value_up(rank: int) -> Expr:
+    """Bytes of the up-projection of latents of values, with their bias."""
+    return G * E * (rank + 1) * 4
 
 
 @functools.cache
@@ -221,6 +231,8 @@ def unfused(form: KVForm, itemsize: int, mask_itemsize: int = 1, rotary: int = 0
     computes every pair, hidden or not.
     """
     read = _store_read(form, itemsize, S, S, rotary)
+    if rank := form.rank("value"):
+        read += Cost(_value_up(rank), B * G * S * E * 2 * (rank + 1))
     loaded = B * G * C * (D + E) * itemsize
     mask = B * T * C * mask_itemsize
     return Cost(read.bytes + 2 * loaded + mask + _ends(itemsize, False), read.flops + 2 * B * H * T * C * (D + E))

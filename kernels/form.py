@@ -38,7 +38,8 @@ angles of all tokens are in one more buffer, shared by the layers of a cache (:m
 
 With ``latent=r`` the key side holds no keys but their latents (:mod:`effcompile.kernels.latent`): one head of ``r``
 channels for all key heads, in any of the forms above, so ``G`` is 1 and ``D`` is ``r`` in the table. They are made
-before the rotary embedding; ``rope`` then says which pairs of channels a rebuilt key is rotated in.
+before the rotary embedding; ``rope`` then says which pairs of channels a rebuilt key is rotated in. The same for the
+value side with ``value_latent=r``.
 
 Sources: KIVI (Liu et al., ICML 2024), sections 3.2 and 4: keys per channel, values per token, a full-precision
 residual. KVTuner (Li et al., ICML 2025) serves keys per channel and keys per token. KVQuant (Hooper et al., NeurIPS
@@ -65,6 +66,9 @@ Axis = Literal["channel", "token"]
 _AXES: dict[Kind, Axis] = {"key": "channel", "value": "token"}
 """The axes that need no word in the name of a form."""
 
+LATENT: dict[Kind, str] = {"key": "latent", "value": "value_latent"}
+"""The option that says how many channels the latents of a side have."""
+
 ROPE = ("post", "pre", "pre_adjacent")
 """Packed keys with their rotary embedding, or without it: the pairs that were rotated are channels ``i`` and
 ``i + r/2`` of the first ``r`` with ``"pre"``, ``2*i`` and ``2*i + 1`` with ``"pre_adjacent"``. A model has one of the
@@ -79,6 +83,19 @@ def word(bits: int) -> tuple[int, int]:
     """
     shared = math.gcd(8, bits)
     return 8 // shared, bits // shared
+
+
+def is_share(latent: object) -> bool:
+    """Whether latents are given as a share of the channels of all layers, and not as channels.
+
+    >>> is_share(0.67), is_share(128), is_share(0), is_share(1.0)
+    (True, False, False, False)
+    """
+    return isinstance(latent, float) and 0 < latent < 1
+
+
+def _is_rank(latent: object) -> bool:
+    return isinstance(latent, int) and not isinstance(latent, bool) and latent >= 0 and latent % 16 == 0
 
 
 class FormError(ValueError):
@@ -109,8 +126,10 @@ class KVForm:
         What a scale is shared along. An unquantised side has no axis: it is set to the default.
     rope
         One of :data:`ROPE`: whether packed keys hold the rotary embedding.
-    latent
-        ``r``, the channels of the latents that stand for the keys of all heads. A multiple of 16; 0: keys themselves.
+    latent, value_latent
+        ``r``, the channels of the latents that stand for the keys, or the values, of all heads. A multiple of 16; 0:
+        keys, or values, themselves. A share between 0 and 1 stands for ranks that a cache chooses; such a form has no
+        buffers.
 
     Raises
     ------
@@ -123,8 +142,8 @@ class KVForm:
     True
     >>> KVForm('fp8', 4, key_axis='token').name
     'kfp8v4g32r128kt'
-    >>> KVForm(8, 4, latent=128).name
-    'k8l128v4g32r128'
+    >>> KVForm(8, 4, latent=128, value_latent=96).name
+    'k8l128v4l96g32r128'
     """
 
     key_bits: Bits = 4
@@ -134,7 +153,8 @@ class KVForm:
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
     rope: str = "post"
-    latent: int = 0
+    latent: int | float = 0
+    value_latent: int | float = 0
 
     def __post_init__(self) -> None:
         for kind, axis in _AXES.items():
@@ -158,13 +178,17 @@ class KVForm:
             )
         if self.rope not in ROPE:
             raise FormError(f"rope={self.rope!r} is not offered; choose 'post' or 'pre'.")
-        if isinstance(self.latent, bool) or not isinstance(self.latent, int) or self.latent < 0 or self.latent % 16:
-            raise FormError(
-                f"latent={self.latent!r} is not offered; choose the channels that stand for the keys of all heads, a "
-                "multiple of 16 such as 128, or 0 to keep whole keys."
-            )
+        for kind, name in LATENT.items():
+            given = getattr(self, name)
+            if not (is_share(given) or _is_rank(given)):
+                raise FormError(
+                    f"{name}={given!r} is not offered; choose the channels that stand for the {kind}s of all heads, a "
+                    "multiple of 16 such as 128, a share of all layers' channels such as 0.67, or 0 to keep whole "
+                    f"{kind}s."
+                )
+            if given and not is_share(given):
+                self.check_head(kind, self.rank(kind))
         if self.latent:
-            self.check_head("key", self.latent)
             return  # latents are made before RoPE, whatever their bits and axis
         if self.rope != "post" and self.key_bits == 16:
             raise FormError(
@@ -180,17 +204,18 @@ class KVForm:
     def name(self) -> str:
         """The form as one word; it travels in graphs as an operator argument and so reaches every cache key."""
         axes = ("kt" if self.key_axis == "token" else "") + ("vc" if self.value_axis == "channel" else "")
-        latent = f"l{self.latent}" if self.latent else ""
-        plain = f"k{self.key_bits}{latent}v{self.value_bits}g{self.group}r{self.residual}{axes}"
+        key, value = (f"l{given}" if given else "" for given in (self.latent, self.value_latent))
+        plain = f"k{self.key_bits}{key}v{self.value_bits}{value}g{self.group}r{self.residual}{axes}"
         return plain + self.rope.removeprefix("post")
 
     @classmethod
     def parse(cls, name: str) -> KVForm:
         """The form whose :attr:`name` is ``name``. Raises :class:`FormError` for anything else."""
-        found = re.fullmatch(rf"k(\d+|fp8)(?:l(\d+))?v(\d+|fp8)g(\d+)r(\d+)(kt)?(vc)?({'|'.join(ROPE[1:])})?", name)
+        side = r"(\d+|fp8)(?:l(\d+))?"
+        found = re.fullmatch(rf"k{side}v{side}g(\d+)r(\d+)(kt)?(vc)?({'|'.join(ROPE[1:])})?", name)
         if not found:
             raise FormError(f"{name!r} is not the name of a form; expected for example 'k4v4g32r128'.")
-        key, latent, value, group, residual, key_token, value_channel, rope = found.groups()
+        key, latent, value, value_latent, group, residual, key_token, value_channel, rope = found.groups()
         return cls(
             "fp8" if key == "fp8" else int(key),
             "fp8" if value == "fp8" else int(value),
@@ -200,6 +225,7 @@ class KVForm:
             "channel" if value_channel else "token",
             rope or "post",
             int(latent or 0),
+            int(value_latent or 0),
         )
 
     @property
@@ -226,7 +252,14 @@ class KVForm:
     @property
     def buffered(self) -> KVForm:
         """The form of the buffers by themselves, which know nothing of what latents become."""
-        return dataclasses.replace(self, latent=0, rope="post") if self.latent else self
+        if not self.latents:
+            return self
+        return dataclasses.replace(self, latent=0, value_latent=0, rope="post" if self.latent else self.rope)
+
+    @property
+    def latents(self) -> bool:
+        """Whether keys, values or both are latents."""
+        return bool(self.latent or self.value_latent)
 
     @property
     def bounds_keys(self) -> bool:
@@ -252,6 +285,17 @@ class KVForm:
         """What a scale of the keys or of the values is shared along."""
         return self.key_axis if kind == "key" else self.value_axis
 
+    def rank(self, kind: Kind) -> int:
+        """The channels of a side's latents; 0 for whole keys or values. Raises :class:`FormError` for a share."""
+        given = getattr(self, LATENT[kind])
+        if is_share(given):
+            raise FormError(f"{LATENT[kind]}={given!r} is a share; make a cache of this form, which chooses the ranks.")
+        return int(given)
+
+    def step(self, kind: Kind) -> int:
+        """What the channels of a side's latents are a multiple of."""
+        return self.group if self.bits(kind) != 16 and self.axis(kind) == "token" else 16
+
     def span(self, kind: Kind) -> int:
         """Tokens that one row of a side's first buffer stands for: a group of channels that are packed, else 1."""
         return self.group if self.bits(kind) != 16 and self.axis(kind) == "channel" else 1
@@ -262,8 +306,7 @@ class KVForm:
 
     def check_head(self, kind: Kind, size: int) -> None:
         """Raise :class:`FormError` if a head of ``size`` channels cannot be packed with this form."""
-        bits, latent = self.bits(kind), kind == "key" and self.latent
-        size = latent or size
+        bits, size = self.bits(kind), self.rank(kind) or size
         if bits == 16:
             return
         if self.axis(kind) == "token" and size % self.group:
@@ -283,8 +326,8 @@ class KVForm:
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of one side's buffers, in operator order: dense, or codes, scales, tail."""
         bits = self.bits(kind)
-        if kind == "key" and self.latent:
-            heads, size = 1, self.latent
+        if rank := self.rank(kind):
+            heads, size = 1, rank
         if bits == 16:
             return [((batch, heads, capacity, size), dtype)]
         self.check_head(kind, size)

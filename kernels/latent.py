@@ -1,4 +1,4 @@
-"""Keys as low-rank latents: what the key side of a store holds with ``latent=r``, and how keys are rebuilt from it.
+"""Keys and values as low-rank latents: what a side of a store holds with ``latent=r``, and how it is rebuilt.
 
 The keys of all ``G`` heads before their norm and their rotary embedding are one linear map of the hidden state, ``k =
 W x + b`` with ``W`` ``[G*D, d]``. With the first ``r`` left singular vectors ``U`` ``[G*D, r]`` of ``W``, the map of
@@ -12,7 +12,12 @@ bias, and ``up[..., r + 1]`` the weight of the norm, which is there if ``eps`` i
 
 Rebuilt keys are rounded to the model's dtype, as its own are.
 
-Source: LoRC (Zhang et al., 2024, arXiv 2410.03111), the low-rank K projection and its use before RoPE.
+Values have latents of their own with ``value_latent=r``, and nothing between them and the sum over tokens: ``sum_t p_t
+(U c_t + b) = U (sum_t p_t c_t) + b sum_t p_t``. So attention sums latents, the same for all heads, and their
+up-projection comes once for each query, behind the softmax. The last sum is 1 but where a sink takes mass. Their
+operand ``value_up`` ``[G, r + 1, E]`` fp32 holds ``U^T`` by heads and the bias as one more row, which meets that sum.
+
+Source: LoRC (Zhang et al., 2024, arXiv 2410.03111), the low-rank K and V projections and their use before RoPE.
 """
 
 from __future__ import annotations
@@ -27,9 +32,14 @@ BESIDES = 2
 """Columns of ``up`` behind those of ``U``: the bias, and the weight of the norm."""
 
 
-def rank_of(up: Tensor) -> int:
-    """``r``, the channels of a latent."""
-    return up.shape[2] - BESIDES
+def rank_of(up: Tensor | None) -> int:
+    """``r``, the channels of a key's latent; 0 without an operand."""
+    return 0 if up is None else up.shape[2] - BESIDES
+
+
+def value_rank_of(value_up: Tensor | None) -> int:
+    """``r``, the channels of a value's latent; 0 without an operand."""
+    return 0 if value_up is None else value_up.shape[1] - 1
 
 
 def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -53,6 +63,18 @@ def operand(basis: Tensor, heads: int, bias: Tensor | None = None, norm: Tensor 
     return torch.cat([basis.view(heads, size, -1), torch.stack(columns, 2)], 2).float()
 
 
+def value_operand(basis: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """``value_up`` fp32 of ``U`` ``[G*E, r]`` and a bias ``[G*E]``."""
+    row = basis.new_zeros(basis.shape[0]) if bias is None else bias.detach().to(basis)
+    return torch.cat([basis, row[:, None]], 1).view(heads, -1, basis.shape[1] + 1).mT.float().contiguous()
+
+
+def rebuild_values(latents: Tensor, value_up: Tensor) -> Tensor:
+    """Values ``[B, G, S, E]`` fp32 of the latents ``[B, 1, S, r]``."""
+    held = latents[:, 0].float()
+    return torch.einsum("bsr,gre->bgse", torch.cat([held, torch.ones_like(held[..., :1])], 2), value_up)
+
+
 def rebuild(latents: Tensor, up: Tensor, eps: float | None, table: Tensor | None, kind: str) -> Tensor:
     """Keys ``[B, G, S, D]`` fp32 of the latents ``[B, 1, S, r]`` of tokens 0 to ``S``.
 
@@ -69,13 +91,26 @@ def rebuild(latents: Tensor, up: Tensor, eps: float | None, table: Tensor | None
     return rope.rotate(keys, cos, sin, kind)
 
 
-def keys_of(
-    state: list[Tensor], length: Tensor, form: KVForm, up: Tensor, eps: float | None, table: Tensor | None
-) -> Tensor:
-    """All keys ``[B, G, C, D]`` that the key side of a store stands for, in its dtype, 0 from ``length`` on.
+def load(
+    keys: list[Tensor],
+    values: list[Tensor],
+    length: Tensor,
+    form: KVForm,
+    up: Tensor | None,
+    eps: float | None,
+    value_up: Tensor | None,
+    table: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All keys ``[B, G, C, D]`` and values ``[B, G, C, E]`` that a store with latents stands for, 0 from ``length`` on.
 
-    The length stays on its device.
+    In its dtype. The length stays on its device.
     """
-    keys = rebuild(quantize.load_room(state, length, form.buffered, "key"), up, eps, table, form.rope)
-    seen = torch.arange(keys.shape[2], device=keys.device) < length
-    return torch.where(seen[:, None], keys, 0).to(state[-1].dtype).contiguous()
+    if up is None:
+        key = quantize.load_room(keys, length, form, "key", table)
+    else:
+        key = rebuild(quantize.load_room(keys, length, form.buffered, "key"), up, eps, table, form.rope)
+    value = quantize.load_room(values, length, form, "value")
+    value = value if value_up is None else rebuild_values(value, value_up)
+    seen = torch.arange(key.shape[2], device=key.device)[:, None] < length
+    # A new tensor where nothing was rebuilt: what is loaded is no view of the store.
+    return tuple(torch.where(seen, x, 0).to(side[-1].dtype).contiguous() for x, side in ((key, keys), (value, values)))  # type: ignore[return-value]

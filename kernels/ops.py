@@ -7,8 +7,9 @@ the same arguments or decline; a declined call runs the reference body. State is
 (:mod:`effcompile.kernels.form`). ``length`` is an int64 0-d tensor on the same device. ``table`` holds the angles of
 all tokens (:mod:`effcompile.kernels.rope`); forms of keys before RoPE need it, others take none. ``rope_store`` writes
 the angles of new tokens, once for all layers, before their ``kv_store``. Forms of latents need ``up``, and ``eps`` if
-keys are normed, to make keys of what the buffers hold (:mod:`effcompile.kernels.latent`); the key that ``kv_store``
-takes there is the latents ``[B, 1, T, r]`` themselves, and it needs no table.
+keys are normed, to make keys of what the buffers hold (:mod:`effcompile.kernels.latent`), and ``value_up`` to make
+values; the key, or value, that ``kv_store`` takes there is the latents ``[B, 1, T, r]`` themselves, and latents of keys
+need no table.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ READ = _STATE.format(*[""] * 6)
 
 library.define(f"kv_store({_MUTATED}, Tensor length, Tensor key, Tensor value, str form, *, Tensor? table=None) -> ()")
 library.define(
-    f"kv_load({READ}, Tensor length, str form, *, Tensor? table=None, Tensor? up=None, float? eps=None) "
-    "-> (Tensor, Tensor)"
+    f"kv_load({READ}, Tensor length, str form, *, Tensor? table=None, Tensor? up=None, float? eps=None, "
+    "Tensor? value_up=None) -> (Tensor, Tensor)"
 )
 library.define(
     f"attend(Tensor query, {READ}, Tensor length, Tensor? key_mask, str form, float scale, bool causal, int window, "
     "*, Tensor? table=None, float? softcap=None, Tensor? bias=None, Tensor? sinks=None, "
-    "Tensor? segments=None, Tensor? prefix=None, Tensor? up=None, float? eps=None) -> (Tensor, Tensor)"
+    "Tensor? segments=None, Tensor? prefix=None, Tensor? up=None, float? eps=None, Tensor? value_up=None) "
+    "-> (Tensor, Tensor)"
 )
 library.define("rope_store(Tensor(a!) table, Tensor length, Tensor cos, Tensor sin) -> ()")
 library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
@@ -96,10 +98,23 @@ def launch(op: str, device_type: str, *args: Any, **extra: Any) -> Any:
     try:
         return launcher(*args, **{name: given for name, given in extra.items() if given is not None})
     except KernelUnavailable as why:
-        if str(why) not in _warned:
-            _warned.add(str(why))
-            warnings.warn(f"effcompile::{op} runs its PyTorch reference body (slow, same result): {why}", stacklevel=3)
+        _warn(op, why)
         raise
+
+
+def _warn(op: str, why: KernelUnavailable) -> None:
+    if str(why) not in _warned:
+        _warned.add(str(why))
+        warnings.warn(f"effcompile::{op} runs its PyTorch reference body (slow, same result): {why}", stacklevel=4)
+
+
+def _check_device(op: str, name: str, device_type: str) -> None:
+    """Raise :class:`KernelUnavailable` where no launcher knows of latents of values."""
+    if device_type != "cpu" and KVForm.parse(name).value_latent:
+        why = KernelUnavailable(f"no kernel for {device_type!r} reads or writes latents of values ({name})")
+        if not _reference_only:
+            _warn(op, why)
+        raise why
 
 
 def split_state(state: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,27 +128,40 @@ def capacity_of(keys: list[Tensor], form: KVForm) -> int:
     return keys[0].shape[2] * form.span("key")
 
 
-def _check_table(name: str, table: Tensor | None, up: Tensor | None = None, loads: bool = True) -> KVForm:
+def _check_table(
+    name: str, table: Tensor | None, up: Tensor | None = None, value_up: Tensor | None = None, loads: bool = True
+) -> KVForm:
     """The form ``name``. Raises ``ValueError`` if it needs a table and there is none, or the other way round.
 
-    The same for what makes keys of latents, which is for what ``loads`` only.
+    The same for what makes keys and values of latents, which is for what ``loads`` only.
     """
     form = KVForm.parse(name)
-    turns, rebuilds = form.pre and (loads or not form.latent), form.latent > 0 and loads
+    turns = form.pre and (loads or not form.latent)
     if turns != (table is not None):
         raise ValueError(f"the form {name} {'needs a' if turns else 'takes no'} table of angles.")
-    if rebuilds != (up is not None) or (up is not None and latent.rank_of(up) != form.latent):
-        given = "none" if up is None else f"one of {tuple(up.shape)}"
-        raise ValueError(f"the form {name} needs {'an' if rebuilds else 'no'} up-projection of latents, not {given}.")
+    given = {"key": up, "value": value_up}
+    for kind, rank in (("key", latent.rank_of(up)), ("value", latent.value_rank_of(value_up))):
+        wanted, found = form.rank(kind) if loads else 0, given[kind]  # type: ignore[arg-type]
+        if rank != wanted or (found is not None) != (wanted > 0):
+            got = "none" if found is None else f"one of {tuple(found.shape)}"
+            what = "latents" if kind == "key" else "latents of values"
+            raise ValueError(f"the form {name} needs {'an' if wanted else 'no'} up-projection of {what}, not {got}.")
     return form
 
 
 def _read(
-    state: tuple[Any, ...], n: int, form: KVForm, table: Tensor | None, up: Tensor | None, eps: float | None
+    state: tuple[Any, ...],
+    n: int,
+    form: KVForm,
+    table: Tensor | None,
+    up: Tensor | None,
+    eps: float | None,
+    value_up: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The first ``n`` keys and values, dequantised and rebuilt: ``[B, G, n, D]`` and ``[B, G, n, E]``."""
     keys, values = split_state(state)
     value = quantize.load_side(values, n, form, "value")
+    value = value if value_up is None else latent.rebuild_values(value, value_up)
     if up is None:
         return quantize.load_side(keys, n, form, "key", table), value
     latents = quantize.load_side(keys, n, form.buffered, "key")
@@ -143,6 +171,7 @@ def _read(
 def _kv_store(*args: Any, table: Tensor | None = None) -> None:
     *state, length, key, value, name = args
     try:
+        _check_device("kv_store", name, key.device.type)
         launch("kv_store", key.device.type, *args, table=table)
         return
     except KernelUnavailable:
@@ -159,15 +188,17 @@ def _kv_store(*args: Any, table: Tensor | None = None) -> None:
 
 
 def _kv_load(
-    *args: Any, table: Tensor | None = None, up: Tensor | None = None, eps: float | None = None
+    *args: Any,
+    table: Tensor | None = None,
+    up: Tensor | None = None,
+    eps: float | None = None,
+    value_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     *state, length, name = args
-    if up is not None:  # products that PyTorch has kernels for, and nothing is read back to the host
-        form, (keys, values) = _check_table(name, table, up), split_state(tuple(state))
-        value = quantize.load_room(values, length, form, "value")
-        seen = torch.arange(value.shape[2], device=value.device) < length
-        value = torch.where(seen[:, None], value, 0).to(values[-1].dtype).contiguous()
-        return latent.keys_of(keys, length, form, up, eps, table), value
+    # Products that PyTorch has kernels for, and nothing is read back to the host.
+    if up is not None or value_up is not None:
+        form = _check_table(name, table, up, value_up)
+        return latent.load(*split_state(tuple(state)), length, form, up, eps, value_up, table)
     try:
         result: tuple[Tensor, Tensor] = launch("kv_load", state[0].device.type, *args, table=table)
         return result
@@ -187,19 +218,21 @@ def _attend(
     table: Tensor | None = None,
     up: Tensor | None = None,
     eps: float | None = None,
+    value_up: Tensor | None = None,
     **parts: Any,
 ) -> tuple[Tensor, Tensor]:
     *state, length, key_mask, name, scale, causal, window = args
-    more = {"table": table, "up": up, "eps": eps}
+    more = {"table": table, "up": up, "eps": eps, "value_up": value_up}
     try:
+        _check_device("attend", name, query.device.type)
         result: tuple[Tensor, Tensor] = launch("attend", query.device.type, query, *args, **more, **parts)
         return result
     except KernelUnavailable:
-        form, n = _check_table(name, table, up), int(length)
+        form, n = _check_table(name, table, up, value_up), int(length)
         segments, prefix = parts.pop("segments", None), parts.pop("prefix", None)
         rules = key_mask is not None, segments is not None, prefix is not None
         predicate = Predicate(causal, window if window >= 0 else None, *rules)
-        key, value = _read(tuple(state), n, form, table, up, eps)
+        key, value = _read(tuple(state), n, form, table, up, eps, value_up)
         # Some queries at a time, as all scores of a long prompt would not fit in memory; rows do not depend on others.
         rows, bias = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * n)), parts.get("bias")
         # For causal queries the last of them is the end of the store; a prefix may lie behind it.
@@ -241,33 +274,36 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _empty_dense(state: Any, form: KVForm, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _empty_dense(
+    state: Any, form: KVForm, up: Tensor | None = None, value_up: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Uninitialised dense keys and values ``[B, G, C, D]`` in the model's dtype."""
     k0, _, k_tail, v0, _, v_tail = state
     key_like = k0 if form.key_bits == 16 else k_tail
     value_like = v0 if form.value_bits == 16 else v_tail
     capacity = k0.shape[2] * form.span("key")
-    (batch, key_heads), heads = k0.shape[:2], v0.shape[1]
-    key_heads, key_size = (key_heads, key_like.shape[3]) if up is None else up.shape[:2]
+    batch = k0.shape[0]
+    key_heads, key_size = (k0.shape[1], key_like.shape[3]) if up is None else up.shape[:2]
+    heads, value_size = (v0.shape[1], value_like.shape[3]) if value_up is None else value_up.shape[::2]
     return (
         key_like.new_empty(batch, key_heads, capacity, key_size),
-        value_like.new_empty(batch, heads, capacity, value_like.shape[3]),
+        value_like.new_empty(batch, heads, capacity, value_size),
     )
 
 
 def _fake_kv_load(
-    *args: Any, table: Tensor | None = None, up: Tensor | None = None, eps: float | None = None
+    *args: Any, up: Tensor | None = None, value_up: Tensor | None = None, **others: Any
 ) -> tuple[Tensor, Tensor]:
     *state, _length, name = args
-    return _empty_dense(state, KVForm.parse(name), up)
+    return _empty_dense(state, KVForm.parse(name), up, value_up)
 
 
-def _fake_attend(query: Tensor, *args: Any, **extra: Any) -> tuple[Tensor, Tensor]:
+def _fake_attend(query: Tensor, *args: Any, value_up: Tensor | None = None, **extra: Any) -> tuple[Tensor, Tensor]:
     *state, _length, _mask, name, _scale, _causal, _window = args
     value = state[3] if KVForm.parse(name).value_bits == 16 else state[5]
     batch, heads, rows = query.shape[:3]
     return (
-        query.new_empty(batch, heads, rows, value.shape[3]),
+        query.new_empty(batch, heads, rows, value.shape[3] if value_up is None else value_up.shape[2]),
         query.new_empty(batch, heads, rows, dtype=torch.float32),
     )
 

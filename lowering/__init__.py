@@ -48,6 +48,8 @@ def refusal(program: Program | StoreProgram, device_type: str) -> str | None:
         return cpp.refusal(program)
     if device_type != "cuda":
         return f"no kernels are generated for {device_type!r}"
+    if program.form.value_latent:
+        return "no GPU kernel sums latents of values"
     return triton.refusal(program)
 
 

@@ -45,6 +45,8 @@ from effcompile.lowering.cpp_arguments import (
 AnyProgram: TypeAlias = Program | StoreProgram
 Entry: TypeAlias = Callable[[bytes], int]
 
+LATENT_SIZE = 8192
+"""Channels that a store takes at most."""
 _CPP_TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 
 
@@ -79,7 +81,8 @@ def source(program: AnyProgram) -> str:
         "int64_t key_size": program.key_size,
         "int64_t value_size": program.value_size,
         "int64_t rotary": program.rotary,
-        "int64_t latent": form.latent,
+        "int64_t latent": form.rank("key"),
+        "int64_t value_latent": form.rank("value"),
         "bool adjacent": str(form.rope == "pre_adjacent").lower(),
     }
     entries: dict[str, tuple[str, str]]
@@ -132,13 +135,15 @@ def source(program: AnyProgram) -> str:
 
 def refusal(program: AnyProgram) -> str | None:
     """Why no C++ kernel can serve ``program``, or None."""
-    if program.form.latent and not (isinstance(program, Program) and program.phase == "decode" and not program.blocks):
-        return "many queries and latents: their keys are rebuilt once, densely, and not for each tile of queries"
+    if program.form.latents and not (isinstance(program, Program) and program.phase == "decode" and not program.blocks):
+        return "many queries and latents: these are multiplied out once, densely, and not for each tile of queries"
     if program.form.pre != (0 < program.rotary <= program.key_size):
         return f"the form {program.form.name} with a table of angles of {program.rotary} channels"
+    # Latents of all heads together are more than a head, and storing them keeps nothing in registers.
+    largest = HEAD_SIZES[-1] if isinstance(program, Program) else LATENT_SIZE
     for kind, size in (("key", program.key_size), ("value", program.value_size)):
-        if size not in HEAD_SIZES or size % 8:
-            offered = f"multiples of 8 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"
+        if not HEAD_SIZES[0] <= size <= largest or size % 8:
+            offered = f"multiples of 8 from {HEAD_SIZES[0]} to {largest}"
             return f"{kind} heads of {size} channels ({offered} have C++ kernels)"
         try:
             program.form.check_head(kind, size)  # type: ignore[arg-type]
@@ -230,11 +235,13 @@ def bind(key: tuple[Any, ...], op: str, make: Callable[[], AnyProgram]) -> Entry
     return entry
 
 
-def _of_rank(name: str, rank: int) -> KVForm:
-    """The form ``name``, of which a call gives the up-projection of ``rank`` latents, or none for 0."""
+def _of_ranks(name: str, *ranks: int) -> KVForm:
+    """The form ``name``, of which a call gives the up-projections of ``ranks`` latents, or none for 0."""
     form = KVForm.parse(name)
-    if form.latent != rank:
-        raise KernelUnavailable(f"an up-projection of {rank} latents for the form {name}")
+    for kind, rank in zip(("key", "value"), ranks, strict=True):
+        if form.rank(kind) != rank:  # type: ignore[arg-type]
+            what = "latents" if kind == "key" else "latents of values"
+            raise KernelUnavailable(f"an up-projection of {rank} {what} for the form {name}")
     return form
 
 
@@ -261,24 +268,24 @@ def attend(
     prefix: Tensor | None = None,
     up: Tensor | None = None,
     eps: float | None = None,
+    value_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``effcompile::attend`` on CPUs. Arguments and results are the operator's."""
     batch, heads, queries, size = query.shape
-    groups = v0.shape[1]
+    groups, value_size = (v0.shape[1], (v0 if v2 is None else v2).shape[3]) if value_up is None else value_up.shape[::2]
     dtype = query.dtype
     ratio = heads // groups
-    value_size = (v0 if v2 is None else v2).shape[3]
     few = queries * ratio <= DECODE_ROWS
-    rank = 0 if up is None else latent.rank_of(up)
+    ranks = latent.rank_of(up), latent.value_rank_of(value_up)
     parts = (softcap is not None, bias is not None, sinks is not None)
     rules = (key_mask is not None, segments is not None, prefix is not None)
-    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, rotary(table), rank, eps is None)
+    key = (form, dtype, size, value_size, ratio, few, causal, window, rules, parts, rotary(table), ranks, eps is None)
     entry = bind(
         key,
         "attend",
         lambda: Program(
             "decode" if few else "prefill",
-            _of_rank(form, rank),
+            _of_ranks(form, *ranks),
             Predicate(causal, window if window >= 0 else None, *rules),
             dtype,
             ratio,
@@ -289,15 +296,19 @@ def attend(
             normed=eps is not None,
         ),
     )
-    if ratio * groups != heads or k0.shape[0] != batch:
-        raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(k0.shape)}")
+    held_heads = tuple(1 if rank else groups for rank in ranks)
+    if ratio * groups != heads or k0.shape[0] != batch or (k0.shape[1], v0.shape[1]) != held_heads:
+        shapes = f"{tuple(k0.shape)} and {tuple(v0.shape)}"
+        raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {shapes}")
     more, held = b"", None
-    if any(parts) or any(rules[1:]) or up is not None:
+    if any(parts) or any(rules[1:]) or any(ranks):
         more, held = score_arguments(softcap, bias, sinks, segments, prefix, query, capacity_of(k0, v0), length)
-    if up is not None:
-        more += latent_arguments(up, eps, groups, size)
+    if any(ranks):
+        more += latent_arguments(up, eps, value_up, groups, size)
     state = (k0, k1, k2, v0, v1, v2)
-    packed, out, lse, alive = attend_arguments(query, state, length, key_mask, scale, table, rank)
+    packed, out, lse, alive = attend_arguments(
+        query, state, length, key_mask, scale, table, ranks, (groups, value_size)
+    )
     beyond = entry(packed + more)
     del alive, held
     if beyond:

@@ -19,7 +19,7 @@ ATTEND = struct.Struct("=8q 4q 4q 3q q q d").pack
 # ScoreArgs, behind the former if a program has parts.
 SCORE = struct.Struct("=q 3q q d q q q q").pack
 # LatentArgs, behind ScoreArgs.
-LATENT = struct.Struct("=q d").pack
+LATENT = struct.Struct("=q d q").pack
 STORE = struct.Struct("=8q 2q 5q 6q q").pack
 LOAD = struct.Struct("=8q 2q 3q q").pack
 
@@ -65,11 +65,15 @@ def table_pointer(table: Tensor | None, batch: int, capacity: int, dtype: torch.
     return table.data_ptr()
 
 
-def latent_arguments(up: Tensor, eps: float | None, groups: int, size: int) -> bytes:
-    """``LatentArgs``; the caller keeps ``up`` alive."""
-    if up.shape[:2] != (groups, size) or up.dtype is not torch.float32 or not up.is_contiguous():
-        raise KernelUnavailable(f"an up-projection of {tuple(up.shape)} in {up.dtype} for {groups} heads of {size}")
-    return LATENT(up.data_ptr(), 0.0 if eps is None else eps)
+def latent_arguments(up: Tensor | None, eps: float | None, value_up: Tensor | None, groups: int, size: int) -> bytes:
+    """``LatentArgs``; the caller keeps the tensors alive."""
+    pointers = []
+    for given, fits in ((up, up is None or up.shape[:2] == (groups, size)), (value_up, True)):
+        if given is not None and not (fits and given.dtype is torch.float32 and given.is_contiguous()):
+            text = f"an up-projection of {tuple(given.shape)} in {given.dtype} for {groups} heads of {size}"
+            raise KernelUnavailable(text)
+        pointers.append(0 if given is None else given.data_ptr())
+    return LATENT(pointers[0], 0.0 if eps is None else eps, pointers[1])
 
 
 def capacity_of(keys: Tensor, values: Tensor) -> int:
@@ -142,18 +146,20 @@ def attend_arguments(
     key_mask: Tensor | None,
     scale: float,
     table: Tensor | None = None,
-    latent: int = 0,
+    ranks: tuple[int, int] = (0, 0),
+    values: tuple[int, int] | None = None,
 ) -> tuple[bytes, Tensor, Tensor, Any]:
     """``AttendArgs`` as bytes, the results they will be written to, and what the caller keeps alive meanwhile.
 
-    With ``latent`` the key side holds one head of as many channels, and the table is fp32.
+    ``ranks`` are the channels of latents of keys and values, and 0 where a side holds none; beside latents of keys the
+    table is fp32. ``values`` are the heads and the size of what comes out, where that is not what the store holds.
     """
     k0, _, _, v0, _, v2 = state
     assert k0 is not None
     assert v0 is not None
     batch, heads, queries, size = query.shape
-    value_size = (v0 if v2 is None else v2).shape[3]
-    pointers = pointers_of(tuple(state), query.dtype, latent or size, value_size)
+    groups, value_size = values or (v0.shape[1], (v0 if v2 is None else v2).shape[3])
+    pointers = pointers_of(tuple(state), query.dtype, ranks[0] or size, ranks[1] or value_size)
     capacity = capacity_of(k0, v0)
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -166,13 +172,13 @@ def attend_arguments(
     packed = ATTEND(
         *pointers,
         length_pointer(length),
-        table_pointer(table, batch, capacity, torch.float32 if latent else torch.float16),
+        table_pointer(table, batch, capacity, torch.float32 if ranks[0] else torch.float16),
         query.data_ptr(),
         mask_pointer,
         out.data_ptr(),
         lse.data_ptr(),
         batch,
-        v0.shape[1],
+        groups,
         queries,
         capacity,
         *query.stride()[:3],

@@ -31,6 +31,7 @@ from effcompile.passes.timing import Times, measure
 from effcompile.patterns.linear import find_linears, operands_of
 from effcompile.patterns.router import find_routers
 from effcompile.patterns.walk import shape
+from effcompile.runtime import progressive
 from effcompile.runtime.plan import Plan, Record, digest
 from effcompile.runtime.second_moment import SecondMoment
 
@@ -191,10 +192,7 @@ def _item(method: LowRank, site: _Site, found: Spectrum, times: Mapping[tuple[in
         unit = site.covered.weight.element_size()
     log_condition = 0.0
     if method.planner == "lorc":
-        values = torch.linalg.svdvals(site.covered.rows.double())
-        # One tiny singular value would decide alone, so what is below a thousandth does not count.
-        kept = values[values >= 1e-3 * values[0]]
-        log_condition = math.log(float(kept[0] / kept[-1])) if len(kept) else 0.0
+        log_condition = progressive.log_condition(site.covered.rows)
     shift = outputs if method.bias and site.covered.shift is None else 0
     each, dense = outputs + inputs, outputs * inputs
     if times is not None:

@@ -3,7 +3,7 @@
 Papers: KIVI (Liu et al., ICML 2024, sections 3-4): keys per channel, values per token, a full-precision residual, each
 group quantised once. KVTuner (Li et al., ICML 2025, section 4): key and value bits chosen separately, per layer.
 KVQuant (Hooper et al., NeurIPS 2024, section 3.2): keys quantised before RoPE. LoRC (Zhang et al., 2024, arXiv
-2410.03111): keys as low-rank latents.
+2410.03111): keys and values as low-rank latents.
 
 The choice of bits lives in the cache (:class:`effcompile.runtime.cache.Cache`), which a decorated model makes for
 itself; the meaning is the store's in eager and compiled alike. What this pass does is an optimisation:
@@ -70,8 +70,12 @@ class CompressKV(Pass):
         Whether keys are quantised with their rotary embedding ("post") or before it ("pre": KVQuant, section 3.2).
     latent
         Channels that stand for the keys of all heads, which are rebuilt from them inside attention (LoRC); a multiple
-        of 16, at most the channels of all key heads together. ``key_bits`` are then those of the latents. 0: keys
-        themselves. Values stay as they are: the plain decomposition of their weights, which is LoRC's, loses far more.
+        of 16, at most the channels of all key heads together. ``key_bits`` are then those of the latents. A share
+        between 0 and 1, such as 0.67: that share of the channels of all layers, most in shallow ones (LoRC's schedule).
+        0: keys themselves.
+    value_latent
+        The same for values, of which attention sums latents. What their projection is cut by has to be fitted on text
+        first, with ``ec.fit_latents(model, batches)``: by its weights alone, as LoRC does, values lose far more.
     rules
         Other values of these options for some layers: a pattern of module paths (as seen from the decorated module)
         and what differs there, such as ``{"model.layers.[0-3]": {"key_bits": 8}}``. The deepest match wins, of equally
@@ -85,7 +89,8 @@ class CompressKV(Pass):
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
     rope: Literal["post", "pre"] = "post"
-    latent: int = 0
+    latent: int | float = 0
+    value_latent: int | float = 0
     rules: by_layer.Rules = None
 
     name: ClassVar[str] = "compress_kv"
@@ -115,7 +120,8 @@ class CompressKV(Pass):
     def form(self) -> KVForm:
         """The store that these options describe."""
         bits = self.key_bits, self.value_bits
-        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis, self.rope, self.latent)
+        latents = self.latent, self.value_latent
+        return KVForm(*bits, self.group_size, self.residual, self.key_axis, self.value_axis, self.rope, *latents)
 
     def check(self, module: nn.Module) -> None:
         """Raise ``FormError`` for a rule that names no layer of ``module``."""
@@ -164,7 +170,7 @@ def unreadable(site: AttentionSite, load: fx.Node) -> Reason | None:
     if problem := unsupported(site):
         return problem
     device = value(site.query).device.type
-    asked = predicate.segments or form.latent
+    asked = predicate.segments or form.latents
     if asked and (why := lowering.refusal(_program(site, form, load.kwargs), device)):
         return no("not-supported", why)
     return None
@@ -274,7 +280,7 @@ def _program(site: AttentionSite, form: KVForm, more: Mapping[str, Any] = types.
 
 def stores(form: KVForm, program: Program, rotary: int = 0) -> StoreProgram:
     """What appends to a store of ``form``, for attention by ``program``; latents are stored as they come."""
-    sizes = (form.latent or program.key_size, program.value_size)
+    sizes = (form.rank("key") or program.key_size, form.rank("value") or program.value_size)
     return StoreProgram(form.buffered, program.dtype, *sizes, 0 if form.latent else rotary)
 
 

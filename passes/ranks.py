@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effcompile.runtime import progressive
+
 Ranks = list[int | None]
 UNITS = 1 << 16
 """Parts of the budget that the knapsack counts in, at most; costs are rounded up to them."""
@@ -87,15 +89,13 @@ def largest(items: Sequence[Item], budget: float, ranks_at: Callable[[float], Ra
     ValueError
         If even the smallest cost more.
     """
-    if cost(items, ranks_at(1.0)) <= budget:
-        return ranks_at(1.0)
-    low, high = 0.0, 1.0
-    if (least := cost(items, ranks_at(low))) > budget:
-        raise ValueError(_too_little(items, budget, least))
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(items, ranks_at(middle)) <= budget else (low, middle)
-    return ranks_at(low)
+
+    def fits(x: float) -> bool:
+        return cost(items, ranks_at(x)) <= budget
+
+    if not fits(1.0) and not fits(0.0):
+        raise ValueError(_too_little(items, budget, cost(items, ranks_at(0.0))))
+    return ranks_at(progressive.largest(fits))
 
 
 def _too_little(items: Sequence[Item], budget: float, least: float) -> str:
@@ -138,20 +138,15 @@ def energy(items: Sequence[Item], budget: float, round_to: int) -> Ranks:
 
 
 def lorc(items: Sequence[Item], budget: float, round_to: int) -> Ranks:
-    """LoRC's progressive schedule: what is followed by much amplification keeps most.
+    """LoRC's progressive schedule (:mod:`effcompile.runtime.progressive`) over all linears in the order of the model.
 
-    A linear's share goes from ``least`` to ``most`` with the logarithm of the product of the condition numbers from it
-    to the last one (arXiv 2410.03111). ``most`` is 1 where the budget allows it, and otherwise ``least`` is 0. The
-    paper applies it to keys and values of each layer; here it runs over all linears in the order of the model.
+    The paper applies it to keys and values of each layer.
     """
     grids = [item.grid(round_to) for item in items]
-    logs = torch.tensor([item.log_condition for item in items], dtype=torch.float64)
-    behind = logs.flip(0).cumsum(0).flip(0)
-    place = ((behind - behind.min()) / (behind.max() - behind.min()).clamp(min=1e-30)).tolist()
+    places = progressive.places([item.log_condition for item in items])
 
     def ranks_at(x: float) -> Ranks:
-        least, most = max(0.0, 2 * x - 1), min(1.0, 2 * x)
-        shares = [least + (most - least) * p for p in place]
+        shares = [progressive.share(x, place) for place in places]
         return [
             None if share >= 1 else _at_most(g, (share * i.dense - i.fixed) / i.each)
             for i, g, share in zip(items, grids, shares, strict=True)

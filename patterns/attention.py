@@ -91,9 +91,9 @@ class AttentionSite(Site):
         for node in graph.find_nodes(op="call_function", target=kv_store):
             if load is not None and node.args[0] is load.args[0]:
                 return node
-            # Of latents only the values are those that attention reads.
-            same = strip_copies(node.args[7]) is key or KVForm.parse(str(node.args[9])).latent
-            if load is None and same and strip_copies(node.args[8]) is val:
+            if load is None and all(
+                _fills(fresh, read, rank) for fresh, read, rank in zip(node.args[7:9], (key, val), _ranks(node))
+            ):
                 return node
         return None
 
@@ -391,6 +391,20 @@ def strip_repeat(node: fx.Node) -> fx.Node:
     r = shape(wide)[2] if len(shape(wide)) == 5 else 0
     ok = same_shape(shape(wide), (b, g, r, s, d)) and same_shape(shape(outer), (b, g * r, s, d))
     return inner if ok else node
+
+
+def _ranks(store: fx.Node) -> tuple[int, int]:
+    """Of the latents that a ``kv_store`` takes in place of keys and of values."""
+    form = KVForm.parse(str(store.args[9]))
+    return form.rank("key"), form.rank("value")
+
+
+def _fills(fresh: Any, read: fx.Node, rank: int) -> bool:
+    """Whether what a store takes in is what attention reads, or latents of the same hidden states."""
+    if not rank:
+        return strip_copies(fresh) is read
+    ours, theirs = producer(fresh), producer(read)
+    return ours is not None and theirs is not None and strip_copies(ours.args[0]) is strip_copies(theirs.args[0])
 
 
 def producer(node: Any) -> fx.Node | None:

@@ -244,7 +244,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             layer = given.layers[module.layer_idx]
             if getattr(layer, "angles", None) is not None:
                 layer.given = angles_in(args, kwargs)
-            if getattr(layer, "factor", None) is not None:
+            if getattr(layer, "rebuilds", None):
                 layer.hidden = hidden_in(args, kwargs)
 
 

@@ -86,7 +86,7 @@ class Cache(cache_utils.Cache):
     capacity
         Tokens per row, rounded up to a bucket (multiples of 512 up to 8192, then powers of two). ``None``: grows as
         needed.
-    key_bits, value_bits, group_size, residual, key_axis, value_axis, rope, latent
+    key_bits, value_bits, group_size, residual, key_axis, value_axis, rope, latent, value_latent
         As in :class:`~effcompile.kernels.form.KVForm`. A decorator on the model or a sub-module beats these.
     rules
         Other values of these for some layers: a pattern of module paths and what differs there, such as
@@ -100,7 +100,8 @@ class Cache(cache_utils.Cache):
         Bits not offered, a group that does not divide, or a rule that names no layer.
     CacheError
         A model without a transformers config, or one with no full-attention layer; with ``rope="pre"`` also one whose
-        rotary embedding could not be shown, and with ``latent`` one whose key projection could not.
+        rotary embedding could not be shown, and with ``latent`` one whose key projection could not; with
+        ``value_latent`` also one that was not fitted.
 
     Examples
     --------
@@ -120,7 +121,8 @@ class Cache(cache_utils.Cache):
         key_axis: Axis = "channel",
         value_axis: Axis = "token",
         rope: str = "post",
-        latent: int = 0,
+        latent: int | float = 0,
+        value_latent: int | float = 0,
         rules: Rules = None,
         batch_size: int | None = None,
     ) -> None:
@@ -139,7 +141,8 @@ class Cache(cache_utils.Cache):
         torch._dynamo.mark_static_address(self.length)
         self.call = Call()
         self._recorded: int | None = None  # the length up to which the layers' logs go
-        default = KVForm(key_bits, value_bits, group_size, residual, key_axis, value_axis, rope, latent)
+        bits, axes = (key_bits, value_bits), (key_axis, value_axis)
+        default = KVForm(*bits, group_size, residual, *axes, rope, latent, value_latent)
         refuse(model)
         # Layers that stay transformers' own do not grow with ours, so their window must fit from the start.
         window = max(getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
@@ -149,29 +152,31 @@ class Cache(cache_utils.Cache):
             raise CacheError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress.")
         chosen = parse(rules, default)
         check(chosen, model, full)
-        forms = adapter.layer_forms(model, default, len(layers), chosen)
+        forms = latents.planned(model, adapter.layer_forms(model, default, len(layers), chosen), full)
         # Where no program reads pages, nobody would read their bounds, and noting them would wait for the device.
         bounded = adapter.bounded_layers(model, full) if device.type == "cpu" else {}
         # Latents are made before RoPE as well.
         learned = learn(model, [i for i in full if forms[i].pre or forms[i].latent])
-        factors = latents.factors(model, {i: forms[i].latent for i in full if forms[i].latent})
-        if factors and (both := [i for i in full if forms[i].pre and not forms[i].latent]):
+        factors = latents.factors(model, {i: forms[i] for i in full})
+        keyed = [i for i in full if forms[i].latent]
+        if keyed and (both := [i for i in full if forms[i].pre and not forms[i].latent]):
             raise CacheError(
-                f"layers {both} keep keys before RoPE and layers {list(factors)} keep latents, whose angles "
+                f"layers {both} keep keys before RoPE and layers {keyed} keep latents, whose angles "
                 "are kept in fp32; use rope='post' beside latents."
             )
-        self.angles = Angles.of(learned, self.capacity, device, torch.float32 if factors else torch.float16)
+        self.angles = Angles.of(learned, self.capacity, device, torch.float32 if keyed else torch.float16)
         for i in full:
             form = dataclasses.replace(forms[i], rope=learned[i].rope) if i in learned else forms[i]
             angles, ends = self.angles if form.pre else None, (full[0], full[-1])
-            kept, factor = bounded.get(i), factors.get(i)
-            if form.latent or (kept == "bounds" and form.bounds_keys):
+            kept = bounded.get(i)
+            if form.latents or (kept == "bounds" and form.bounds_keys):
                 kept = None
-            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles, kept, factor)
+            layers[i] = CompressedLayer(form, self.capacity, self.length, self.call, i, ends, angles, kept, factors[i])
         super().__init__(layers=layers)
         self._model = weakref.ref(model)
         adapter.attach_hooks(model)
-        adapter.attach_angles(model, [i for i, how in learned.items() if how.rope != "post" or i in factors])
+        turned = {i for i, how in learned.items() if how.rope != "post"}
+        adapter.attach_angles(model, [i for i in full if factors[i] or i in turned])
         if batch_size is not None:
             self._allocate(batch_size, next(model.parameters()).dtype)
 
@@ -223,11 +228,8 @@ class Cache(cache_utils.Cache):
             self.reset()
         self._check_rows(batch)
         for layer in layers:
-            if layer.factor is not None and not layer.factor.weights.unchanged:
-                raise CacheError(
-                    f"layer {layer.index}: the weights that make its keys were changed or replaced since the cache was "
-                    "made of their factors (latent); make a new cache."
-                )
+            if problem := latents.outdated(layer):
+                raise CacheError(problem)
         seen = self.call.sent
         if seen is None or self.length.device.type == "cpu" or seen + count > self.capacity:
             seen = self.tokens

@@ -1,241 +1,197 @@
-"""Keys as latents at run time: which projection makes the keys of a layer, shown by trying it, and its factors.
+"""Keys and values as latents at run time: ranks and factors of the projections that make them, layer by layer.
 
-What stands between the hidden state and the keys no config says for sure: which module projects, with a bias or not,
-with a norm behind it. So it is tried, as rotations are (:mod:`effcompile.runtime.rope`): every attention is run on a
-few tokens with angles of 0, and its keys must be those of one of its own ``nn.Linear``, with a norm of heads behind it
-or none, also for an input many times as large. Nothing of the model is changed: a tied weight stays tied, and a layer
-of another library, whose weight is not its own, is refused.
-
-The first ``r`` singular directions of that weight are found once for each model and rank (LoRC, arXiv 2410.03111); see
-:mod:`effcompile.kernels.latent` for what is made of them.
+Which linears these are, :mod:`effcompile.runtime.projection` finds. Their factors are made once for each model and rank
+(LoRC, arXiv 2410.03111): of the first ``r`` left singular directions ``U`` of a weight ``W``, ``U^T W`` makes latents
+and ``U`` what they stand for. The directions are those of ``W`` itself, or those of ``W S`` for inputs of covariance
+``S S^T`` where a model was fitted (:mod:`effcompile.passes.fit_latents`). See :mod:`effcompile.kernels.latent` for what
+is made of them, and :mod:`effcompile.runtime.progressive` for ranks that fall with depth.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from effcompile.kernels import latent
-from effcompile.kernels.form import FormError
-from effcompile.runtime import discarded, rope
-from effcompile.runtime.adapter import attention_modules, hidden_in
+from effcompile.kernels.form import LATENT, FormError, Kind, KVForm, is_share
+from effcompile.runtime import discarded, progressive
 from effcompile.runtime.layer import CacheError, lasting
-from effcompile.runtime.plan import version_of
+from effcompile.runtime.plan import digest
+from effcompile.runtime.projection import KINDS, Found, Weights, eps_of, find
 
-LOUDER = 64.0
-"""The input is tried this many times as large too: a projection that is clipped, or not linear, shows there."""
+if TYPE_CHECKING:
+    from effcompile.runtime.layer import CompressedLayer
 
-WHAT_TO_DO = "use latent=0 here (compress_kv on this layer's attention, a rule, or for the whole cache)"
+FITTED = "_effcompile_latents"
+"""Instance attribute of an attention with what was :class:`Fitted` to its projections, by kind."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """What makes one layer's keys, before their rotation, of the attention's hidden state.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """In which order the directions of a projection's outputs are kept, found on text.
 
     Attributes
     ----------
-    linear, norm
-        Names of the attention's children; no norm: ``""``.
-    offset
-        What is added to the weight of the norm: 1 in models that keep it around 0.
-    heads, size
-        ``G`` and ``D``.
+    directions
+        ``U`` ``[m, k]`` fp32, orthonormal columns, those that say most first.
+    mean
+        Of the inputs, fp64 ``[d]``: what is lost on average is put back as a bias. None: it is not.
+    digest
+        Of the weight that it was fitted to.
     """
 
-    linear: str
-    norm: str
-    offset: float
-    heads: int
-    size: int
+    directions: Tensor
+    mean: Tensor | None
+    digest: str
 
-
-class Weights:
-    """The parameters of one attention as they were when something was found of them.
-
-    All of them: which of two equal weights makes the keys shows only once one of them changes.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self._seen = [(weakref.ref(p), _state_of(p)) for p in module.parameters()]
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether they are the same parameters, and none was written to or moved."""
-        module = self._module()
-        if module is None:
-            return False
-        now = list(module.parameters())
-        return len(now) == len(self._seen) and all(
-            ref() is parameter and seen == _state_of(parameter) for parameter, (ref, seen) in zip(now, self._seen)
-        )
+    def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``U`` ``[m, r]``, ``U^T W`` ``[r, d]``, and what is to be added to the outputs, all fp64."""
+        wide = weight.detach().double()
+        basis = self.directions[:, :rank].to(wide)
+        down = basis.mT @ wide
+        if self.mean is None:
+            return basis, down, None
+        mean = self.mean.to(wide)
+        return basis, down, wide @ mean - basis @ (down @ mean)
 
 
 class Factor:
-    """The factors of one layer's key projection at one rank.
+    """The factors of one layer's projection of keys, or of values, at one rank.
 
     Attributes
     ----------
+    asked
+        What the user has asked for, such as ``latent=128``.
     down
         ``U^T W`` ``[r, d]`` in the dtype of the weight: makes latents of hidden states.
-    up, eps
-        What makes keys of latents (:mod:`effcompile.kernels.latent`).
+    rebuilds
+        The arguments of ``kv_load`` and ``attend`` that the other factor is in (:mod:`effcompile.kernels.latent`).
     weights
         What it was made of, and stands for as long as that is unchanged.
     """
 
-    def __init__(self, module: nn.Module, made_of: Projection, rank: int, weights: Weights) -> None:
-        discarded.refuse(module, f"latent={rank}")
-        linear: nn.Linear = getattr(module, made_of.linear)
-        norm: Any = getattr(module, made_of.norm) if made_of.norm else None
+    def __init__(self, found: Found, kind: Kind, rank: int, fitted: Fitted | None) -> None:
+        module, made_of, linear = found.module(), found.side(kind), found.linear(kind)
+        assert module is not None
+        self.asked = f"{LATENT[kind]}={rank}"
+        discarded.refuse(module, self.asked)
         with lasting(), torch.no_grad():
-            basis, down = latent.factorise(linear.weight, rank)
-            weight = None if norm is None else norm.weight + made_of.offset
-            self.up = latent.operand(basis, made_of.heads, linear.bias, weight)
+            shift: Tensor | None = None
+            if fitted is None:
+                basis, down = latent.factorise(linear.weight, rank)
+            else:
+                basis, down, shift = fitted.factors(linear.weight, rank)
+            bias = linear.bias if shift is None else shift if linear.bias is None else shift + linear.bias
+            if kind == "key":
+                norm: Any = getattr(module, made_of.norm) if made_of.norm else None
+                weight = None if norm is None else norm.weight + made_of.offset
+                self.rebuilds: dict[str, Any] = {"up": latent.operand(basis, made_of.heads, bias, weight)}
+                self.rebuilds |= {} if norm is None else {"eps": eps_of(norm)}
+            else:
+                self.rebuilds = {"value_up": latent.value_operand(basis, made_of.heads, bias)}
             self.down = down.to(linear.weight.dtype).contiguous()
-        self.eps = None if norm is None else _eps(norm)
-        self.weights = weights
-        for tensor in (self.up, self.down):
-            torch._dynamo.mark_static_address(tensor)
+        self.weights: Weights = found.weights
+        for tensor in (self.down, *self.rebuilds.values()):
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factor:
         """The same: copies of a cache are for the same model."""
         return self
-
-    @property
-    def rebuilds(self) -> dict[str, Any]:
-        """The arguments of ``kv_load`` and ``attend`` that make keys of the latents."""
-        return {"up": self.up} if self.eps is None else {"up": self.up, "eps": self.eps}
 
     def latents(self, hidden: Tensor) -> Tensor:
         """``[B, 1, T, r]`` of hidden states ``[B, T, d]``."""
         return nn.functional.linear(hidden, self.down).unsqueeze(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What was found of one attention module, and made of it by rank."""
+def planned(model: nn.Module, forms: Sequence[KVForm], layers: Sequence[int]) -> list[KVForm]:
+    """``forms`` with ranks in place of every share of the channels of ``layers``, by LoRC's schedule.
 
-    projection: Projection
-    weights: Weights
-    factors: dict[int, Factor] = dataclasses.field(default_factory=dict)
-
-
-_found: weakref.WeakKeyDictionary[nn.Module, Found] = weakref.WeakKeyDictionary()
-
-
-def factors(model: nn.Module, ranks: Mapping[int, int]) -> dict[int, Factor]:
-    """The factors of the layers of ``model`` in ``ranks``, each at its rank; found once while weights stay as they are.
+    Layers with the same share are planned together. A layer that keeps all its channels keeps whole keys, or values.
 
     Raises
     ------
     CacheError
-        For a layer whose projection could not be shown; the error names it and says why.
+        For a layer whose projections of keys and values could not be shown.
     FormError
-        For a rank beyond the channels of a layer's keys.
+        For a share that the smallest ranks exceed.
     """
-    modules = {index: (path, module) for index, path, module in attention_modules(model, ranks)}
-    held = [_found.get(modules[index][1]) if index in modules else None for index in ranks]
-    if not all(found is not None and found.weights.unchanged for found in held):
-        for index, answer in rope.try_attentions(model, list(ranks), _look).items():
-            if isinstance(answer, str):
-                raise CacheError(
-                    f"layer {index}: latent={ranks[index]} needs the projection that makes its keys, and {answer}; "
-                    f"{WHAT_TO_DO}."
-                )
-            module = modules[index][1]
-            _found[module] = Found(answer, Weights(module))
-    made = {}
-    for index, rank in ranks.items():
-        path, module = modules[index]
-        found = _found[module]
-        whole = found.projection.heads * found.projection.size
-        if rank > whole:
-            raise FormError(
-                f"layer {index}: latent={rank} is more than the {whole} channels that the keys of {path} have in all; "
-                f"choose at most {whole}."
-            )
-        if rank not in found.factors:
-            found.factors[rank] = Factor(module, found.projection, rank, found.weights)
-        made[index] = found.factors[rank]
+    new = list(forms)
+    for kind, name in LATENT.items():
+        given = {i: getattr(forms[i], name) for i in layers if is_share(getattr(forms[i], name))}
+        for kept in dict.fromkeys(given.values()):
+            chosen = [i for i, share in given.items() if share == kept]
+            found = find(model, dict.fromkeys(chosen, f"{name}={kept}"), KINDS)
+            whole = [found[i].side(kind).channels for i in chosen]
+            logs = [found[i].log_condition for i in chosen]
+            try:
+                ranks = progressive.ranks(logs, whole, kept, [forms[i].step(kind) for i in chosen])
+            except ValueError as wrong:
+                raise FormError(
+                    f"{name}={kept}: {wrong} of the {kind}s of layers {chosen}; give a larger share."
+                ) from None
+            for i, rank, channels in zip(chosen, ranks, whole):
+                changed: dict[str, Any] = {name: 0 if rank == channels else rank}
+                new[i] = dataclasses.replace(new[i], **changed)
+    return new
+
+
+def factors(model: nn.Module, forms: Mapping[int, KVForm]) -> dict[int, dict[Kind, Factor]]:
+    """The factors of the layers in ``forms``, by kind; made once while weights and what was fitted stay as they are.
+
+    Raises
+    ------
+    CacheError
+        For a layer whose projection could not be shown, or whose values were not fitted; the error names it.
+    FormError
+        For a rank beyond the channels of a layer's keys, or values.
+    """
+    made: dict[int, dict[Kind, Factor]] = {index: {} for index in forms}
+    for kind, name in LATENT.items():
+        ranks = {index: form.rank(kind) for index, form in forms.items() if form.rank(kind)}
+        asked = {index: f"{name}={rank}" for index, rank in ranks.items()}
+        for index, found in (find(model, asked, [kind]) if asked else {}).items():
+            made[index][kind] = _factor(found, kind, ranks[index], f"layer {index}: {asked[index]}")
     return made
 
 
-def _state_of(weight: Tensor) -> tuple[int, int]:
-    """What changes when a weight is written to, or moved to another dtype or device, which keeps the parameter."""
-    return version_of(weight), discarded.address_of(weight)
+def _factor(found: Found, kind: Kind, rank: int, where: str) -> Factor:
+    module, whole = found.module(), found.side(kind).channels
+    if rank > whole:
+        raise FormError(
+            f"{where} is more than the {whole} channels that the {kind}s of {found.path} have in all; choose at most "
+            f"{whole}."
+        )
+    fitted: Fitted | None = module.__dict__.get(FITTED, {}).get(kind)
+    if fitted is not None:
+        if fitted.digest != digest(found.linear(kind).weight):
+            raise CacheError(
+                f"{where}: ec.fit_latents was called for other weights of {found.path} than it has now; call it again."
+            )
+        if rank > (most := fitted.directions.shape[1]):
+            raise FormError(f"{where} is more than the {most} channels of its hidden states; choose at most {most}.")
+    elif kind == "value" and rank < whole:
+        raise CacheError(
+            f"{where}: call ec.fit_latents(model, batches) first, on some text. By the weights alone the values of "
+            "small models lose far more than their keys; ec.fit_latents(model) asks for that."
+        )
+    key = kind, rank, fitted
+    if key not in found.made:
+        found.made[key] = Factor(found, kind, rank, fitted)
+    factor: Factor = found.made[key]
+    return factor
 
 
-def _eps(norm: nn.Module) -> float | None:
-    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return float(found) if isinstance(found, float) else None
-
-
-def _look(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Projection | str:
-    """What makes the keys of one attention, from its arguments in a call; or why that is not known."""
-    hidden = hidden_in(args, kwargs)
-    if hidden is None or hidden.ndim != 3:
-        return f"{path} is not given hidden states [B, T, d]"
-    swaps: list[tuple[Any, Any]] = []
-    if given is not None:
-        swaps.append((given, (torch.ones_like(given[0]), torch.zeros_like(given[1]))))
-    plain = rope.keys_of(module, args, kwargs, swaps)
-    loud = rope.keys_of(module, args, kwargs, [*swaps, (hidden, hidden * LOUDER)])
-    if plain is None or loud is None or plain.ndim != 4 or plain.shape != loud.shape:
-        return f"{path} did not give its keys to the cache in a trial call"
-    _, heads, tokens, size = plain.shape
-    if tokens != hidden.shape[1] or not bool(plain.any()):
-        return f"the keys that {path} gives are all zero, or not of its tokens"
-    norms: list[tuple[str, float, Any]] = [("", 0.0, None)]
-    for name, child in module.named_children():
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (size,) and _eps(child) is not None:
-            norms += [(name, 0.0, child), (name, 1.0, child)]
-    for name, linear in module.named_children():
-        if not isinstance(linear, nn.Linear) or not _is_plain(linear, heads * size):
-            continue
-        for norm, offset, child in norms:
-            if all(
-                _same(_keys(linear, x, heads, child, offset), seen)
-                for x, seen in ((hidden, plain), (hidden * LOUDER, loud))
-            ):
-                return Projection(name, norm, offset, heads, size)
-    held = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
-    return (
-        f"no nn.Linear of {path} with a weight of its own makes its {heads} x {size} channels of the hidden states, "
-        f"with a norm of each head or none: it holds {held or 'no modules'}. Projections that are fused, quantised by "
-        "another library, clipped, or have an adapter are left alone"
-    )
-
-
-def _is_plain(linear: nn.Linear, outputs: int) -> bool:
-    """Whether a linear is no subclass, and has ``outputs`` and a floating-point weight of its own."""
-    own = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
-    return own and linear.out_features == outputs and linear.weight.is_floating_point()
-
-
-def _keys(linear: nn.Linear, hidden: Tensor, heads: int, norm: Any, offset: float) -> Tensor:
-    """Keys ``[B, G, T, D]`` of hidden states as ``linear`` and ``norm`` would make them."""
-    with torch.no_grad():
-        # Without the hooks of the module, which factors would not know of.
-        raw = nn.functional.linear(hidden, linear.weight, linear.bias)
-        keys: Tensor = raw.unflatten(2, (heads, -1)).transpose(1, 2).float()
-        if norm is None:
-            return keys
-        eps = _eps(norm)
-        assert eps is not None  # others are no candidates
-        scaled: Tensor = keys * (keys.square().mean(-1, keepdim=True) + eps).rsqrt()
-        weight: Any = norm.weight
-        scaled *= weight.float() + offset
-        return scaled
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two ways to the same keys differ by a few roundings only."""
-    bound = 8 * torch.finfo(theirs.dtype).eps * float(theirs.abs().max())
-    return ours.shape == theirs.shape and float((ours - theirs.float()).abs().max()) <= bound
+def outdated(layer: CompressedLayer) -> str:
+    """Why the factors of a layer are no longer those of the model's weights; '' if they are."""
+    for kind, factor in (("key", layer.factor), ("value", layer.value_factor)):
+        if factor is not None and not factor.weights.unchanged:
+            return (
+                f"layer {layer.index}: the weights that make its {kind}s were changed or replaced since the cache was "
+                f"made of their factors ({factor.asked}); make a new cache."
+            )
+    return ""

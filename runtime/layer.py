@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from effcompile.kernels import page_ops, pages  # noqa: F401  (registers bound_store)
-from effcompile.kernels.form import KVForm
+from effcompile.kernels.form import Kind, KVForm
 
 if TYPE_CHECKING:
     from effcompile.runtime.latent import Factor
@@ -108,8 +109,10 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         The buffer with that (:func:`effcompile.kernels.pages.store_bounds`), or None.
     given
         cos and sin of the call in progress, from the hook on this layer's attention to the ``update`` that takes them.
-    factor, hidden
-        Where keys are kept as latents, what makes those, and the hidden states of the call in progress, as above.
+    factor, value_factor
+        Where keys, or values, are kept as latents, what makes those.
+    hidden
+        For these the hidden states of the call in progress, as above.
     """
 
     is_compileable = True
@@ -125,7 +128,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         ends: tuple[int, int],
         angles: Angles | None = None,
         kept: pages.Kept | None = None,
-        factor: Factor | None = None,
+        factors: Mapping[Kind, Factor] = types.MappingProxyType({}),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.form = form
@@ -144,7 +147,8 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.overrun: tuple[Tensor, Tensor] | None = None
         self.angles = angles
         self.given: Any = None
-        self.factor = factor
+        self.factor, self.value_factor = factors.get("key"), factors.get("value")
+        self.rebuilds = {name: given for one in factors.values() for name, given in one.rebuilds.items()}
         self.hidden: Tensor | None = None
         self.kept, self.unit = kept, pages.unit_of(form)
         self.bounds: Tensor | None = None
@@ -226,9 +230,11 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         if self.first:
             self.call.entry.open = False
         # Equal, except under autocast: there rotated keys are in fp32 and values are not, and the store takes both.
-        stored = key_states.to(self.dtype), value_states.to(self.dtype)
-        if self.factor is not None:
-            stored = self._latents(self.factor, hidden, count), stored[1]
+        key, value = (
+            given.to(self.dtype) if factor is None else self._latents(factor, hidden, count)
+            for given, factor in ((key_states, self.factor), (value_states, self.value_factor))
+        )
+        stored = key, value
         if self.record_past and count > self.form.slots:
             # More than the ring holds: tokens of this call take over from others of it, which no buffer will have had.
             over = slice(max(0, count - self.form.slots - self.reach), count - self.form.slots)
@@ -239,7 +245,6 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         if self.bounds is not None:
             rows = self.state[0] if self.state[2] is None else self.state[2]
             torch.ops.effcompile.bound_store(self.bounds, rows, self.length, stored[0], self.unit, self.kept)
-        rebuilds: dict[str, Any] = {} if self.factor is None else self.factor.rebuilds
         # Latents are stored as they come; only what becomes keys is turned.
         torch.ops.effcompile.kv_store(
             *self.state, self.length, *stored, self.form_name, **({} if self.factor else table)
@@ -248,7 +253,7 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
             result = key_states, value_states
         else:
             total = self.length + count
-            result = torch.ops.effcompile.kv_load(*self.state, total, self.form_name, **table, **rebuilds)
+            result = torch.ops.effcompile.kv_load(*self.state, total, self.form_name, **table, **self.rebuilds)
         if self.last:
             self.length.add_(count)
             if not self.call.open:
@@ -266,9 +271,9 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         if hidden is None or hidden.shape != expected:
             got = "none have" if hidden is None else f"those of shape {tuple(hidden.shape)} have"
             raise CacheError(
-                f"layer {self.index}: latent={self.form.latent} needs the hidden states {expected} of this call, and "
-                f"{got} reached the cache. Call the model that the cache was made for (not after ec.remove), or use "
-                "latent=0 here."
+                f"layer {self.index}: {factor.asked} needs the hidden states {expected} of this call, and {got} "
+                "reached the cache. Call the model that the cache was made for (not after ec.remove), or use "
+                f"{factor.asked.partition('=')[0]}=0 here."
             )
         return factor.latents(hidden).to(self.dtype)
 

@@ -32,17 +32,17 @@ WHAT_TO_DO = "use rope='post' and no latent here (compress_kv on this layer's at
 
 
 class _Seen(Exception):
-    """Leaves an attention module when its keys have been seen."""
+    """Leaves an attention module when its keys and values have been seen."""
 
-    def __init__(self, key: Tensor) -> None:
-        self.key = key
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.states = key, value
 
 
 class _Recorder(cache_utils.DynamicCache):
     """A cache that takes no keys: it shows them to the one who asked."""
 
-    def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise _Seen(key_states)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise _Seen(key_states, value_states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,10 @@ def try_attentions(model: nn.Module, layers: list[int], asked: Callable[..., Any
     return answers
 
 
-def keys_of(
+def states_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], swaps: Sequence[tuple[Any, Any]]
-) -> Tensor | None:
-    """The keys that an attention gives to its cache for these arguments with some swapped; None if it gives none."""
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Keys and values that an attention gives to its cache for these arguments with some swapped; or None, None."""
 
     def swap(value: Any) -> Any:
         if isinstance(value, cache_utils.Cache):
@@ -165,8 +165,8 @@ def keys_of(
         try:
             module.forward(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
         except _Seen as seen:
-            return seen.key
-    return None
+            return seen.states
+    return None, None
 
 
 def _look(
@@ -178,8 +178,8 @@ def _look(
     cos, sin = given
     if cos.ndim != 3 or cos.shape != sin.shape or cos.shape[:2] != (1, TOKENS) or cos.is_complex():
         return f"{path} is given cos and sin of shapes {tuple(cos.shape)} and {tuple(sin.shape)}, not [1, T, r]"
-    turned = keys_of(module, args, kwargs, ())
-    plain = keys_of(module, args, kwargs, [(given, (torch.ones_like(cos), torch.zeros_like(sin)))])
+    turned, _ = states_of(module, args, kwargs, ())
+    plain, _ = states_of(module, args, kwargs, [(given, (torch.ones_like(cos), torch.zeros_like(sin)))])
     if turned is None or plain is None or turned.ndim != 4 or turned.shape != plain.shape or turned.shape[2] != TOKENS:
         return f"{path} did not give its keys to the cache in a trial call"
     if not bool(plain.any()) or not bool(sin.any()):

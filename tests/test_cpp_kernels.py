@@ -259,6 +259,7 @@ struct P {
   static constexpr int64_t value_size = 128;
   static constexpr int64_t rotary = 0;
   static constexpr int64_t latent = 0;
+  static constexpr int64_t value_latent = 0;
   static constexpr bool adjacent = false;
   static constexpr int ratio = 3;
   static constexpr bool normed = false;

@@ -38,10 +38,11 @@ struct ScoreArgs {
   int64_t prefix_stride;
 };
 
-// Behind ScoreArgs, for programs that rebuild keys from latents.
+// Behind ScoreArgs, for programs over latents of keys or values.
 struct LatentArgs {
-  const float* up;  // [G, D, latent + 2]
+  const float* up;  // [G, D, latent + 2] or null
   double eps;
+  const float* value_up;  // [G, value_latent + 1, E] or null
 };
 
 struct StoreArgs {

@@ -44,13 +44,13 @@ struct Batch {
 // note(row, t, n, s) sees the scores of the keys [t, t + n) as the softmax will, -inf where they are hidden.
 template <class P, class Visit, class Note>
 inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& visit, Note&& note) {
-  constexpr int64_t DP = round_up(P::key_size, VL), EP = round_up(P::value_size, VL);
+  constexpr int64_t DP = round_up(P::key_size, VL), EP = round_up(Side<P, Kind::value>::size, VL);
   constexpr int64_t BK = P::group * most(1, 128 / P::group), ld = round_up(BK, VL) + VL;
   constexpr int RB = row_block(P::ratio);
   const int64_t length = *a.state.length, rows = a.queries * P::ratio;
   const Scale scale(softmax_scale<P>(a));
   const Side<P, Kind::key> keys(a.state, P::latent > 0 ? head / a.groups : head, a.capacity);
-  const Side<P, Kind::value> values(a.state, head, a.capacity);
+  const Side<P, Kind::value> values(a.state, P::value_latent > 0 ? head / a.groups : head, a.capacity);
   const Rope<P> rope(a.state, head / a.groups, a.capacity);
   const bool* mask = P::key_mask ? a.mask + head / a.groups * a.mask_stride : nullptr;
   const int64_t* segments = segments_of<P>(a, head);
@@ -103,21 +103,28 @@ inline void decode_part(const AttendArgs& a, int64_t head, float* o, Visit&& vis
 // Merges the parts of one head by their lse and writes its rows.
 template <class P>
 inline void merge_parts(const AttendArgs& a, int64_t head, int64_t parts, const float* first) {
-  constexpr int64_t EP = round_up(P::value_size, VL);
+  constexpr int64_t size = Side<P, Kind::value>::size, EP = round_up(size, VL);
   const int64_t rows = a.queries * P::ratio, cell = rows * (EP + 2);
   const Scale scale(softmax_scale<P>(a));
   for (int64_t row = 0; row < rows; ++row) {
     const float *o = first + row * EP, *max = first + rows * EP + row, *sum = max + rows;
     float top = -INF, total = 0.f;
     for (int64_t part = 0; part < parts; ++part) top = max[part * cell] <= top ? top : max[part * cell];
-    alignas(64) float merged[EP] = {};
+    alignas(64) float merged[EP + 1] = {};
     for (int64_t part = 0; part < parts && top != -INF; ++part) {
       const float weight = scale.rescale(max[part * cell], top);
       total += weight * sum[part * cell];
       for (int64_t e = 0; e < EP; e += VL)
         at::vec::fmadd(Vec(weight), Vec::loadu(o + part * cell + e), Vec::loadu(merged + e)).store(merged + e);
     }
-    write_row<P>(a, scale, head, row, merged, top, total);
+    if constexpr (P::value_latent > 0) {
+      alignas(64) float values[round_up(P::value_size, VL)];
+      merged[size] = total;  // what the bias of values is times
+      values_of<P>(a, head, merged, values);
+      write_row<P>(a, scale, head, row, values, top, total);
+    } else {
+      write_row<P>(a, scale, head, row, merged, top, total);
+    }
   }
 }
 
@@ -125,7 +132,7 @@ inline void merge_parts(const AttendArgs& a, int64_t head, int64_t parts, const 
 template <class P>
 int64_t decode(const AttendArgs& a) {
   if (*a.state.length < 0 || *a.state.length > a.capacity) return 1;
-  constexpr int64_t EP = round_up(P::value_size, VL), BK = P::group * most(1, 128 / P::group);
+  constexpr int64_t EP = round_up(Side<P, Kind::value>::size, VL), BK = P::group * most(1, 128 / P::group);
   const int64_t length = *a.state.length, rows = a.queries * P::ratio, heads = a.batch * a.groups;
   const int64_t stop = packed_length<P>(length);
   // Parts start on whole blocks, so that packed runs hold whole groups; keys before the window are hidden one by one.
@@ -148,6 +155,8 @@ int64_t decode(const AttendArgs& a) {
                    [&](auto& batch, int64_t block) { for_runs<P>(from, to, stop, block, batch); }, [](auto...) {});
   }
 
+// Merging is little work, but for sums over latents that become values.
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && P::value_latent > 0)
   for (int64_t head = 0; head < heads; ++head) merge_parts<P>(a, head, parts, partial + head * parts * cell);
   return 0;
 }

@@ -1,4 +1,5 @@
-// Keys that are rebuilt from latents, a tile at a time (effcompile/kernels/latent.py): a product, then the norm, then RoPE.
+// Latents (effcompile/kernels/latent.py). Keys are rebuilt from them, a tile at a time: a product, then the norm, then RoPE.
+// Values are summed as latents, and a row of sums becomes one of values at the end.
 #pragma once
 #include <cmath>
 
@@ -47,6 +48,15 @@ inline void rebuild(const Side<P, Kind::key>& side, const Rope<P>& rope, const U
       (b * cos + a * sin).store(high);
     }
   }
+}
+
+// A row of sums over latents, `sums` [R + 1] with the sum of weights as its last, as the sums over values that they stand
+// for: out [E rounded up to vectors].
+template <class P>
+inline void values_of(const AttendArgs& a, int64_t head, const float* sums, float* out) {
+  constexpr int64_t E = P::value_size, R = P::value_latent;
+  const float* up = latent_args(a).value_up + head % a.groups * (R + 1) * E;
+  multiply<float, 1, least(8, round_up(E, VL) / VL)>(1, E, R + 1, sums, R + 1, up, E, nullptr, out, E);
 }
 
 }  // namespace ec

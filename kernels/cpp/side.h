@@ -30,7 +30,8 @@ struct Side {
   static constexpr bool per_channel =
       kind == Kind::key ? !std::is_base_of_v<keys_per_token, P> : std::is_base_of_v<values_per_channel, P>;
   static constexpr int64_t steps = fp8 ? 1 : 2;  // of a group: its scale, and its zero
-  static constexpr int64_t size = kind == Kind::value ? P::value_size : P::latent > 0 ? P::latent : P::key_size;
+  static constexpr int64_t rank = kind == Kind::key ? P::latent : P::value_latent;  // of latents; 0: none
+  static constexpr int64_t size = rank > 0 ? rank : kind == Kind::key ? P::key_size : P::value_size;
   static constexpr int64_t g = P::group, slots = P::residual + P::group;
   static constexpr bool packed = bits != 16;
   static constexpr int64_t row = size * bits / 8;  // code bytes of one token
