@@ -133,7 +133,7 @@ def source(program: AnyProgram) -> str:
 def refusal(program: AnyProgram) -> str | None:
     """Why no C++ kernel can serve ``program``, or None."""
     if program.form.latent and not (isinstance(program, Program) and program.phase == "decode" and not program.blocks):
-        return "many queries and latents: their keys are rebuilt once, densely, and not for each tile of queries"
+        return latent.FOR_DECODING
     if program.form.pre != (0 < program.rotary <= program.key_size):
         return f"the form {program.form.name} with a table of angles of {program.rotary} channels"
     for kind, size in (("key", program.key_size), ("value", program.value_size)):
