@@ -20,11 +20,11 @@ from effcompile.kernels.program import HEAD_SIZES
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 GROUPS = (16, 32, 64, 128)
 """Groups a tile can be made of: powers of two, at most one tile of keys."""
-RANKS = range(16, 1025)
-"""Channels of latents on offer: a store quantises the latents of a group of tokens in one piece."""
 
 
 Vendor = Literal["cuda", "hip"]
+RANKS: dict[Vendor, int] = {"cuda": 1024, "hip": 512}
+"""The most latents: a store packs those of a group of tokens in one piece, which goes through shared memory."""
 
 
 def padded(width: int) -> int:
@@ -65,8 +65,8 @@ class Side:
             raise KernelUnavailable(
                 f"no GPU kernel for {self.kind} heads of {self.size} channels (16 to 256 are offered)"
             )
-        if self.latent and self.latent not in RANKS:
-            raise KernelUnavailable(f"no GPU kernel for {self.latent} latents (up to {RANKS[-1]} are offered)")
+        if self.latent > RANKS[self.vendor]:
+            raise KernelUnavailable(f"no GPU kernel for {self.latent} latents (up to {RANKS[self.vendor]} are offered)")
         if self.bits != 16 and self.form.group not in GROUPS:
             raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
         if self.rotary and (why := self._not_turned()):
