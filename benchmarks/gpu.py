@@ -25,7 +25,7 @@ from gpu_checks import FORMS, GROUPS, HEADS, PARTS, SIZE, check, local_tokens, r
 from rich.console import Console
 from rich.table import Table
 
-from effcompile.kernels import block_ops, blocks, cost
+from effcompile.kernels import block_ops, blocks, cost, rope
 from effcompile.kernels.blocks import BLOCK
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate, Program
@@ -34,6 +34,7 @@ from effcompile.lowering import triton_blocks
 from effcompile.passes import base
 
 DECODE = [(batch, length) for batch in (1, 16) for length in (4096, 32768, 131072)]
+LATENT, RANKS = [(1, 32768), (16, 32768), (1, 131072)], (128, 256, 512)
 PREFILL = [(4096, 4096), (2048, 32768)]
 SPARSE, DENSITIES = (8192, 32768, 131072), (0.1, 0.25, 0.5, 1.0)
 PEAKS = {"A100 80GB": (2.039, 312), "H100 SXM": (3.35, 989), "H200": (4.8, 989), "B200": (8.0, 2250)}
@@ -207,6 +208,26 @@ def page_rows(limit: float, device: str = "cuda") -> list[Row]:
     return rows
 
 
+def latent_rows(limit: float, gemm: float, device: str = "cuda") -> list[Row]:
+    """Decoding over latents of a few ranks; the limit is the larger of bytes and FLOPs, since every key is rebuilt."""
+    rows = []
+    for batch, keys in LATENT:
+        query = torch.randn(batch, HEADS, 1, SIZE, dtype=torch.bfloat16, device=device)
+        length = torch.tensor(keys, device=device)
+        table = torch.rand(rope.table_shape(batch, keys, SIZE), device=device)
+        for rank in RANKS:
+            form = KVForm(8, 4, latent=rank, rope="pre")
+            state = random_state(form, batch, keys)
+            up = torch.randn(GROUPS, SIZE, rank + 2, device=device) / rank**0.5
+            args = (query, *state, length, None, form.name, SIZE**-0.5, True, -1)
+            us = microseconds(lambda a=args, u=up, t=table: lowering.attend(*a, table=t, up=u))  # type: ignore[misc]
+            needs = cost.attend(form, Predicate(), 2, SIZE).at(**sizes(batch, 1, keys))
+            floor = 1e6 * max(needs.bytes / limit, needs.flops / gemm)
+            rows.append(Row("decode", f"{form.name}, latents", batch, 1, keys, us, floor))
+            del state
+    return rows
+
+
 def peers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> dict[str, Callable[[], Any]]:
     """SDPA and FlexAttention over dense bf16 keys and values of exactly the real length."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -329,6 +350,12 @@ def paper(console: Console) -> None:
                 constants = {"SPLITS": 66} if phase == "decode" else {}
                 r = resources(compile_ahead(build(program, chip), program, chip, constants))
                 used.add_row(f"{phase} {form.name}", chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
+    for rank in RANKS:
+        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            form = KVForm(8, 4, latent=rank, rope="pre")
+            program = Program("decode", form, Predicate(), torch.bfloat16, HEADS // GROUPS, SIZE, SIZE, rotary=SIZE)
+            r = resources(compile_ahead(build(program, chip), program, chip, {"SPLITS": 66}))
+            used.add_row(f"decode {form.name}", chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
     for part in PARTS:
         rule, more = Predicate(causal=part != "given"), {part: True} if part else {}
         for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
@@ -385,6 +412,7 @@ def main() -> int:
         rows += sparse_rows(rates["gemm_flops_per_s"])
         rows += other_rows(rates["gemm_flops_per_s"])
         rows += page_rows(rates["copy_bytes_per_s"])
+        rows += latent_rows(rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
         rows += ffn_rows(rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
         show(console, rows)
     now = datetime.datetime.now(datetime.UTC)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from effcompile.kernels import attention, block_ops, blocks, columns, ops, pages, quantize, ranges
+from effcompile.kernels import attention, block_ops, blocks, columns, latent, ops, pages, quantize, ranges, rope
 from effcompile.kernels.blocks import BLOCK
 from effcompile.kernels.form import KVForm
 from effcompile.kernels.program import Predicate
 from effcompile.lowering import triton as lowering
 from effcompile.lowering import triton_blocks
+from effcompile.lowering.triton_latent import factor_dtype
 from effcompile.passes import base
 from effcompile.passes.paged_decode import PagedDecode
 from effcompile.passes.sparse_columns import SparseColumns
@@ -28,6 +29,12 @@ from effcompile.passes.sparse_prefill import SparsePrefill
 HEADS, GROUPS, SIZE = 32, 8, 128
 FORMS = [KVForm(16, 16), KVForm(8, 8), KVForm(4, 4)]
 DENSE = FORMS[0].name
+LATENTS = [
+    KVForm(16, 16, latent=128, rope="pre"),
+    KVForm(8, 4, latent=192, rope="pre"),
+    KVForm(4, 4, 32, 32, latent=512, rope="pre_adjacent"),
+    KVForm("fp8", 8, 16, 0, "token", latent=48),
+]
 PARTS = ("", "columns", "positions", "given", "moved", "ranges")
 """What ``attend_blocks`` may have besides blocks."""
 
@@ -59,6 +66,9 @@ def check(console: Console) -> list[dict[str, Any]]:
         for form, page in ((KVForm(16, 16), 16), (KVForm(8, 8), 32), (KVForm(4, 4), 64), (KVForm(8, 4, 32, 32), 128)):
             found.append(check_pages(form, dtype, 128, page, 1000))
             found += [check_rules(form, dtype, 64, queries, 700) for queries in (1, 300)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for form in LATENTS:
+            found += [check_latents(form, dtype, *sizes) for sizes in ((128, 1, 500, False), (64, 3, 700, True))]
     found += [check_choice(name) for name in base.REGISTRY if issubclass(base.get(name), SparsePrefill)]
     found += [check_page_choice(name) for name in base.REGISTRY if issubclass(base.get(name), PagedDecode)]
     failed = [row for row in found if not row["ok"]]
@@ -232,6 +242,54 @@ def check_rules(
     return result | {"form": f"packed, behind a prefix, {form.name}"}
 
 
+def check_latents(
+    form: KVForm, dtype: torch.dtype, size: int, queries: int, length: int, normed: bool, device: str = "cuda"
+) -> dict[str, Any]:
+    """Keys as latents: the store bit for bit, and decoding over it against attention in fp64 to keys rebuilt in it."""
+    torch.manual_seed(0)
+    groups, rank, eps = 8, form.latent, 1e-5 if normed else None
+    host: list[torch.Tensor | None] = []
+    for kind in ("key", "value"):
+        shapes = form.buffers(kind, 2, groups, 1024, size, dtype)  # type: ignore[arg-type]
+        host += [torch.zeros(s, dtype=d) for s, d in shapes] + [None] * (3 - len(shapes))
+    state = [None if t is None else t.to(device) for t in host]
+    new = [torch.randn(2, length, n, wide).to(dtype).transpose(1, 2) for n, wide in ((1, rank), (groups, size))]
+    with ops.reference_only():
+        torch.ops.effcompile.kv_store(*host, torch.tensor(0), *new, form.name)
+    lowering.kv_store(*state, torch.tensor(0, device=device), *(x.to(device) for x in new), form.name)
+    same = all(torch.equal(a, b.cpu()) for a, b in zip(host, state) if a is not None and b is not None)
+    basis = torch.linalg.qr(torch.randn(groups * size, rank, dtype=torch.float64))[0]
+    up = latent.operand(basis, groups, torch.randn(groups * size), torch.rand(size) + 0.5 if normed else None)
+    table = torch.zeros(rope.table_shape(2, 1024, size))
+    angle = 40 * torch.rand(2, length, size // 2)
+    rope.write(table, torch.tensor(0), angle.cos(), angle.sin())
+    keys, values = ops.split_state(tuple(host))
+    held = quantize.load_side(keys, length, form.buffered, "key")[:, 0].double()
+
+    def rebuilt(as_dtype: torch.dtype) -> torch.Tensor:
+        u = up.double()
+        key = torch.einsum("bsr,gdr->bgsd", held.to(as_dtype).double(), u[..., :rank].to(as_dtype).double())
+        key = key + u[:, None, :, rank]
+        if eps is not None:
+            key = key * (key.square().mean(-1, keepdim=True) + eps).rsqrt() * u[:, None, :, rank + 1]
+        return (
+            rope.rotate(key, *(x[:, :, :length] for x in rope.angles(table, 0, 1024)), form.rope) if form.pre else key
+        )
+
+    more: dict[str, Any] = {"up": up.to(device)} | ({} if eps is None else {"eps": eps})
+    more |= {"table": table.to(device)} if form.pre else {}
+    query = torch.randn(2, queries, 4 * groups, size).to(dtype).transpose(1, 2)
+    args = (query.to(device), *state, torch.tensor(length, device=device), None, form.name, size**-0.5, True, -1)
+    out = lowering.attend(*args, **more)[0].cpu()
+    value = quantize.load_side(values, length, form, "value")
+    seen = attention.allowed(Predicate(), queries, length, None, query.device)
+    # What is in the ring meets a factor in the model's dtype, and what was packed maybe one in fp16.
+    packed = form.packed(length)
+    coarse = [rebuilt(factor_dtype(form, dtype))[:, :, :packed], rebuilt(dtype)[:, :, packed:]]
+    result = judged(out, query, rebuilt(torch.float64), value, seen, torch.cat(coarse, 2))
+    return result | {"form": form.name, "same_bits": same, "ok": same and result["ok"]}
+
+
 def filled(
     form: KVForm, dtype: torch.dtype, size: int, length: int
 ) -> tuple[list[torch.Tensor | None], torch.Tensor, torch.Tensor]:
@@ -248,12 +306,20 @@ def filled(
 
 
 def judged(
-    out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    coarse: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """The error of ``out`` against attention to ``seen`` in fp64, and what it may be."""
+    """The error of ``out`` against attention to ``seen`` in fp64, and what it may be.
+
+    ``coarse`` are the keys as they are when they are made in the model's dtype, if they are made.
+    """
     size, dtype = query.shape[3], query.dtype
     best = rounded_attention(query, key, value, size**-0.5, torch.float64, seen)
-    low = rounded_attention(query, key, value, size**-0.5, dtype, seen)
+    low = rounded_attention(query, key if coarse is None else coarse, value, size**-0.5, dtype, seen)
     error = (out.double() - best).abs().max().item()
     budget = budget_of(query, key, value, best, (low.double() - best).abs().max().item())
     return {"dtype": str(dtype), "size": size, "queries": query.shape[2], "length": key.shape[2], "max_error": error,

@@ -224,18 +224,24 @@ def dense(predicate: Predicate, itemsize: int) -> Cost:
 
 
 @functools.cache
+def load(form: KVForm, itemsize: int, rotary: int = 0) -> Cost:
+    """``effcompile::kv_load``: the store is read, and ``C`` dense keys and values are written."""
+    read = _store_read(form, itemsize, S, S, rotary)
+    if rank := form.rank("value"):
+        read += Cost(_value_up(rank), B * G * S * E * 2 * (rank + 1))
+    return Cost(read.bytes + B * G * C * (D + E) * itemsize, read.flops)
+
+
+@functools.cache
 def unfused(form: KVForm, itemsize: int, mask_itemsize: int = 1, rotary: int = 0) -> Cost:
     """The same site before a rewrite: ``kv_load`` to dense keys and values, then attention over the whole capacity.
 
     ``kv_load`` writes all ``C`` tokens; SDPA reads them and a mask ``[B, 1, T, C]`` of ``mask_itemsize`` bytes, and
     computes every pair, hidden or not.
     """
-    read = _store_read(form, itemsize, S, S, rotary)
-    if rank := form.rank("value"):
-        read += Cost(_value_up(rank), B * G * S * E * 2 * (rank + 1))
-    loaded = B * G * C * (D + E) * itemsize
-    mask = B * T * C * mask_itemsize
-    return Cost(read.bytes + 2 * loaded + mask + _ends(itemsize, False), read.flops + 2 * B * H * T * C * (D + E))
+    dense, mask = B * G * C * (D + E) * itemsize, B * T * C * mask_itemsize
+    attended = Cost(dense + mask + _ends(itemsize, False), 2 * B * H * T * C * (D + E))
+    return load(form, itemsize, rotary) + attended
 
 
 @functools.cache

@@ -136,7 +136,7 @@ def source(program: AnyProgram) -> str:
 def refusal(program: AnyProgram) -> str | None:
     """Why no C++ kernel can serve ``program``, or None."""
     if program.form.latents and not (isinstance(program, Program) and program.phase == "decode" and not program.blocks):
-        return "many queries and latents: these are multiplied out once, densely, and not for each tile of queries"
+        return latent.FOR_DECODING
     if program.form.pre != (0 < program.rotary <= program.key_size):
         return f"the form {program.form.name} with a table of angles of {program.rotary} channels"
     # Latents of all heads together are more than a head, and storing them keeps nothing in registers.

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effcompile.kernels import ops
+from effcompile.kernels import latent, ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES, Phase, Predicate, Program, ScoreParts, StoreProgram
 from effcompile.kernels.rope import rotary_of, table_shape
 from effcompile.lowering.triton_build import Built, build, chip_of
-from effcompile.lowering.triton_side import sides_of
+from effcompile.lowering.triton_latent import factor_dtype, sides_of
 
 WAVES = 4
 """Decode programs per multiprocessor to aim at: enough to hide latency, few enough that the merge stays small."""
@@ -34,13 +34,14 @@ SPLIT_KEYS = 256
 def refusal(program: Program | StoreProgram) -> str | None:
     """Why no Triton kernel can serve ``program``; None where that is not known to be so."""
     if isinstance(program, Program):
+        if program.form.latent and (program.blocks or program.phase != "decode"):
+            return latent.FOR_DECODING
         if program.blocks and program != _listed(program):
             return f"no GPU kernel visits block lists with the parts of {program.name}"
         if program.predicate.prefix and program.predicate.window is not None:
             return "no GPU kernel has a prefix and a window"
-    if program.form.latent:
-        return "no GPU kernel rebuilds keys from latents"
-    if not program.form.pre and not (isinstance(program, Program) and program.blocks):
+    form = program.form
+    if not form.pre and not form.latent and not (isinstance(program, Program) and program.blocks):
         return None
     try:
         sides_of(program, "cuda")
@@ -68,15 +69,15 @@ def _listed(program: Program) -> Program:
 def attend_program(
     phase: Phase, name: str, causal: bool, window: int, rules: tuple[bool, bool, bool], ratio: int, key_size: int,
     value_size: int, dtype: torch.dtype, device: torch.device, score: ScoreParts, rotary: int,
-    lists: tuple[str, ...] = (),
+    others: tuple[str, ...] = (),
 ) -> Built:  # fmt: skip
-    """The kernels of attention with these parts, ``lists`` being the names of those that are about lists."""
+    """The kernels of attention with these parts, ``others`` being the names of those that are there or not."""
     if dtype not in DTYPES:
         raise KernelUnavailable(f"no GPU kernel for {dtype}")
     predicate = Predicate(causal, window if window >= 0 else None, *rules)
     try:
         form = KVForm.parse(name)
-        more = dict.fromkeys(lists, True)
+        more = dict.fromkeys(others, True)
         program = Program(phase, form, predicate, dtype, ratio, key_size, value_size, score, rotary, **more)
         if why := refusal(program):
             raise KernelUnavailable(why)
@@ -125,26 +126,48 @@ def _form(name: str) -> KVForm:
     return KVForm.parse(name)
 
 
-def _buffers(state: tuple[Tensor | None, ...], name: str, table: Tensor | None) -> list[Tensor]:
-    """The state's tensors, with the table of angles behind those of the keys: the order of the generated arguments."""
-    found = [t for t in state if t is not None]
+def _buffers(
+    state: tuple[Tensor | None, ...], name: str, table: Tensor | None, more: Sequence[Any] = (), loads: bool = True
+) -> list[Any]:
+    """The state's tensors, with the table of angles and ``more`` behind those of the keys, as generated arguments are.
+
+    Keys as latents have no angles but for what ``loads``.
+    """
+    found: list[Any] = [t for t in state if t is not None]
     form = _form(name)
-    if form.latent:
-        raise KernelUnavailable(f"no GPU kernel reads or writes latents ({name})")
-    expected = (1 if form.key_bits == 16 else 3) + (1 if form.value_bits == 16 else 3)
+    keys = 1 if form.key_bits == 16 else 3
+    expected = keys + (1 if form.value_bits == 16 else 3)
     if len(found) != expected:
         raise KernelUnavailable(f"the form {name} has {expected} buffers, but {len(found)} were given")
     if not all(t.is_contiguous() for t in found):
         raise KernelUnavailable("a buffer of the cache is not contiguous")
-    if form.pre != (table is not None):
-        raise KernelUnavailable(f"the form {name} {'needs a' if form.pre else 'takes no'} table of angles")
+    turned = form.pre and (loads or not form.latent)
+    if turned != (table is not None):
+        raise KernelUnavailable(f"the form {name} {'needs a' if turned else 'takes no'} table of angles")
     if table is not None:
-        shape = table_shape(found[0].shape[0], found[0].shape[2] * form.group, rotary_of(table))
-        if table.shape != shape or table.dtype != torch.float16 or not table.is_contiguous():
-            given = f"{tuple(table.shape)} in {table.dtype}"
-            raise KernelUnavailable(f"a table of angles of {given}, and not a contiguous one of {shape} in fp16")
-        found.insert(3, table)
+        shape = table_shape(found[0].shape[0], found[0].shape[2] * form.span("key"), rotary_of(table))
+        dtype = torch.float32 if form.latent else torch.float16
+        if table.shape != shape or table.dtype != dtype or not table.is_contiguous():
+            given, wanted = f"{tuple(table.shape)} in {table.dtype}", f"{shape} in {dtype}"
+            raise KernelUnavailable(f"a table of angles of {given}, and not a contiguous one of {wanted}")
+        more = [table, *more]
+    found[keys:keys] = more
     return found
+
+
+def _factor(up: Tensor | None, eps: float | None, form: KVForm, groups: int, query: Tensor) -> list[Any]:
+    """What makes keys of latents, as :attr:`triton_latent.LatentKeys.buffers` names it."""
+    rank = 0 if up is None else latent.rank_of(up)
+    if rank != form.latent:
+        raise KernelUnavailable(f"an up-projection of {rank} latents for the form {form.name}")
+    if up is None:
+        return []
+    shape = (groups, query.shape[3], rank + latent.BESIDES)
+    if up.shape != shape or up.dtype != torch.float32:
+        given = f"{tuple(up.shape)} in {up.dtype}"
+        raise KernelUnavailable(f"an up-projection of {given}, and not one of {shape} in fp32")
+    basis = up[..., :rank].to(factor_dtype(form, query.dtype)).contiguous()
+    return [basis, up.contiguous(), *([] if eps is None else [eps])]
 
 
 def rotary(table: Tensor | None) -> int:
@@ -247,18 +270,20 @@ def call_of(
     key_mask: Tensor | None,
     name: str,
     table: Tensor | None = None,
+    up: Tensor | None = None,
+    eps: float | None = None,
 ) -> Call:
     """The arguments that every attention kernel has, in the order of ``triton_source.ATTEND_TAIL``."""
     state = tuple(state)
-    buffers = _buffers(state, name, table)
     key, value, capacity = _sizes(state, _form(name))
+    buffers = _buffers(state, name, table, _factor(up, eps, _form(name), value.shape[1], query))
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise KernelUnavailable(f"queries are {query.dtype}, but the cache holds {key.dtype} and {value.dtype}")
     batch, heads, queries, _ = query.shape
-    groups = key.shape[1]
+    groups = value.shape[1]
     ratio = heads // groups
     if heads != ratio * groups or batch != key.shape[0]:
-        raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(key.shape[:2])}")
+        raise KernelUnavailable(f"{heads} query heads and batch {batch} do not fit a store of {tuple(value.shape[:2])}")
     query = row_major(query)
     out = query.new_empty(batch, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -287,7 +312,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Launch ``effcompile::attend``: ``o`` ``[B, H, T, E]`` in the query's dtype, ``lse`` ``[B, H, T]`` fp32."""
     *state, length, key_mask, name, scale, causal, window = args
-    (query, *_), out, lse, ratio, pairs, capacity = call = call_of(query, state, length, key_mask, name, table)
+    (query, *_), out, lse, ratio, pairs, capacity = call = call_of(query, state, length, key_mask, name, table, up, eps)
     queries, phase = query.shape[2], Program.phase_for(query.shape[2], ratio)
     parts = score_of(softcap, bias, sinks)
     built = attend_program(
@@ -303,6 +328,7 @@ def attend(
         query.device,
         parts,
         rotary(table),
+        () if eps is None else ("normed",),
     )
     assert built.blocks is not None
     given = part_values(query, capacity, softcap, bias, sinks, segments, prefix)
@@ -340,6 +366,11 @@ def launch_splits(
     return out, lse
 
 
+def store_warps(size: int) -> int:
+    """Warps of a store: all channels of a group are in registers at a time, and latents have more than a head has."""
+    return 4 if size <= 256 else 16
+
+
 def kv_store(*args: Any, table: Tensor | None = None) -> None:
     """Launch ``effcompile::kv_store``: quantise groups that become complete, then append; ``length`` is from before.
 
@@ -349,23 +380,24 @@ def kv_store(*args: Any, table: Tensor | None = None) -> None:
     *held, length, key, value, name = args
     state = tuple(held)
     form = _form(name)
-    buffers = _buffers(state, name, table)
+    buffers = _buffers(state, name, table, loads=False)
     key_like, value_like, capacity = _sizes(state, form)
     if key.dtype != key_like.dtype or value.dtype != value_like.dtype:
         raise KernelUnavailable(f"new tokens are {key.dtype} and {value.dtype}, but the cache holds {key_like.dtype}")
     built = _store_program(name, key.dtype, key.shape[3], value.shape[3], key.device, rotary(table))
     key, value = row_major(key), row_major(value)
-    batch, groups, tokens, _ = key.shape
+    batch, groups, tokens, _ = value.shape
+    warps = store_warps(key.shape[3])
     common = (
         *buffers, length, key, value, tokens, groups, capacity,
         key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2),
     )  # fmt: skip
     grid = batch * groups * -(-tokens // built.block)
     if form.dense or tokens == 1:
-        built.launch("", grid, *common, QUANTIZE=not form.dense, APPEND=True, num_warps=4, **_exactly(table))
+        built.launch("", grid, *common, QUANTIZE=not form.dense, APPEND=True, num_warps=warps, **_exactly(table))
         return
-    built.launch("", grid, *common, QUANTIZE=True, APPEND=False, num_warps=4, **_exactly(table))
-    built.launch("", grid, *common, QUANTIZE=False, APPEND=True, num_warps=4)
+    built.launch("", grid, *common, QUANTIZE=True, APPEND=False, num_warps=warps, **_exactly(table))
+    built.launch("", grid, *common, QUANTIZE=False, APPEND=True, num_warps=warps)
 
 
 def kv_load(*args: Any, table: Tensor | None = None) -> tuple[Tensor, Tensor]:

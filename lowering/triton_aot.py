@@ -15,6 +15,7 @@ import torch
 from effcompile.kernels.program import Program, StoreProgram
 from effcompile.lowering import triton_ffn
 from effcompile.lowering.triton_build import Built, vendor_of
+from effcompile.lowering.triton_latent import factor_dtype
 
 OPERANDS = {
     "length": "*i64",
@@ -39,6 +40,8 @@ OPERANDS = {
     "prefix": "*i64",
     "pages": "*i32",
     "page_num": "*i32",
+    "up": "*fp32",
+    "eps": "fp32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MORE_TYPES = TYPES | {torch.int32: "i32", torch.bool: "i1"}
@@ -53,7 +56,9 @@ def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str,
             types[name] = "constexpr"
         elif name in ("query", "out", "key", "value", "before_out"):
             types[name] = f"*{kind}"
-        elif name in ("lse", "part_out", "part_lse", "before_lse"):
+        elif name == "basis":
+            types[name] = f"*{TYPES[factor_dtype(form, program.dtype)]}"
+        elif name in ("lse", "part_out", "part_lse", "before_lse") or (name == "table" and form.latent):
             types[name] = "*fp32"
         elif re.fullmatch(r"[kv]\d", name):
             bits = form.key_bits if name[0] == "k" else form.value_bits
@@ -64,9 +69,17 @@ def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str,
 
 
 def compile_ahead(
-    built: Built, program: Program | StoreProgram, chip: str, constants: dict[str, Any], prefix: str = ""
+    built: Built,
+    program: Program | StoreProgram,
+    chip: str,
+    constants: dict[str, Any],
+    prefix: str = "",
+    warps: int | None = None,
 ) -> Any:
-    """Compile kernel ``{prefix}{name}`` of a built program for ``chip``, as for tensors that PyTorch allocated."""
+    """Compile kernel ``{prefix}{name}`` of a built program for ``chip``, as for tensors that PyTorch allocated.
+
+    ``warps`` are those of a store, where they are more than Triton's four.
+    """
     kernel = getattr(built.module, prefix + built.name)
     types = signature(kernel, program, constants)
     aligned = {
@@ -76,6 +89,7 @@ def compile_ahead(
     }
     cut = built.blocks if built.blocks is None or "BLOCK" not in constants else built.blocks.within(constants["BLOCK"])
     options = {} if cut is None or prefix else {"num_warps": cut.warps, "num_stages": cut.stages}
+    options |= {} if warps is None else {"num_warps": warps}
     return _compile(kernel, types, constants, aligned, chip, options)
 
 

@@ -17,7 +17,8 @@ import torch
 
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import Program, StoreProgram
-from effcompile.lowering.triton_side import Blocks, Vendor, sides_of
+from effcompile.lowering.triton_latent import sides_of
+from effcompile.lowering.triton_side import Blocks, Vendor
 from effcompile.lowering.triton_source import attend_source
 from effcompile.lowering.triton_store import store_block, store_source
 
@@ -51,7 +52,12 @@ def blocks_for(program: Program, chip: str) -> Blocks:
     packed = (keys.bits != 16) + (values.bits != 16)
     warpgroups = chip in ("sm_90", "sm_100", "sm_103")
     looked_up, several = program.positions and program.score.bias, max(keys.parts, values.parts) > 1
-    if program.phase == "decode":
+    if program.form.latent:
+        # A tile of keys is the sum of a product here, beside the latents and rows of the factor that make it: eight
+        # warps hold one of 64. Those of gfx942 have half the registers each, and in fp32 three products take turns.
+        few = single or vendor_of(chip) == "hip"
+        blocks = Blocks(16, 32 if few or wide else 64, 32, warps=4 if few else 8, stages=2)
+    elif program.phase == "decode":
         # Keys before RoPE are in registers twice, with their angles: half a tile.
         tile = 32 if single or (wide and not packed) else 64 if wide or packed < 2 or program.rotary else 128
         ring = 32 if wide or single else 64

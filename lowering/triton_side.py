@@ -15,7 +15,7 @@ import torch
 
 from effcompile.kernels.form import Axis, Kind, KVForm, word
 from effcompile.kernels.ops import KernelUnavailable
-from effcompile.kernels.program import HEAD_SIZES, Program, StoreProgram
+from effcompile.kernels.program import HEAD_SIZES
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 GROUPS = (16, 32, 64, 128)
@@ -23,6 +23,8 @@ GROUPS = (16, 32, 64, 128)
 
 
 Vendor = Literal["cuda", "hip"]
+RANKS: dict[Vendor, int] = {"cuda": 1024, "hip": 512}
+"""The most latents: a store packs those of a group of tokens in one piece, which goes through shared memory."""
 
 
 def padded(width: int) -> int:
@@ -59,18 +61,20 @@ class Side:
 
     def __post_init__(self) -> None:
         self.form.check_head(self.kind, self.size)
-        if self.size not in HEAD_SIZES:
+        if self.size not in HEAD_SIZES and not self.latent:
             raise KernelUnavailable(
                 f"no GPU kernel for {self.kind} heads of {self.size} channels (16 to 256 are offered)"
             )
+        if self.latent > RANKS[self.vendor]:
+            raise KernelUnavailable(f"no GPU kernel for {self.latent} latents (up to {RANKS[self.vendor]} are offered)")
         if self.bits != 16 and self.form.group not in GROUPS:
             raise KernelUnavailable(f"no GPU kernel for groups of {self.form.group}; choose one of {GROUPS}")
         if self.rotary and (why := self._not_turned()):
             raise KernelUnavailable(f"no GPU kernel for keys before RoPE {why}; use rope='post' there")
-        if self.axis == "token" and self.bits == 3 and self.size % 32:
+        if self.axis == "token" and self.bits == 3 and self.held % 32:
             # Four words of eight channels are read together.
             raise KernelUnavailable(
-                f"no GPU kernel for {self.kind} heads of {self.size} channels in 3 bits per token (multiples of 32 "
+                f"no GPU kernel for {self.kind} heads of {self.held} channels in 3 bits per token (multiples of 32 "
                 "have one)"
             )
 
@@ -78,6 +82,16 @@ class Side:
     def bits(self) -> int:
         """Bits of this side in its form."""
         return self.form.bits(self.kind)
+
+    @property
+    def latent(self) -> int:
+        """Channels of the latents that this side holds in place of keys; 0 of others."""
+        return self.form.latent if self.kind == "key" else 0
+
+    @property
+    def held(self) -> int:
+        """Channels of a head of the buffers."""
+        return self.latent or self.size
 
     def _not_turned(self) -> str:
         """For which heads there is no kernel of keys before RoPE; '' if there is one."""
@@ -147,19 +161,29 @@ class Side:
         return packed[:1] if self.bits == 16 else [*packed, "table"] if self.rotary else packed
 
     def offsets(self) -> list[str]:
-        """Lines that move each buffer's pointer to head ``head`` (int64)."""
-        letter, g, row = self.kind[0], self.form.group, self.size * self.bits // 8
+        """Lines that move each buffer's pointer to head ``head`` (int64), of latents to the one of ``batch``."""
+        letter, g, row, head = self.kind[0], self.form.group, self.held * self.bits // 8, self.head
+        turned = [f"table += batch * capacity * {self.rotary}"] if self.rotary else []
         if self.bits == 16:
-            return [f"{letter}0 += head * capacity * {self.size}"]
+            return [f"{letter}0 += {head} * capacity * {self.held}", *turned]
         steps = 1 if self.fp8 else 2
-        per_channel, per_token = steps * self.size, steps * (self.size // g)
+        per_channel, per_token = steps * self.held, steps * (self.held // g)
         count = f"capacity // {g} * {per_channel}" if self.axis == "channel" else f"capacity * {per_token}"
         return [
-            f"{letter}0 += head * capacity * {row}",
-            f"{letter}1 += head * ({count})",
-            f"{letter}2 += head * {self.form.slots * self.size}",
-            *([f"table += batch * capacity * {self.rotary}"] if self.rotary else []),
+            f"{letter}0 += {head} * capacity * {row}",
+            f"{letter}1 += {head} * ({count})",
+            f"{letter}2 += {head} * {self.form.slots * self.held}",
+            *turned,
         ]
+
+    @property
+    def head(self) -> str:
+        """What counts the heads of the buffers."""
+        return "batch" if self.latent else "head"
+
+    def queries(self) -> list[str]:
+        """Lines that load the query operands in the model's dtype."""
+        return [f"q{suffix} = load_rows(query, place, live, 1, {self.cut(first)})" for suffix, first in self.halves]
 
     def names(self, stem: str) -> str:
         """``stem`` with each operand's suffix, separated by commas."""
@@ -172,6 +196,12 @@ class Side:
         Also for a bf16 model, whose own dtype would keep 8 bits of each number instead of 11.
         """
         return self.bits != 16 and self.dtype != torch.float32
+
+    @property
+    def precision(self) -> str:
+        """How fp32 operands are multiplied."""
+        # On NVIDIA three tf32 products give an fp32 product within two bits; AMD multiplies fp32 in its matrix units.
+        return '"tf32x3"' if self.dtype == torch.float32 and self.vendor == "cuda" else '"ieee"'
 
     @property
     def operand(self) -> str:
@@ -237,14 +267,6 @@ class Side:
         return lines
 
 
-def sides_of(program: Program | StoreProgram, vendor: Vendor) -> tuple[Side, Side]:
-    """Keys and values of a program."""
-    return (
-        Side("key", program.form, program.key_size, program.dtype, vendor, program.rotary),
-        Side("value", program.form, program.value_size, program.dtype, vendor),
-    )
-
-
 def module_text(title: str, imports: Mapping[str, Sequence[str]], functions: Sequence[list[str]]) -> str:
     """The text of a module: its title, the imports that its functions use, and the functions."""
     head = [f'"""{title}: written by effcompile.lowering.triton_source; one program, nothing to edit."""', ""]
@@ -263,8 +285,17 @@ def indent(lines: Sequence[str], by: int = 4) -> list[str]:
 
 
 BLOCK_PARTS = ("check_columns", "count_below", "count_within", "in_ranges", "ranges_fit", "tile_at", "tokens_of")
+LATENT_PARTS = (
+    "factor_column",
+    "factor_rows",
+    "latents_by_channel",
+    "latents_by_token",
+    "load_channels",
+    "sum_of_squares",
+)
 LOAD_PARTS = (
     "dense_tile",
+    "key_codes",
     "keys_4",
     "keys_8",
     "keys_fp8",
@@ -274,6 +305,7 @@ LOAD_PARTS = (
     "packed_length",
     "ring_tile",
     "store_rows",
+    "value_codes",
     "values_4",
     "values_8",
     "values_fp8",

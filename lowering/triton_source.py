@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from effcompile.kernels.program import Program
 from effcompile.lowering import triton_lists
+from effcompile.lowering.triton_latent import sides_of
 from effcompile.lowering.triton_side import (
     BLOCK_PARTS,
+    LATENT_PARTS,
     LOAD_PARTS,
     NUMBER_PARTS,
     ROPE_PARTS,
@@ -15,7 +17,6 @@ from effcompile.lowering.triton_side import (
     Vendor,
     indent,
     module_text,
-    sides_of,
 )
 from effcompile.lowering.triton_tile import (
     FIXED,
@@ -56,7 +57,7 @@ def attend_source(program: Program, blocks: Blocks, vendor: Vendor) -> str:
     arguments[-1] += "".join(f", {name}" for name in part_arguments(program))
     functions += write(program, blocks, keys, values, packed, end, arguments, ringed)
     imports: dict[str, tuple[str, ...]] = {"load": LOAD_PARTS, "number": NUMBER_PARTS, "rope": ROPE_PARTS}
-    imports |= {"softmax": SOFTMAX_PARTS, "blocks": BLOCK_PARTS}
+    imports |= {"softmax": SOFTMAX_PARTS, "blocks": BLOCK_PARTS, "latent": LATENT_PARTS}
     return module_text(program.name, imports, functions)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from effcompile.kernels.program import StoreProgram
+from effcompile.lowering.triton_latent import sides_of
 from effcompile.lowering.triton_side import (
     LOAD_PARTS,
     PACK_PARTS,
@@ -14,7 +15,6 @@ from effcompile.lowering.triton_side import (
     indent,
     module_text,
     padded,
-    sides_of,
 )
 
 
@@ -37,7 +37,7 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
         f"blocks = tl.cdiv(tokens, {block})",
         "head, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks",
         *start,
-        "key += batch * key_batch + (head % groups) * key_head",
+        "key += batch * key_batch" + ("" if form.latent else " + (head % groups) * key_head"),
         "value += batch * value_batch + (head % groups) * value_head",
         "old = tl.load(length)",
     ]
@@ -54,18 +54,20 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
             if side.rotary:
                 pack, table = "pack_turned_keys", "table, "
                 turn = f", {side.rotary}, {form.rope == 'pre_adjacent'}"
-            kernel.append(
-                f"        {pack}({c}0, {c}1, {c}2, {table}{new}, {new}_token, first, old, {side.size}, "
+            call = (
+                f"{pack}({c}0, {c}1, {c}2, {table}{new}, {new}_token, first, old, {side.size}, "
                 f"{words.padded}, {side.size // words.width}, {side.bits}, {form.slots}, {block}{turn})"
             )
+            kernel += indent(_once(side, call), 8)
     kernel.append("if APPEND:")
     for side in sides:
         c, new = side.kind[0], side.kind
         part, where, slots = ("dense", f"{c}0", "") if side.bits == 16 else ("ring", f"{c}2", f"{form.slots}, ")
-        kernel.append(
-            f"    append_{part}({where}, {new}, {new}_token, block * {block}, tokens, old, capacity, {side.size}, "
+        call = (
+            f"append_{part}({where}, {new}, {new}_token, block * {block}, tokens, old, capacity, {side.size}, "
             f"{padded(side.size)}, {slots}{block})"
         )
+        kernel += indent(_once(side, call))
     buffers = ", ".join(name for side in sides for name in side.buffers)
     strides = ", ".join(f"{kind}_{axis}" for kind in ("key", "value") for axis in ("batch", "head", "token"))
     store = [
@@ -75,6 +77,8 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
         "        QUANTIZE: tl.constexpr, APPEND: tl.constexpr):",
         *indent(kernel),
     ]
+    if form.latent:  # whoever reads latents makes keys of them, and has an operator of its own for that
+        return module_text(name, {"load": LOAD_PARTS, "pack": PACK_PARTS}, [store])
     lines = [
         f"blocks = tl.cdiv(capacity, {block})",
         f"head, start = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks * {block}",
@@ -99,6 +103,11 @@ def store_source(program: StoreProgram, vendor: Vendor) -> str:
         *indent(lines),
     ]
     return module_text(name, {"load": LOAD_PARTS, "pack": PACK_PARTS, "rope": ROPE_PARTS}, [store, load])
+
+
+def _once(side: Side, call: str) -> list[str]:
+    """A call for each head of ``side``: all heads of values share one of latents, which the first of them writes."""
+    return ["if head % groups == 0:", *indent([call])] if side.latent else [call]
 
 
 def _read_back(sides: tuple[Side, Side], ring: bool) -> list[str]:

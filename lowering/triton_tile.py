@@ -13,7 +13,8 @@ from effcompile.lowering.triton_side import TYPES, Side, indent, padded
 FIXED = '"queries", "groups", "capacity"'
 """Arguments of kernels that are not worth a variant of their own."""
 Tile = Literal["body", "ring", "gathered"]
-"""Where the keys of a tile are: as stored, among the newest tokens, or at places of their own."""
+"""Where the keys of a tile are: as stored, among the newest tokens, or at places of their own. A :class:`Side` has a
+method of that name, with the lines that load such a tile."""
 
 
 def tile_name(kind: Tile) -> str:
@@ -25,15 +26,13 @@ def tile_function(program: Program, keys: Side, values: Side, kind: Tile, rows: 
     """The function that folds one tile of keys into the running softmax."""
     q, acc = keys.names("q"), values.names("acc")
     dtype = TYPES[program.dtype] if kind == "ring" else values.operand
-    # On NVIDIA three tf32 products give an fp32 product within two bits; AMD multiplies fp32 in its matrix units.
-    precision = '"tf32x3"' if program.dtype == torch.float32 and keys.vendor == "cuda" else '"ieee"'
+    precision = keys.precision
     buffers = ", ".join(keys.buffers + values.buffers)
     what = {"body": "keys, as stored", "ring": "the newest tokens, from the ring", "gathered": "single keys"}[kind]
     lines = [f'"""One tile of {what}."""']
     if kind != "gathered":
         lines.append("key = start + tl.arange(0, TILE)")
-    load = {"body": Side.body, "ring": Side.ring, "gathered": Side.gathered}[kind]
-    lines += load(keys)
+    lines += getattr(keys, kind)()
     score = f"tl.zeros(({rows}, TILE), tl.float32)"
     for suffix, _ in keys.halves:
         lines.append(f"score = dot(q{suffix}, k{suffix}, {score}, {precision})")
@@ -48,7 +47,7 @@ def tile_function(program: Program, keys: Side, values: Side, kind: Tile, rows: 
     seen = [*_seen(program), 'score = tl.where(seen, score, float("-inf"))']
     lines += seen if kind == "gathered" else ["if CHECK:", *indent(["keep = key < stop", *seen])]
     lines.append("weight, decay, peak, total = softmax_step(score, peak, total)")
-    lines += load(values)
+    lines += getattr(values, kind)()
     for suffix, _ in values.halves:
         lines.append(
             f"acc{suffix} = dot(convert(weight, {dtype}), v{suffix}, acc{suffix} * decay[:, None], {precision})"
@@ -149,7 +148,7 @@ def attend_start(program: Program, keys: Side, values: Side, rows: int | str, ro
     if rule.segments:
         lines.append("segments += batch * segments_stride")
         lines.append("segment = tl.load(segments + position, mask=live & (position >= 0), other=0)")
-    lines += _queries(keys)
+    lines += keys.queries()
     if keys.fused:
         lines += ["body_scale = scale"] if program.dtype == torch.float16 else _normalise(keys)
     lines += [f"acc{suffix} = tl.zeros(({rows}, {values.columns}), tl.float32)" for suffix, _ in values.halves]
@@ -165,14 +164,9 @@ def _positions(program: Program) -> list[str]:
     return [f"position = tl.load({place}, mask=live, other=0).to(tl.int64)"]
 
 
-def _queries(keys: Side) -> list[str]:
-    """Load the query operands in the model's dtype."""
-    return [f"q{suffix} = load_rows(query, place, live, 1, {keys.cut(first)})" for suffix, first in keys.halves]
-
-
 def queries_again(program: Program, keys: Side) -> list[str]:
     """The queries as they were given, for the ring, where the stored tokens needed them in another dtype."""
-    return _queries(keys) if keys.fused and program.dtype != torch.float16 else []
+    return keys.queries() if keys.fused and program.dtype != torch.float16 else []
 
 
 def _normalise(keys: Side) -> list[str]:

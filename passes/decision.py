@@ -173,6 +173,8 @@ def rewritten(index: int, site: Any, rule: str, rewrite: Any) -> Decision:
         # Chosen tokens cost what as many of the newest do.
         predicate = dataclasses.replace(program.predicate, window=rewrite.tokens or program.predicate.window)
         after = cost.attend(program.form, predicate, item, program.rotary)
+        if site.load is not None and (form := KVForm.parse(site.load.args[7])).latents and not program.form.latents:
+            after += cost.load(form, item, _rotary(site))
     if program is not None and program.score.name:
         after += cost.score_operands(
             program.predicate, _bias(site) if program.score.bias else None, program.score.sinks

@@ -145,8 +145,8 @@ class PagedDecode(Pass, abc.ABC):
         if site.softcap is not None or site.sinks is not None or site.factors or site.mask.bias:
             return no("not-supported", f"{self.name} does not choose by scores with a soft cap, a bias, or sinks yet")
         form, capacity = KVForm.parse(str(load.args[7])), shape(site.key)[2]
-        if form.latent:
-            return no("latent-cache", f"{self.name} ranks stored keys, and this cache holds latents of them")
+        if form.latents:
+            return no("latent-cache", f"{self.name} ranks and gathers what is stored, and this cache holds latents")
         made = self.for_store(form)
         if not form.dense and made.page % form.group:
             text = f"page_size={made.page} does not hold whole groups of {form.group}, in which this cache is packed"

@@ -1,10 +1,11 @@
 """What sparse prefill methods share: which sites they take, and the operators they put there.
 
 ``attention(mask)  ->  select_blocks(query, key), attend_blocks(query, key, value, lists)``, of fresh keys or, for a
-later chunk of a prompt, of what a store holds. A method is its options and :meth:`SparsePrefill.choose`, which gives
-the blocks to visit (:mod:`effcompile.kernels.blocks`). It sees plain logits, products times the scale: a soft cap, a
-bias and sinks, which no paper's estimator knows, act in the attention, which is exact on what is visited. Where a paper
-and its official code disagree, the method's docstring says which was followed.
+later chunk of a prompt, of what a store holds, which for latents is what ``kv_load`` makes of them. A method is its
+options and :meth:`SparsePrefill.choose`, which gives the blocks to visit (:mod:`effcompile.kernels.blocks`). It sees
+plain logits, products times the scale: a soft cap, a bias and sinks, which no paper's estimator knows, act in the
+attention, which is exact on what is visited. Where a paper and its official code disagree, the method's docstring says
+which was followed.
 """
 
 from __future__ import annotations
@@ -171,8 +172,6 @@ class SparsePrefill(Pass, abc.ABC):
         if problem := unsupported(site) or self.serves(site):
             return problem
         form = form_of(site)
-        if form.latent:
-            return no("latent-cache", f"{self.name} looks at stored keys, and this cache holds latents of them")
         if form.pre:
             return no("not-supported", "no program visits blocks of keys that are stored before RoPE")
         if not form.dense and self.block_size % form.group:
@@ -197,7 +196,7 @@ class SparsePrefill(Pass, abc.ABC):
             state, length = fresh_store(graph, site)
             state, lists, more = self.operands(graph, logits, state, hidden)
         else:
-            state, length, more = site.load.args[:6], site.load.args[6], {}
+            state, length, more = *read_store(graph, site.load), {}
             chosen = (logits.query, *state, length, hidden, form.name, self.method, site.scale)
             lists = results(graph, graph.call_function(ours.select_stored_blocks.default, chosen), 4)
         call = graph.call_function(
@@ -210,8 +209,20 @@ class SparsePrefill(Pass, abc.ABC):
 
 
 def form_of(site: AttentionSite) -> KVForm:
-    """The form of the store that a site reads, or of its keys and values as they are."""
-    return DENSE if site.load is None else KVForm.parse(str(site.load.args[7]))
+    """The form of what a site reads: of the store, or of keys and values as they are or as they are rebuilt.
+
+    No tile of keys is rebuilt from latents for each block of queries again: ``kv_load``, which has done it, is read.
+    """
+    form = DENSE if site.load is None else KVForm.parse(str(site.load.args[7]))
+    return DENSE if form.latents else form
+
+
+def read_store(graph: fx.Graph, load: fx.Node) -> tuple[State, Any]:
+    """The state of the form :func:`form_of` that a site with ``load`` reads, and its length."""
+    if not KVForm.parse(str(load.args[7])).latents:
+        return load.args[:6], load.args[6]
+    key, value = results(graph, load, 2)
+    return (key, None, None, value, None, None), load.args[6]
 
 
 def results(graph: fx.Graph, call: fx.Node, count: int) -> list[fx.Node]:

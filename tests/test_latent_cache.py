@@ -298,6 +298,53 @@ def test_methods_that_look_at_stored_keys_leave_latents(no_inductor: list[Any]) 
     assert left == ["prompt"] * 2 + ["latent-cache"] * 2
 
 
+def test_sparse_prefill_over_latents(no_inductor: list[Any]) -> None:
+    """A later chunk chooses among the keys that the cache stands for, and visits those: all of them at the limit."""
+    model = ec.compress_kv(**PACKED)(model_of("llama"))
+
+    def read(cache: Any) -> Tensor:
+        with torch.no_grad():
+            logits = [
+                model(IDS[:, start:stop], attention_mask=PADDED[:, :stop], past_key_values=cache).logits
+                for start, stop in ((0, 50), (50, 90))
+            ]
+        return torch.cat(logits, 1)[PADDED.bool()]
+
+    expected = read(ec.Cache(model, 512, **PACKED))
+    ec.sparse_attention("xattention", min_length=0, block_size=16, stride=8, threshold=1.0)(model)
+    model.compile(backend="effcompile")
+    torch.testing.assert_close(read(ec.Cache(model, 512, **PACKED)), expected, rtol=0, atol=3e-5)
+    decided = ec.inspect(model).decisions
+    rewritten = [d for d in decided if d.action == "rewritten"]
+    assert all(d.form.startswith("xattention_attend_blocks_k16v16") for d in rewritten)
+    assert {d.reason.code for d in decided if d.reason is not None} <= {"taken"}
+    later = [d for d in rewritten if d.cache != (0, 0)]
+    assert len(later) == 2
+    # Rebuilding is counted: it is more than attention to keys of 16 bits alone.
+    plain = cost.attend(KVForm(16, 16), Predicate(key_mask=True), 4)
+    rebuilding = cost.load(KVForm(8, 4, 32, 32, latent=48, rope="pre"), 4, 32)
+    assert all(d.after == plain + rebuilding for d in later)
+    targets = [str(node.target) for graph in no_inductor for node in graph.graph.nodes]
+    assert sum("select_stored_blocks" in t for t in targets) == sum("kv_load" in t for t in targets) == 2
+
+
+@pytest.mark.slow
+def test_what_is_chosen_over_latents(no_inductor: list[Any]) -> None:
+    """Full-rank latents in 16 bits choose as whole keys in 16 bits do, and leave keys out."""
+    found = {}
+    for name, latents in (("whole", 0), ("latents", 64), ("all", 64)):
+        model = model_of("llama")
+        limit = 1.0 if name == "all" else 0.3
+        ec.sparse_attention("xattention", min_length=0, block_size=16, stride=8, threshold=limit)(model)
+        model.compile(backend="effcompile")
+        cache = ec.Cache(model, 512, latent=latents, **EXACT)
+        with torch.no_grad():
+            model(IDS[:, :50], past_key_values=cache)
+            found[name] = model(IDS[:, 50:], past_key_values=cache).logits
+    torch.testing.assert_close(found["latents"], found["whole"], rtol=0, atol=1e-3)
+    assert float((found["all"] - found["latents"]).abs().max()) > 1e-2
+
+
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 

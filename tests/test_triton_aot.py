@@ -53,6 +53,8 @@ def spill_budget(program: Program, chip: str, registers: int) -> int:
         return 1024 if wide else 320
     if wide or program.form.group > 32:
         return 256
+    if program.form.latent:
+        return 16  # beside the sums of attention those of the product that rebuilds a tile
     packed_8 = 8 in (program.form.key_bits, program.form.value_bits)
     if program.phase == "prefill":
         if program.rotary and chip == "sm_80" and not packed_8:
@@ -75,6 +77,7 @@ def check(program: Program, chip: str) -> dict[str, int]:
         program.phase == "decode"
         and program.dtype != torch.float32
         and max(program.key_size, program.value_size) <= 128
+        and not program.form.latent  # eight warps that have all the registers
     ):
         assert 2 * used["shared"] <= SHARED[chip] or vendor_of(chip) == "hip"
     if program.dtype != torch.float32:

@@ -201,7 +201,7 @@ def value_codes(codes, start, stop, ROW: tl.constexpr, PADDED: tl.constexpr, SPA
 
 
 @triton.jit
-def value_steps(scales, start, stop, AT: tl.constexpr, FIRST: tl.constexpr, GROUPS: tl.constexpr, ROW: tl.constexpr,
+def value_steps(scales, start, stop, AT: tl.constexpr, FIRST, GROUPS: tl.constexpr, ROW: tl.constexpr,
                 PADDED: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
                 PARTS: tl.constexpr = 1, STEPS: tl.constexpr = 2):  # fmt: skip
     """Scales (``AT`` = 0) or zeros (``AT`` = ``GROUPS``) of :func:`value_codes`, channel ``FIRST`` on, fp16.
