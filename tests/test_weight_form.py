@@ -179,7 +179,11 @@ def told(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-CASES = [(4, 32, False, 40), (8, 32, True, 64), (3, 24, False, 20), (2, 8, True, 7)]
+CASES = [
+    (4, 32, False, 40),
+    (3, 24, True, 7),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 32, True, 64), (2, 8, False, 20))),
+]
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric", "rank"), CASES)
@@ -225,7 +229,7 @@ def _double(model: nn.Module) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_narrower_block_is_rounded(fused: bool, no_inductor: list[Any], no_fallback: None) -> None:
     model = Net(fused=fused)
     plan = narrower(model)
@@ -324,10 +328,10 @@ def test_break_even_is_of_packed_bytes(no_inductor: list[Any]) -> None:
         torch.testing.assert_close(out, model.rest(wanted), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["flexround", "cbq"])
+@pytest.mark.parametrize("method", ["flexround", pytest.param("cbq", marks=pytest.mark.slow)])
 def test_learned_rounding_is_of_the_weight_alone(method: str, no_inductor: list[Any]) -> None:
     model = Net()
-    for plan, form in ((factors(model), "effcompile.low_rank_linear"), (narrower(model), "effcompile.linear")):
+    for plan, form in ((factors(model), "effcompile.low_rank_linear"), (narrower(model), "torch.ops.aten.linear")):
         ours = compiled(model, plan, FOUR | {"method": method})
         out = run(ours)
         assert str(no_inductor[-1].graph).count(form) == 3
@@ -422,6 +426,7 @@ def test_adapters_beside_a_rounded_linear(no_inductor: list[Any], no_fallback: N
     assert told(ours)["layer.base_layer"][0] == "low_rank dense with 2 folded, w4g32"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fewer_heads_in_few_bits(no_inductor: list[Any], no_fallback: None) -> None:
     """Rows of queries, keys and values, and columns of the output projection; a prompt with a cache, and a step."""
