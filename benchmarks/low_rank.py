@@ -36,8 +36,6 @@ SETTINGS = {
     "whitened, sensitivity": LowRank("whitened", RATIO, "sensitivity"),
 }
 """What is calibrated, all in one pass over the text; each has a plan of its own."""
-LOW_RANK = ec.low_rank(ratio=0.9, planner="uniform", round_to=32)
-"""Beside few bits in groups of 32, which divide its ranks."""
 SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 """The linears of a layer, ``[outputs, inputs]``."""
 LAYERS = 30
@@ -71,30 +69,6 @@ def loss(quick: bool = False) -> list[Measured]:
     ours, theirs = grown["whitened, sensitivity"], grown["whitened, uniform"]
     rows.append(Measured("sensitivity against uniform: growth", ours / theirs, " x", 0.85, at_least=False))
     return rows + order(given, measured)
-
-
-def bits(quick: bool = False) -> list[Measured]:
-    """Perplexity with a tenth of the parameters gone, with linears in few bits, and with both."""
-    model, measured = shared()[0], texts(1024 if quick else 4096)
-    dense = [log_probabilities(model, text) for text in measured]
-    rows = [Measured("dense: perplexity", damage(model, dense, measured).perplexity)]
-    say("low-rank-bits: calibrating")
-    plan = ec.calibrate(model, batches(2, 1024) if quick else batches(), [LOW_RANK], progress=False)
-    for name, made in (("", None), ("low rank", plan)):
-        for few in (None, 8, 4):
-            if few is None and made is None:
-                continue
-            rounded = (("bits", few), ("group", 32)) if few else ()
-            with _without_inductor():
-                told = Side(name, "effcompile", plan=made, weights=rounded).model()
-                one = damage(told, dense, measured)
-            done = [d for d in ec.inspect(told).graphs[-1].decisions if d.kind == "linear" and d.action == "rewritten"]
-            read = sum(d.bytes_after for d in done) - sum(d.bytes_before for d in done)
-            title = ", ".join(t for t in (name, f"w{few}g32" if few else "") if t)
-            note = f"KL {one.kl / one.count:.4f}, {read / 1e6:+.1f} MB to read, {len(done)} linears"
-            rows.append(Measured(f"{title}: perplexity", one.perplexity, note=note))
-            say(f"low-rank-bits: {rows[-1]}")
-    return rows
 
 
 def order(given: list[Tensor], measured: list[Tensor]) -> list[Measured]:

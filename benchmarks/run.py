@@ -56,7 +56,6 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "weights": ("Weights in few bits", weights.run),
     "low-rank": ("Linears of low rank", low_rank.loss),
-    "low-rank-bits": ("Linears of low rank, in few bits", low_rank.bits),
     "low-rank-residual": ("Linears of low rank: what a residual gains", low_rank.residual),
     "low-rank-speed": ("Linears of low rank: decoding", low_rank.speed),
     "compile": ("Cold compile", steady.compile_share),
