@@ -32,6 +32,7 @@ from effcompile.passes.linear import lower_linears
 from effcompile.passes.options import PREFIX
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.tree import place_of
+from effcompile.passes.weight_form import WeightForm, Weights
 from effcompile.passes.weights import Fresh
 from effcompile.patterns.attention import AttentionSite, Unmatched, find_attention, hidden_attention
 from effcompile.patterns.ffn import FeedForwardSite, find_feed_forward
@@ -162,6 +163,8 @@ def _unchanged(
 
 _DEFAULT = "compress_kv"
 """The pass that tells about a site of which nobody asked anything."""
+_FEW_BITS = "quantize_weights"
+"""The pass that says in which bits other forms keep their linears."""
 
 Replaced = list[tuple[Site, Rewrite, fx.Node, fx.Node]]
 
@@ -177,11 +180,14 @@ def _rewrite(
     replaced: Replaced = []
     kinds = {name: (base.get(name).site_kind, *base.get(name).also) for name in base.REGISTRY}
     inside: dict[fx.Node, str] = {}
+    kept: dict[fx.Node, WeightForm | Reason] = {}
+    few_bits = functools.partial(_few_bits, chosen, {s.anchor: s for s in others if isinstance(s, LinearSite)})
     for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
             continue
         taken = inside.get(site.anchor, "") if isinstance(site, LinearSite) else ""
+        site.few_bits = few_bits
         answers = {}
         for name in [name for name, kind in kinds.items() if site.kind in kind]:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
@@ -191,7 +197,7 @@ def _rewrite(
             if not rule and (asked or name != _DEFAULT):
                 continue  # nobody asked for this pass here, and another row tells about the site
             if taken:
-                answer = Reason("taken", f"{taken} stands here", site.source)
+                answer = _beside(taken, kept.get(site.anchor) if name == _FEW_BITS else None, site)
             if isinstance(answer, Reason):
                 decisions.append(report.left(index, site, rule, answer))
                 continue
@@ -201,6 +207,7 @@ def _rewrite(
             if isinstance(site, HeadsSite):
                 inside |= dict.fromkeys((site.anchor, *answer.linears), name)
             inside |= dict.fromkeys(answer.takes, name)
+            kept |= answer.kept
             old = answer.output or site.output
             with gm.graph.inserting_before(old):
                 new = answer.emit(gm.graph)
@@ -213,6 +220,23 @@ def _rewrite(
     gm.graph.lint()
     gm.recompile()
     return decisions, replaced
+
+
+def _few_bits(
+    chosen: choices.BackendOptions, linears: Mapping[fx.Node, LinearSite], node: fx.Node, weights: Weights
+) -> WeightForm | Reason | None:
+    """How another form keeps the ``weights`` that it has in the place of a linear; None if nobody asked."""
+    site = linears[node]
+    options = choices.resolve(_FEW_BITS, site.module, node.meta.get("custom"), chosen, site.label).options
+    return options.keeps(site, weights) if isinstance(options, base.get(_FEW_BITS)) else None
+
+
+def _beside(taken: str, kept: WeightForm | Reason | None, site: Site) -> Reason:
+    """Why a linear is not asked about where the method ``taken`` stands, and in which bits that keeps its own."""
+    if isinstance(kept, Reason):
+        return kept
+    text = f"{taken} stands here" + (f", and keeps its weights in {kept.text}" if kept else "")
+    return Reason("taken", text, site.source)
 
 
 def _unused(

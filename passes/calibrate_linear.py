@@ -22,8 +22,9 @@ from effcompile.kernels.reason import Reason
 from effcompile.passes.backend_options import clean_path
 from effcompile.passes.batches import CalibrationError, call, shown
 from effcompile.passes.calibrate import LAST, Looking, See, Watch, plan_of, run_all, watching
+from effcompile.passes.factored import Covered
 from effcompile.passes.factors import Spectrum, spectrum
-from effcompile.passes.low_rank import Covered, LowRank
+from effcompile.passes.low_rank import LowRank
 from effcompile.passes.masa import masa_records
 from effcompile.passes.ranks import Item, uniform
 from effcompile.passes.residual import low_rank_and_sparse, split

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,12 @@ from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.weight_form import DENSE, WeightForm, asked, form_of, told
 from effcompile.passes.weights import block_of, constant, nodes_of, originals, prepared
 from effcompile.patterns.ffn import BlockParts, FeedForwardSite, describe
 from effcompile.patterns.site import Site
 from effcompile.patterns.walk import same_shape, shape, value
+from effcompile.runtime import discarded
 from effcompile.runtime.plan import PlanError, Record, digest
 from effcompile.runtime.statistics import Samples, Statistic
 
@@ -114,6 +117,10 @@ class FeedForwardPass(Pass, abc.ABC):
         """Those of ours that :meth:`emit` puts in."""
         return ()
 
+    def linears(self, sizes: Sizes, record: Record) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of what :meth:`emit` puts in by :meth:`Put.linear`, by role: these may be in few bits."""
+        return {}
+
     def cost(self, sizes: Sizes, record: Record) -> Cost | None:
         """What the form of ``record`` must move and compute, or None where that is not known."""
         return None
@@ -141,19 +148,29 @@ class FeedForwardPass(Pass, abc.ABC):
             return found
         parts, own = found
         check_weights(record, own)
+        given, sizes = value(parts.input), sizes_of(parts)
+        linears = self.linears(sizes, record)
+        places = {role: node for role, node in linears_of(parts).items() if role in linears}
+        # Weights that are discarded were in range when others were prepared of them.
+        weights = {role: [own[role]] if discarded.name_of(own[role]) is None else [] for role in places}
+        kept = asked(site, {node: functools.partial(weights.__getitem__, role) for role, node in places.items()})
+        forms = {role: form_of(kept.get(node)) for role, node in places.items()}
 
         def emit(graph: fx.Graph) -> fx.Node:
-            return self.emit(Put(graph, parts, own, record.text), record)
+            return self.emit(Put(graph, parts, own, record.text, forms), record)
 
-        given, sizes = value(parts.input), sizes_of(parts)
         after = self.cost(sizes, record)
+        if after is not None:
+            after = sum((forms[role].change(*size, sizes.itemsize) for role, size in linears.items()), after)
+        operators = (*self.operators, *["quantized_linear"] * any(form != DENSE for form in forms.values()))
         return Rewrite(
-            self.describes(record),
+            self.describes(record) + told(forms.values()),
             emit,
             weights=prepared_from(site, parts, own),
             cost=None if after is None else (sizes.dense(sizes.neurons), after),
             rows=tuple(given.shape[:-1]),
-            operators=tuple(OperatorProgram(operator, given.dtype) for operator in self.operators),
+            operators=tuple(OperatorProgram(operator, given.dtype) for operator in operators),
+            kept=kept,
         )
 
 
@@ -177,6 +194,12 @@ def parts_of(site: FeedForwardSite, name: str) -> tuple[BlockParts, dict[str, Te
     if not same_shape(shape(parts.input)[:-1], shape(site.anchor)[:-1]):
         return no("not-supported", "a view between the linears of this block folds or unfolds its rows")
     return parts, own
+
+
+def linears_of(parts: BlockParts) -> dict[str, fx.Node]:
+    """The linears of a block by role; one for gate and up is both."""
+    gate = {} if parts.gate is None else {"gate": parts.gate.linear.node}
+    return gate | {"up": parts.up.linear.node, "down": parts.down.node}
 
 
 def sizes_of(parts: BlockParts) -> Sizes:
@@ -211,6 +234,8 @@ class Put:
     parts: BlockParts
     originals: Mapping[str, Tensor]
     key: str
+    forms: Mapping[str, WeightForm] = dataclasses.field(default_factory=dict)
+    """How weights are kept, by role; the others are dense."""
 
     @property
     def input(self) -> fx.Node:
@@ -224,8 +249,21 @@ class Put:
 
     def weights(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, fx.Node]:
         """Prepared weights as constants of the graph, each made once for all graphs."""
-        made = prepared(self.key, list(self.originals.values()), make)
+
+        def kept() -> dict[str, Tensor]:
+            return {name: t for role, made in make().items() for name, t in self.form(role).tensors(role, made).items()}
+
+        key = " ".join((self.key, *(f"{role} {form.text}" for role, form in self.forms.items())))
+        made = prepared(key, list(self.originals.values()), kept)
         return {name: constant(self.graph, t, self.input) for name, t in made.items()}
+
+    def form(self, role: str) -> WeightForm:
+        """How a weight is kept."""
+        return self.forms.get(role, DENSE)
+
+    def linear(self, x: fx.Node, weights: Mapping[str, fx.Node], role: str, outputs: int) -> fx.Node:
+        """A linear on prepared weights of this role and, if there is one, the bias beside it, dense or in few bits."""
+        return self.call(*self.form(role).call(role, weights, x, outputs, weights.get(f"{role}_bias")))
 
     def item(self, call: fx.Node, index: int) -> fx.Node:
         """One result of a call that has several."""

@@ -211,6 +211,12 @@ class Flap(FeedForwardPass):
         """That of the neurons that are left."""
         return sizes.dense(record.tensors["kept"].numel())
 
+    def linears(self, sizes: Sizes, record: Record) -> dict[str, tuple[int, int]]:
+        """All of the block; none where no neuron is left."""
+        width = record.tensors["kept"].numel()
+        roles = {"up": (width, sizes.size), "down": (sizes.size, width)}
+        return (roles | ({"gate": (width, sizes.size)} if sizes.gated else {})) if width else {}
+
     def emit(self, put: Put, record: Record) -> fx.Node:
         """The same linears, narrower: Inductor's own products serve them."""
         small = self._smaller(put.block, record)
@@ -229,18 +235,16 @@ class Flap(FeedForwardPass):
                 if t is not None
             }
 
-        w = put.weights(make)
-        if small.width == 0:
+        w, width = put.weights(make), small.width
+        if width == 0:
             shape = [*_sizes(put, put.input)[:-1], w["down_bias"].meta["val"].shape[0]]
             return put.call(aten.expand.default, w["down_bias"], shape)
-        middle = put.call(aten.linear.default, put.input, w["up"], w.get("up_bias"))
-        first = (
-            middle if small.gate is None else put.call(aten.linear.default, put.input, w["gate"], w.get("gate_bias"))
-        )
+        middle = put.linear(put.input, w, "up", width)
+        first = middle if small.gate is None else put.linear(put.input, w, "gate", width)
         active = _activated(put, first, small.activation)
         if small.gate is not None:
             active = put.call(aten.mul.Tensor, active, middle)
-        return put.call(aten.linear.default, active, w["down"], w["down_bias"])
+        return put.linear(active, w, "down", small.down.shape[1])
 
 
 def _standard(scores: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,16 +13,19 @@ from torch.nn import functional as F
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.heads import Heads
 from effcompile.kernels.low_rank_ops import linear_cost
+from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes import narrow
 from effcompile.passes.feed_forward import TOKENS, check_weights
 from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.weight_form import DENSE, WeightForm, asked, form_of, told
 from effcompile.passes.weights import constant, prepared, real
 from effcompile.patterns.attention import find_attention
-from effcompile.patterns.linear import operands_of
+from effcompile.patterns.linear import Linear, operands_of
 from effcompile.patterns.narrow import Kept, Narrowing, narrowing, written
 from effcompile.patterns.output_projection import HeadsSite, NoHeads, find_output_projections
 from effcompile.patterns.walk import aten, same_shape, shape, value
+from effcompile.runtime import discarded
 from effcompile.runtime.plan import PlanError, Record
 
 
@@ -92,27 +96,40 @@ def match_heads(name: str, site: HeadsSite, record: Record) -> Rewrite | Reason:
         return no("mixed-dtypes", "this linear reads and writes different dtypes, as under autocast")
     # Where no head stays, what would be computed of one is what is not computed.
     found = _narrowing(site, kept or (0,))
-    size = {"itemsize": value(read).dtype.itemsize}
+    narrowed = {site.anchor: site.linear} | {n: linear for n in found.linears if (linear := operands_of(n)) is not None}
+    answers = asked(site, {n: functools.partial(_whole, linear) for n, linear in narrowed.items() if kept})
+    forms = {n: form_of(answers.get(n)) for n in narrowed}
+    size: Any = {"itemsize": value(read).dtype.itemsize}
     before = after = Cost(0, 0)
     # Of the output projection fewer columns are read, of the others fewer rows are computed.
     outputs, some = shape(site.anchor)[-1], len(kept) * site.size
     before += linear_cost(TOKENS, outputs, site.heads * site.size, bias="output_bias" in own, **size)
-    after += linear_cost(TOKENS, outputs, some, bias=True, **size)
-    for node in found.linears:
-        linear = operands_of(node)
-        assert linear is not None
+    after += linear_cost(TOKENS, outputs, some, bias=True, **size) + forms[site.anchor].change(outputs, some, **size)
+    for node, linear in narrowed.items():
+        if node is site.anchor:
+            continue
         inputs, has = shape(linear.input)[-1], linear.bias is not None
         before += linear_cost(TOKENS, linear.outputs, inputs, bias=has, **size)
         if kept:
-            after += linear_cost(TOKENS, len(found.kept[node].index), inputs, bias=has, **size)
+            rows = len(found.kept[node].index)
+            after += linear_cost(TOKENS, rows, inputs, bias=has, **size) + forms[node].change(rows, inputs, **size)
+    few = any(form != DENSE for form in forms.values())
     return Rewrite(
-        f"{name} {len(kept)} of {site.heads} heads",
-        lambda graph: emit(graph, site, own, record, found),
+        f"{name} {len(kept)} of {site.heads} heads" + told(forms.values()),
+        lambda graph: emit(graph, site, own, record, found, forms),
         weights=_weights(site, own, found),
         cost=(before, after),
         rows=tuple(shape(read)[:-1]),
         linears=tuple(found.linears),
+        operators=(OperatorProgram("quantized_linear", value(read).dtype),) * few,
+        kept=answers,
     )
+
+
+def _whole(linear: Linear) -> list[Tensor]:
+    """The weight of a linear, unless it is discarded: then it was in range when another was prepared of it."""
+    weight = real(linear.weight)
+    return [] if weight is None or discarded.name_of(weight) is not None else [weight]
 
 
 def kept_of(record: Record, heads: int) -> tuple[int, ...]:
@@ -157,16 +174,24 @@ def _weights(site: HeadsSite, own: Mapping[str, Tensor], found: Narrowing) -> tu
     return tuple((site.module, n, t) for n in nodes if (t := real(n)) is not None)
 
 
-def emit(graph: fx.Graph, site: HeadsSite, own: Mapping[str, Tensor], record: Record, found: Narrowing) -> fx.Node:
+def emit(
+    graph: fx.Graph,
+    site: HeadsSite,
+    own: Mapping[str, Tensor],
+    record: Record,
+    found: Narrowing,
+    forms: Mapping[fx.Node, WeightForm],
+) -> fx.Node:
     """The output projection of the kept heads and the bias, where the insertion point is."""
     kept, read = kept_of(record, site.heads), site.linear.input
-    block = heads_of(site, own)
+    block, form = heads_of(site, own), forms[site.anchor]
 
     def make() -> dict[str, Tensor]:
-        return {name: t.contiguous() for name, t in zip(("weight", "bias"), _smaller(block, record))}
+        weight, bias = _smaller(block, record)
+        return form.tensors("weight", weight) | {"bias": bias.contiguous()}
 
     tensors = [own[role] for role in ("output", "output_bias") if role in own]
-    made = prepared(record.text, tensors, make)
+    made = prepared(f"{record.text} {form.text}", tensors, make)
     if not kept:
         bias = constant(graph, made["bias"], read)
         query = site.projections["query"]
@@ -179,10 +204,11 @@ def emit(graph: fx.Graph, site: HeadsSite, own: Mapping[str, Tensor], record: Re
             known = isinstance(size, int)
             sizes.append(size if known else narrow.call(graph, aten.sym_size.int, (source, dim), {}, read))
         return narrow.call(graph, aten.expand.default, (bias, [*sizes, block.down.shape[1]]), {}, read)
-    part = narrow.emit(graph, found, record.text, own["output"])
+    part = narrow.emit(graph, found, record.text, own["output"], forms)
     some = read if len(kept) == site.heads else part(read, _channels(site, kept))
-    weight, bias = (constant(graph, made[name], read) for name in ("weight", "bias"))
-    return narrow.call(graph, aten.linear.default, (some, weight, bias), {}, read)
+    nodes = {name: constant(graph, t, read) for name, t in made.items()}
+    target, *arguments = form.call("weight", nodes, some, block.down.shape[1], nodes["bias"])
+    return narrow.call(graph, target, tuple(arguments), {}, read)
 
 
 def _smaller(block: Heads, record: Record) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,12 @@
 
 Papers: SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378, section 3.1), ASVD (Yuan et al., arXiv 2312.05821, section
 3.2), LoRC (arXiv 2410.03111) for the schedule of that name. The factors are made in :mod:`effcompile.passes.factors`,
-the ranks chosen in :mod:`effcompile.passes.ranks`.
+the ranks chosen in :mod:`effcompile.passes.ranks`, and put into a graph in :mod:`effcompile.passes.factored`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -21,87 +20,23 @@ from effcompile.kernels import low_rank_ops
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
-from effcompile.passes.adapters import Folded, adapters_of, match_adapter
+from effcompile.passes import weight_form
+from effcompile.passes.adapters import adapters_of, match_adapter
 from effcompile.passes.base import Pass
+from effcompile.passes.factored import Covered, emit
 from effcompile.passes.factors import Metric
-from effcompile.passes.feed_forward import TOKENS, check_weights
+from effcompile.passes.feed_forward import TOKENS
 from effcompile.passes.masa import materialized
 from effcompile.passes.ranks import PLANNERS, Item, Ranks, bytes_of
 from effcompile.passes.rewrite import Rewrite
-from effcompile.passes.weights import constant, prepared, real, wants_gradients
-from effcompile.patterns.adapters import Adapted
-from effcompile.patterns.linear import Linear, LinearSite, operands_of, readers_of
-from effcompile.patterns.walk import aten, module_path, shape, value
+from effcompile.passes.weight_form import DENSE, WeightForm
+from effcompile.passes.weights import real, wants_gradients
+from effcompile.patterns.linear import LinearSite, operands_of, readers_of
+from effcompile.patterns.walk import module_path, shape, value
+from effcompile.runtime import discarded
 from effcompile.runtime.plan import PlanError, Record
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Covered:
-    """A linear that may be factored: its operands, the user's tensors, and adapters that are folded into it."""
-
-    linear: Linear
-    weight: Tensor
-    bias: Tensor | None
-    adapted: Adapted | None = None
-    adapters: Sequence[Folded] = ()
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Outputs and inputs."""
-        one, two = self.weight.shape
-        return (two, one) if self.linear.flipped else (one, two)
-
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """The weight with an output to a row, ``[m, n]``: a view, or with adapters a tensor that was rounded once."""
-        weight = self.weight.detach()
-        weight = weight.t() if self.linear.flipped else weight
-        if not self.adapters:
-            return weight
-        return sum((one.weight for one in self.adapters), weight.double()).to(weight.dtype)
-
-    @functools.cached_property
-    def shift(self) -> Tensor | None:
-        """The bias with those of adapters, fp64 ``[m]``; None without any."""
-        given = [None if self.bias is None else self.bias.detach().double(), *(one.bias for one in self.adapters)]
-        parts = [t for t in given if t is not None]
-        return sum(parts[1:], parts[0]) if parts else None
-
-    @property
-    def output(self) -> fx.Node:
-        """The node that a replacement stands for."""
-        return self.linear.node if self.adapted is None else self.adapted.output
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """By role, for digests; the factor of an adapter is a part of the role, since it is a number in the graph."""
-        return {role: t for role, (_, t) in self._named.items()}
-
-    @property
-    def nodes(self) -> dict[str, fx.Node]:
-        """Of :attr:`tensors`."""
-        return {role: node for role, (node, _) in self._named.items()}
-
-    @property
-    def _named(self) -> dict[str, tuple[fx.Node, Tensor]]:
-        found = {"linear": (self.linear.weight, self.weight)}
-        if self.bias is not None and self.linear.bias is not None:
-            found["bias"] = self.linear.bias, self.bias
-        for n, one in enumerate(self.adapters):
-            for name, (node, tensor) in one.named.items():
-                found[f"adapter {n} * {one.scale!r}: {name}"] = node, tensor
-        return found
-
-    def check(self, record: Record) -> None:
-        """Raise :class:`PlanError` unless ``record`` was made from these weights, with these adapters."""
-        check_weights(record, self.tensors)
-        if gone := sorted(set(record.parameters) - set(self.tensors)):
-            raise PlanError(
-                f"plan: {record.method} at {record.module}: it was made with {', '.join(gone)}, which the model no "
-                "longer has. Calibrate this model, or take the record out of the plan."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,34 +232,76 @@ class LowRank(Pass):
             rank = one.down.shape[0]
             before += low_rank_ops.linear_cost(TOKENS, rank, inputs, bias=one.down_bias is not None, **size)
             before += low_rank_ops.linear_cost(TOKENS, outputs, rank, bias=one.up_bias is not None, **size)
-        folded = f" with {len(covered.adapters)} folded" if covered.adapters else ""
-        if record is None or not factored:
-            form = f"{self.name} dense{folded}"
-            after = low_rank_ops.linear_cost(TOKENS, outputs, inputs, bias=covered.shift is not None, **size)
-            made: Record | None = None
-        elif self.method == "masa":
-            form, after = self._shared(record, covered, size)
-            form, made = form + folded, record
-        else:
-            rank = self._checked(record, outputs, inputs)
-            form, made = f"{self.name} {self.method} {rank} of {min(outputs, inputs)}{folded}", record
-            bias = "shift" in record.tensors or covered.shift is not None
-            entries = record.tensors["values"].numel() if "values" in record.tensors else 0
-            form += f" + {entries:,} entries" if entries else ""
-            after = low_rank_ops.low_rank_cost(TOKENS, outputs, inputs, rank, bias=bias, entries=entries, **size)
+        made = record if factored else None
+        form, after, sides = self._form(made, covered, size)
+        kept = self._kept(site, covered, made)
+        bits = weight_form.form_of(kept.get(site.anchor))
+        if made is not None and (text := self._dearer(bits, sides, covered)):
+            if not covered.adapters:
+                return no("break-even", text)
+            made, kept = None, self._kept(site, covered, None)
+            form, after, sides = self._form(None, covered, size)
+            bits = weight_form.form_of(kept.get(site.anchor))
         chain = made is not None and "up" in made.tensors and (self.method != "masa" or not self.materialize)
-        programs = (OperatorProgram("low_rank_linear", x.dtype),) if chain and x.device.type == "cpu" else ()
+        operator = "quantized_linear" if bits != DENSE else "low_rank_linear" if chain else ""
+        programs = (OperatorProgram(operator, x.dtype),) if operator and x.device.type == "cpu" else ()
         taken = () if covered.adapted is None else covered.adapted.adapters
         return Rewrite(
-            form,
-            lambda graph: emit(graph, covered, made),
+            form + weight_form.told([bits]),
+            lambda graph: emit(graph, covered, made, bits),
             weights=tuple((site.module, n, covered.tensors[role]) for role, n in covered.nodes.items()),
-            cost=(before, after),
+            cost=(before, sum((bits.change(*sizes, **size) for sizes in sides), after)),
             rows=tuple(shape(linear.input)[:-1]),
             operators=programs,
             output=covered.output,
             takes=tuple(node for one in taken for node in (one.down, one.up)),
+            kept=kept,
         )
+
+    def _form(self, made: Record | None, covered: Covered, size: Any) -> tuple[str, Cost, list[tuple[int, int]]]:
+        """Its name, what it costs if all is dense, and outputs and inputs of the linears that may be in few bits."""
+        outputs, inputs = covered.size
+        folded = f" with {len(covered.adapters)} folded" if covered.adapters else ""
+        if made is None:
+            after = low_rank_ops.linear_cost(TOKENS, outputs, inputs, bias=covered.shift is not None, **size)
+            return f"{self.name} dense{folded}", after, [(outputs, inputs)]
+        if self.method == "masa":
+            form, after = self._shared(made, covered, size)
+            return form + folded, after, [(outputs, inputs)]
+        rank = self._checked(made, outputs, inputs)
+        form = f"{self.name} {self.method} {rank} of {min(outputs, inputs)}{folded}"
+        bias = "shift" in made.tensors or covered.shift is not None
+        entries = made.tensors["values"].numel() if "values" in made.tensors else 0
+        form += f" + {entries:,} entries" if entries else ""
+        after = low_rank_ops.low_rank_cost(TOKENS, outputs, inputs, rank, bias=bias, entries=entries, **size)
+        return form, after, [(rank, inputs), (outputs, rank)]
+
+    def _kept(self, site: LinearSite, covered: Covered, made: Record | None) -> dict[fx.Node, WeightForm | Reason]:
+        """In which bits the factors of ``made`` are kept, or the one weight in the place of the linear."""
+        own = {} if made is None else made.tensors
+
+        def weights() -> list[Tensor]:
+            if "atoms" not in own and own:
+                return [own["down"], own["up"]]
+            if any(discarded.name_of(t) is not None for t in covered.tensors.values()):
+                return []  # it was in range when it was prepared
+            return [materialized(own) if own else covered.rows]
+
+        text = ""
+        if "atoms" in own and not self.materialize:
+            text = "layers share matrices, which stay as they are; with materialize=True each has a weight of its own"
+        elif "values" in own:
+            text = "single entries are read in one call with the factors, which stay as they are; residual=0 has none"
+        answers = weight_form.asked(site, {site.anchor: list if text else weights})
+        refused = text and isinstance(answers.get(site.anchor), WeightForm)
+        return {site.anchor: Reason("not-supported", text, site.source)} if refused else answers
+
+    def _dearer(self, bits: WeightForm, sides: Sequence[tuple[int, int]], covered: Covered) -> str:
+        """Why factors in few bits are no gain beside the weight in as many, or ''; tails of groups are read, too."""
+        factors, dense = sum(bits.nbytes(*sizes, 0) for sizes in sides), bits.nbytes(*covered.size, 0)
+        if bits == DENSE or self.method == "masa" or not self.break_even or factors < dense:
+            return ""
+        return f"in {bits.text} factors of rank {sides[0][0]} would have {factors:,} bytes, and the weight {dense:,}"
 
     def _shared(self, record: Record, covered: Covered, size: Any) -> tuple[str, Cost]:
         """What the report says of a linear with shared atoms, and what it costs."""
@@ -413,60 +390,3 @@ def stays_dense(record: Record) -> tuple[str, str]:
         "than the same elsewhere"
     )
     return "kept-dense", text
-
-
-def emit(graph: fx.Graph, covered: Covered, record: Record | None) -> fx.Node:
-    """A linear on prepared tensors, where the insertion point is: on the factors of ``record``, or dense without."""
-    linear, adapted, weight = covered.linear, covered.adapted, covered.weight
-    own = {} if record is None else record.tensors
-    sharing = "atoms" in own and record is not None and not record.options.get("materialize", True)
-
-    def make() -> dict[str, Tensor]:
-        if "atoms" in own and not sharing:
-            made = {"weight": materialized(own).to(weight).contiguous()}
-        else:
-            made = {name: own[name].to(weight).contiguous() for name in ("down", "up", "values") if name in own}
-            lists = ("columns", "starts", "coefficients")
-            made |= {name: own[name].to(weight.device).contiguous() for name in lists if name in own}
-            made = made or {"weight": covered.rows.contiguous()}
-        both = [t.to(weight.device).double() for t in (covered.shift, own.get("shift")) if t is not None]
-        return made | ({"bias": sum(both[1:], both[0]).to(weight.dtype)} if both else {})
-
-    # An adapter's factor is a number in the graph, so it is in the names of what is folded.
-    key = f"{'dense' if record is None else record.text} {sorted(covered.tensors)} {linear.flipped}"
-    made = prepared(key, list(covered.tensors.values()), make)
-    nodes = {name: constant(graph, t, linear.input) for name, t in made.items()}
-    read = linear.input if adapted is None else adapted.input
-    read = _in_dtype(graph, read, value(linear.input).dtype)
-    bias = nodes.get("bias")
-    if "weight" in nodes:
-        node = _call(graph, aten.linear.default, read, nodes["weight"], bias)
-    elif "up" in nodes:
-        target = torch.ops.effcompile.low_rank_linear.default
-        residual = [nodes[name] for name in ("values", "columns", "starts") if name in nodes]
-        node = _call(graph, target, read, nodes["down"], nodes["up"], bias, *residual)
-    if sharing:
-        # One tensor for all layers of the group, of which each takes its sum.
-        atoms = own["atoms"]
-        both = prepared(
-            f"atoms {weight.dtype} {weight.device}", [atoms], lambda: {"atoms": atoms.to(weight).flatten(0, 1)}
-        )
-        every = _call(graph, aten.linear.default, read, constant(graph, both["atoms"], linear.input))
-        apart = _call(graph, aten.unflatten.int, every, -1, [len(atoms), covered.size[0]])
-        parts = _call(graph, aten.mul.Tensor, apart, _call(graph, aten.unsqueeze.default, nodes["coefficients"], -1))
-        total = _in_dtype(graph, _call(graph, aten.sum.dim_IntList, parts, [-2]), weight.dtype)
-        rest = node if "up" in nodes else bias
-        node = total if rest is None else _call(graph, aten.add.Tensor, total, rest)
-    return _in_dtype(graph, node, value(covered.output).dtype)
-
-
-def _in_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if value(node).dtype is dtype else _call(graph, aten.to.dtype, node, dtype)
-
-
-def _call(graph: fx.Graph, target: Any, *arguments: Any) -> fx.Node:
-    """A call with its fake value."""
-    node = graph.call_function(target, arguments)
-    with value(arguments[0]).fake_mode:
-        node.meta["val"] = target(*map(value, arguments))
-    return node

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from effcompile.passes.weight_form import WeightForm
 from effcompile.passes.weights import constant, prepared, real
 from effcompile.patterns.attention import strip_repeat
 from effcompile.patterns.linear import VIEWS, is_linear, operands_of
@@ -16,7 +17,9 @@ from effcompile.patterns.narrow import SDPA, Kept, Narrowing
 from effcompile.patterns.walk import arguments, aten, is_call, shape, value
 
 
-def emit(graph: fx.Graph, found: Narrowing, key: str, like: Tensor) -> Callable[[fx.Node, Kept], fx.Node]:
+def emit(
+    graph: fx.Graph, found: Narrowing, key: str, like: Tensor, forms: Mapping[fx.Node, WeightForm]
+) -> Callable[[fx.Node, Kept], fx.Node]:
     """Make the nodes of ``found`` in part, each before its original.
 
     Parameters
@@ -25,6 +28,8 @@ def emit(graph: fx.Graph, found: Narrowing, key: str, like: Tensor) -> Callable[
         What the narrower weights are prepared for (:func:`effcompile.passes.weights.prepared`).
     like
         A weight of the site, which lives as long as the indices do.
+    forms
+        How the rows of each linear are kept.
 
     Returns
     -------
@@ -38,7 +43,8 @@ def emit(graph: fx.Graph, found: Narrowing, key: str, like: Tensor) -> Callable[
 
     for node, kept in found.kept.items():
         with graph.inserting_before(node):
-            new = _made(graph, node, kept, {x: part(x, its) for x, its in found.wants[node].items()}, key)
+            parts = {x: part(x, its) for x, its in found.wants[node].items()}
+            new = _linear(graph, node, kept, key, forms[node]) if is_linear(node) else _made(graph, node, kept, parts)
         for name, item in node.meta.items():
             new.meta.setdefault(name, item)
         made[node] = new
@@ -68,10 +74,8 @@ def _picked(graph: fx.Graph, node: fx.Node, kept: Kept, key: str, like: Tensor) 
     return call(graph, aten.index_select.default, (node, kept.dim, index), {}, node)
 
 
-def _made(graph: fx.Graph, node: fx.Node, kept: Kept, parts: dict[fx.Node, fx.Node], key: str) -> fx.Node:
+def _made(graph: fx.Graph, node: fx.Node, kept: Kept, parts: dict[fx.Node, fx.Node]) -> fx.Node:
     """The call of ``node`` on ``parts`` in the place of their wholes."""
-    if is_linear(node):
-        return _linear(graph, node, kept, key)
     own: Any = (node.args, dict(node.kwargs))
     args, kwargs = fx.map_arg(own, lambda x: parts.get(x, x))
     like = next(iter(parts.values()), node)
@@ -101,7 +105,7 @@ def _made(graph: fx.Graph, node: fx.Node, kept: Kept, parts: dict[fx.Node, fx.No
     return call(graph, node.target, args, kwargs, like)
 
 
-def _linear(graph: fx.Graph, node: fx.Node, kept: Kept, key: str) -> fx.Node:
+def _linear(graph: fx.Graph, node: fx.Node, kept: Kept, key: str, form: WeightForm) -> fx.Node:
     """Some rows of a linear."""
     linear = operands_of(node)
     assert linear is not None
@@ -111,9 +115,11 @@ def _linear(graph: fx.Graph, node: fx.Node, kept: Kept, key: str) -> fx.Node:
 
     def make() -> dict[str, Tensor]:
         index = torch.tensor(kept.index, device=rows.device)
-        some = {"weight": rows, "bias": bias}
-        return {name: t.detach()[index].contiguous() for name, t in some.items() if t is not None}
+        some = {} if bias is None else {"bias": bias.detach()[index]}
+        return form.tensors("weight", rows[index]) | some
 
     own = [t for t in (weight, bias) if t is not None]
-    w = {n: constant(graph, t, linear.input) for n, t in prepared(f"{key} rows {kept.index}", own, make).items()}
-    return call(graph, aten.linear.default, (linear.input, w["weight"], w.get("bias")), {}, linear.input)
+    made = prepared(f"{key} rows {kept.index} {form.text}", own, make)
+    nodes = {name: constant(graph, t, linear.input) for name, t in made.items()}
+    target, *arguments = form.call("weight", nodes, linear.input, len(kept.index), nodes.get("bias"))
+    return call(graph, target, tuple(arguments), {}, linear.input)

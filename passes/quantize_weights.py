@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from effcompile.kernels import cost, weight_ops
-from effcompile.kernels.cost import Cost
+from effcompile.kernels import cost, low_rank_ops, weight_ops
 from effcompile.kernels.program import DTYPES, OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
 from effcompile.passes.feed_forward import check_weights
 from effcompile.passes.reconstruct import ROUNDINGS, Rounding
 from effcompile.passes.rewrite import Rewrite
+from effcompile.passes.weight_form import WeightForm, Weights
 from effcompile.passes.weights import constant, prepared, real, wants_gradients
 from effcompile.patterns.linear import LinearSite, operands_of
 from effcompile.patterns.walk import shape, value
@@ -87,12 +87,8 @@ class QuantizeWeights(Pass):
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
 
-        if self.bits == 16:
-            return no("nothing-to-do", "with 16 bits weights stay as they are")
-        if site.role == "head" and not self.head:
-            return no("head", "this linear makes logits, or shares the embedding's weight; head=True takes it too")
-        if site.role == "router":
-            return no("router", "this linear chooses experts, and a rounding changes which")
+        if why := self._left(site):
+            return why
         parts = operands_of(site.anchor)
         weight = None if parts is None else real(parts.weight)
         if parts is None or weight is None:
@@ -111,7 +107,7 @@ class QuantizeWeights(Pass):
         # What was prepared from a discarded weight was in range.
         if discarded.name_of(weight) is None and (why := self.out_of_range(weight)):
             return no("range", why)
-        rows = weight.t() if parts.flipped else weight
+        rows, form = weight.t() if parts.flipped else weight, self.weight_form
         record: Record | None = site.record
         if self.method == "rtn" or site.role == "head":
             record = None
@@ -126,23 +122,21 @@ class QuantizeWeights(Pass):
         def make() -> dict[str, Tensor]:
             if record is not None:
                 return self._recorded(record, rows.shape[0], rows.shape[1])
-            found = weight_ops.round_to_nearest(rows.detach(), self.bits, self.group, self.symmetric)
-            packed = weight_ops.pack(*found, self.bits)
-            return {name: t for name, t in packed._asdict().items() if t is not None}
+            return form.tensors("weight", rows)
 
         def emit(graph: fx.Graph) -> fx.Node:
-            key = f"{self.name} {self.bits} {self.group} {self.symmetric} {parts.flipped}"
-            key = key if record is None else record.text
+            key = f"{self.name} {form.text} {parts.flipped}" if record is None else record.text
             own = {n: constant(graph, t, parts.input) for n, t in prepared(key, [weight], make).items()}
-            sides = own["codes"], own["scales"], own.get("zeros")
-            sizes = rows.shape[0], self.bits, self.group
-            return graph.call_function(weight_ops.QUANTIZED_LINEAR, (parts.input, *sides, parts.bias, *sizes))
+            target, *arguments = form.call("weight", own, parts.input, rows.shape[0], parts.bias)
+            return graph.call_function(target, tuple(arguments))
 
+        tokens = cost.B * cost.T
+        dense = low_rank_ops.linear_cost(tokens, *rows.shape, itemsize=weight.dtype.itemsize, bias=False)
         return Rewrite(
             self.form,
             emit,
             weights=((site.module, parts.weight, weight),),
-            cost=self._cost(rows.shape[0], rows.shape[1], weight.dtype.itemsize),
+            cost=(dense, dense + form.change(*rows.shape, weight.dtype.itemsize)),
             rows=shape(parts.input)[:-1],
             operators=(OperatorProgram("quantized_linear", weight.dtype),),
         )
@@ -150,14 +144,58 @@ class QuantizeWeights(Pass):
     @property
     def form(self) -> str:
         """Bits, group and method, for the report."""
-        return f"w{self.bits}g{self.group}{' symmetric' * self.symmetric} {self.method}"
+        return f"{self.weight_form.text} {self.method}"
+
+    @property
+    def weight_form(self) -> WeightForm:
+        """Bits and groups, for every form that linears have."""
+        return WeightForm(self.bits, self.group, self.symmetric)
+
+    def _left(self, site: LinearSite) -> Reason | None:
+        """Why a linear is not taken, as far as that lies in what it is for."""
+        if self.bits == 16:
+            return Reason("nothing-to-do", "with 16 bits weights stay as they are", site.source)
+        if site.role == "head" and not self.head:
+            text = "this linear makes logits, or shares the embedding's weight; head=True takes it too"
+            return Reason("head", text, site.source)
+        if site.role == "router":
+            return Reason("router", "this linear chooses experts, and a rounding changes which", site.source)
+        if site.role == "adapter":
+            text = "it is half of an adapter: little to read, and trained beside the weight; it stays as it is"
+            return Reason("adapter", text, site.source)
+        return None
+
+    def keeps(self, site: LinearSite, weights: Weights) -> WeightForm | Reason:
+        """How another method keeps the ``weights`` that it has in the place of this linear: in few bits, or why not."""
+
+        def no(code: str, text: str) -> Reason:
+            return Reason(code, text, site.source)
+
+        if why := self._left(site):
+            return why
+        if self.method != "rtn" and site.role != "head":
+            text = (
+                f"{self.method} has learned codes of the weight as it was, and another method has put weights of its "
+                "own there; method='rtn' rounds those, by a rule or a decorator here, or without these records"
+            )
+            return no("learned-rounding", text)
+        dtype, device = value(site.anchor).dtype, value(site.anchor).device
+        if dtype not in DTYPES:
+            return no("not-supported", f"its weights are {dtype}")
+        if device.type != "cpu":
+            return no("no-kernel", f"there is no kernel for {device.type}")
+        for weight in weights():
+            if weight.numel() and (text := self.out_of_range(weight)):
+                return no("range", text)
+        return self.weight_form
 
     def _recorded(self, record: Record, outputs: int, inputs: int) -> dict[str, Tensor]:
         """The codes of a plan. Raises :class:`~effcompile.runtime.plan.PlanError` if they do not fit the weight."""
         blocks, groups = -(-outputs // weight_ops.LANES), -(-inputs // self.group)
         side = blocks, groups, weight_ops.LANES
         found = {"codes": record.tensor("codes", blocks, groups, self.group * self.bits // 8, weight_ops.LANES)}
-        return found | {n: record.tensor(n, *side) for n in ("scales", "zeros")[: 1 if self.symmetric else 2]}
+        found |= {n: record.tensor(n, *side) for n in ("scales", "zeros")[: 1 if self.symmetric else 2]}
+        return {f"weight {name}": t for name, t in found.items()}
 
     def make(self, weight: Tensor) -> Rounding | None:
         """What learns the codes of ``weight``; None if it stays as it is."""
@@ -173,13 +211,3 @@ class QuantizeWeights(Pass):
         if 0 < largest / 2**self.bits < NORMAL:
             return f"its weights are at most {largest:g}, and scales in fp16 would lose digits"
         return ""
-
-    def _cost(self, outputs: int, inputs: int, itemsize: int) -> tuple[Cost, Cost]:
-        """Of the linear as it is, and with packed weights."""
-        tokens = cost.B * cost.T
-        blocks, groups = -(-outputs // weight_ops.LANES), -(-inputs // self.group)
-        length = self.group * self.bits // 8 + (2 if self.symmetric else 4)
-        packed = blocks * weight_ops.LANES * groups * length
-        ends, products = tokens * (inputs + outputs) * itemsize, 2 * tokens * outputs * inputs
-        dense = Cost(outputs * inputs * itemsize + ends, products)
-        return dense, Cost(packed + ends, products + 2 * outputs * inputs)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
 
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import OperatorProgram, Program, StoreProgram
+from effcompile.kernels.reason import Reason
+from effcompile.passes.weight_form import WeightForm
 from effcompile.runtime.router_state import What
 
 
@@ -45,6 +47,8 @@ class Rewrite:
         What is replaced, if it is not the site's output but comes after it.
     takes
         Nodes of other sites that the replacement stands for, too: no method is asked about them later.
+    kept
+        By the linears that it stands for, in which bits it keeps its own, or why not in those that were asked for.
     """
 
     form: str
@@ -60,3 +64,4 @@ class Rewrite:
     placed: bool = False
     output: fx.Node | None = None
     takes: tuple[fx.Node, ...] = ()
+    kept: Mapping[fx.Node, WeightForm | Reason] = dataclasses.field(default_factory=dict)

@@ -22,6 +22,8 @@ class Site:
     """What the user's plan says of this site for the pass that is being asked."""
     plan: Any = dataclasses.field(default=None, init=False, compare=False)
     """The whole plan, for a pass whose sites share a record."""
+    few_bits: Any = dataclasses.field(default=None, init=False, compare=False)
+    """Asks in which bits the linears of a form are kept (:func:`effcompile.passes.weight_form.asked`)."""
 
     @property
     def module(self) -> str:
