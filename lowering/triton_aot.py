@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effcompile.kernels.program import Program, StoreProgram
-from effcompile.lowering import triton_ffn
+from effcompile.lowering import triton_operators
 from effcompile.lowering.triton_build import Built, vendor_of
 
 OPERANDS = {
@@ -124,12 +124,12 @@ def noted(chip: str) -> Iterator[list[Launch]]:
     def note(built: Built, kernel: str, grid: int, *args: Any, **options: Any) -> None:
         found.append(Launch(getattr(built.module, kernel + built.name), grid, args, options))
 
-    before = Built.launch, triton_ffn.vendor
-    Built.launch, triton_ffn.vendor = note, lambda: vendor_of(chip)  # type: ignore[assignment, method-assign]
+    before = Built.launch, triton_operators.vendor
+    Built.launch, triton_operators.vendor = note, lambda: vendor_of(chip)  # type: ignore[assignment, method-assign]
     try:
         yield found
     finally:
-        Built.launch, triton_ffn.vendor = before  # type: ignore[method-assign]
+        Built.launch, triton_operators.vendor = before  # type: ignore[method-assign]
 
 
 def _number(pattern: str, text: str) -> int:
