@@ -41,7 +41,7 @@ OPERANDS = {
     "page_num": "*i32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-MORE_TYPES = TYPES | {torch.int32: "i32", torch.bool: "i1"}
+MORE_TYPES = TYPES | {torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}
 
 
 def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from effcompile.kernels import low_rank_ops
+from effcompile.kernels import low_rank_ops, ops
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
@@ -310,10 +310,14 @@ class LowRank(Pass):
             form, made = f"{self.name} {self.method} {rank} of {min(outputs, inputs)}{folded}", record
             bias = "shift" in record.tensors or covered.shift is not None
             entries = record.tensors["values"].numel() if "values" in record.tensors else 0
+            if entries and x.device.type != "cpu":
+                told = "which would cost as much as the weight there; calibrate with residual=0"
+                return no("no-kernel", f"no kernel for {x.device.type} reads the entries of a residual, {told}")
             form += f" + {entries:,} entries" if entries else ""
             after = low_rank_ops.low_rank_cost(TOKENS, outputs, inputs, rank, bias=bias, entries=entries, **size)
+        served = ops.has_launcher("low_rank_linear", x.device.type)
         chain = made is not None and "up" in made.tensors and (self.method != "masa" or not self.materialize)
-        programs = (OperatorProgram("low_rank_linear", x.dtype),) if chain and x.device.type == "cpu" else ()
+        programs = (OperatorProgram("low_rank_linear", x.dtype),) if chain and served else ()
         taken = () if covered.adapted is None else covered.adapted.adapters
         return Rewrite(
             form,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from effcompile.kernels import cost, weight_ops
+from effcompile.kernels import cost, ops, weight_ops
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import DTYPES, OperatorProgram
 from effcompile.kernels.reason import Reason
@@ -106,7 +106,7 @@ class QuantizeWeights(Pass):
             return no("not-supported", f"its weight is {weight.dtype} {tuple(weight.shape)}, or its bias no vector")
         if wants_gradients(site.anchor.graph):
             return no("gradients", "gradients are needed, and packed weights have none; use torch.no_grad()")
-        if weight.device.type != "cpu":
+        if not ops.has_launcher("quantized_linear", weight.device.type):
             return no("no-kernel", f"there is no kernel for {weight.device.type}")
         # What was prepared from a discarded weight was in range.
         if discarded.name_of(weight) is None and (why := self.out_of_range(weight)):
@@ -125,7 +125,8 @@ class QuantizeWeights(Pass):
 
         def make() -> dict[str, Tensor]:
             if record is not None:
-                return self._recorded(record, rows.shape[0], rows.shape[1])
+                own = self._recorded(record, rows.shape[0], rows.shape[1])
+                return {name: t.to(weight.device) for name, t in own.items()}
             found = weight_ops.round_to_nearest(rows.detach(), self.bits, self.group, self.symmetric)
             packed = weight_ops.pack(*found, self.bits)
             return {name: t for name, t in packed._asdict().items() if t is not None}
