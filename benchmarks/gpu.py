@@ -5,7 +5,7 @@
 
 A time is the median over calls that start with a cold L2. *Limit* is the compulsory bytes of the call over the
 bandwidth that a plain device copy reaches here (decode), or its FLOPs over the rate of a bf16 GEMM here (prefill); of
-FFNs it is the larger of the two.
+FFNs and linears it is the larger of the two.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gpu_ffn
+import gpu_weights
 import torch
 from gpu_checks import FORMS, GROUPS, HEADS, PARTS, SIZE, check, local_tokens, random_lists
 from rich.console import Console
@@ -293,10 +294,10 @@ def store_rows(limit: float) -> list[Row]:
     return rows
 
 
-def ffn_rows(limit: float, gemm: float) -> list[Row]:
-    """FFNs that read a part of their weights, beside dense ones."""
+def operator_rows(sides: Iterator[gpu_ffn.Timed], limit: float, gemm: float) -> list[Row]:
+    """FFNs that read a part of their weights, or linears in few bits, beside dense ones."""
     rows = []
-    for phase, side, tokens, call, needs in gpu_ffn.sides():
+    for phase, side, tokens, call, needs in sides:
         floor = 1e6 * max(needs.bytes / limit, needs.flops / gemm)
         try:
             rows.append(Row(phase, side, 1, tokens, 0, microseconds(call), floor))
@@ -309,7 +310,7 @@ def show(console: Console, rows: list[Row]) -> None:
     table = Table(title="GPU kernels", title_justify="left")
     for heading in ("phase", "side", "batch", "queries", "keys", "µs", "limit µs", "of limit", "dense / this"):
         table.add_column(heading, justify="left" if heading in ("phase", "side") else "right")
-    # Attention is compared with SDPA, whatever the number of queries, and an FFN with a dense one.
+    # Attention is compared with SDPA, whatever the number of queries, an FFN and a linear with a dense one.
     dense = {(r.phase, r.batch, r.keys or -r.queries): r.us for r in rows if r.side.startswith(("SDPA", "dense"))}
     for r in rows:
         beside = dense.get((r.phase, r.batch, r.keys or -r.queries))
@@ -380,6 +381,7 @@ def paper(console: Console) -> None:
             used.add_row(name, chip, str(r["registers"]), str(r["spilled"]), str(r["shared"]))
     console.print(used)
     gpu_ffn.paper(console, PEAKS)
+    gpu_weights.paper(console, PEAKS)
 
 
 def main() -> int:
@@ -397,7 +399,7 @@ def main() -> int:
     import triton  # type: ignore[import-untyped]
 
     device = torch.cuda.get_device_name()
-    checked = check(console) + gpu_ffn.check(console)
+    checked = check(console) + gpu_ffn.check(console) + gpu_weights.check(console)
     rows: list[Row] = []
     rates: dict[str, float] = {}
     if not options.check_only:
@@ -413,7 +415,8 @@ def main() -> int:
         rows += other_rows(rates["gemm_flops_per_s"])
         rows += page_rows(rates["copy_bytes_per_s"])
         rows += latent_rows(rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
-        rows += ffn_rows(rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
+        for sides in (gpu_ffn.sides(), gpu_weights.sides()):
+            rows += operator_rows(sides, rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
         show(console, rows)
     now = datetime.datetime.now(datetime.UTC)
     record = {

@@ -76,6 +76,11 @@ def register_launcher(op: str, device_type: str, launcher: Launcher) -> None:
     _launchers[op, device_type] = launcher
 
 
+def has_launcher(op: str, device_type: str) -> bool:
+    """Whether operator ``op`` has a launcher on ``device_type``: without one its reference body runs there."""
+    return (op, device_type) in _launchers
+
+
 @contextlib.contextmanager
 def reference_only() -> Iterator[None]:
     """Within this context every operator runs its reference body: the oracle for tests and for ``verify``."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effcompile.kernels.program import Program, StoreProgram
-from effcompile.lowering import triton_ffn
+from effcompile.lowering import triton_operators
 from effcompile.lowering.triton_build import Built, vendor_of
 from effcompile.lowering.triton_latent import factor_dtype
 
@@ -44,7 +44,7 @@ OPERANDS = {
     "eps": "fp32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-MORE_TYPES = TYPES | {torch.int32: "i32", torch.bool: "i1"}
+MORE_TYPES = TYPES | {torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}
 
 
 def signature(kernel: Any, program: Program | StoreProgram, constants: dict[str, Any]) -> dict[str, str]:
@@ -138,12 +138,12 @@ def noted(chip: str) -> Iterator[list[Launch]]:
     def note(built: Built, kernel: str, grid: int, *args: Any, **options: Any) -> None:
         found.append(Launch(getattr(built.module, kernel + built.name), grid, args, options))
 
-    before = Built.launch, triton_ffn.vendor
-    Built.launch, triton_ffn.vendor = note, lambda: vendor_of(chip)  # type: ignore[assignment, method-assign]
+    before = Built.launch, triton_operators.vendor
+    Built.launch, triton_operators.vendor = note, lambda: vendor_of(chip)  # type: ignore[assignment, method-assign]
     try:
         yield found
     finally:
-        Built.launch, triton_ffn.vendor = before  # type: ignore[method-assign]
+        Built.launch, triton_operators.vendor = before  # type: ignore[method-assign]
 
 
 def _number(pattern: str, text: str) -> int:

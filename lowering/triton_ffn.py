@@ -8,8 +8,6 @@ are taken in one order, so that results are the same at every run.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +16,14 @@ from torch import Tensor
 
 from effcompile.kernels import core_ops, ffn_ops, ops
 from effcompile.kernels.ops import KernelUnavailable
-from effcompile.kernels.program import DTYPES
-from effcompile.lowering.triton import WAVES, multiprocessors
-from effcompile.lowering.triton_build import Built
+from effcompile.lowering import triton_operators as operators
+from effcompile.lowering.triton_operators import Cut
 from effcompile.lowering.triton_side import Vendor
 
 LISTED_ROWS = 16
 """Tokens that one list of neurons serves in a kernel: more are limited by products, for which rows are gathered."""
 LEAST_WIDTH = 16
 """Neurons of a group that fill a tile of a matrix product; of narrower ones most of a tile would be nothing."""
-LEAST_SPLIT, MAX_SPLITS = 64, 64
-"""Rows of a weight that a split has at least, and splits at most: their sums are written and read again."""
 ROUTED_ALONE = 64
 """Tokens up to which each has a program of its own in a router; with more, 16 share what they read of it."""
 MAX_ROUTED = 256
@@ -37,32 +32,6 @@ MAX_VOTED = 16384
 """Neurons of which one program can tell the largest: it holds all that a token says."""
 BAND = 8
 """Tiles that are multiplied with the same part of a weight at a time, so that it is read from the cache."""
-
-
-class Cut(NamedTuple):
-    """The sizes of a kernel's tiles: rows, columns, steps of the sum; warps, and stages of the pipeline of loads."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int = 4
-    stages: int = 1
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The arguments of a launch."""
-        names = ("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages")
-        return dict(zip(names, self, strict=True))
-
-
-def vendor() -> Vendor:
-    """Whose GPUs this PyTorch was built for."""
-    return "hip" if torch.version.hip else "cuda"
-
-
-def precision_of(dtype: torch.dtype, who: Vendor) -> str:
-    """How operands are multiplied: fp32 as three tf32 products on NVIDIA, in its own matrix units on AMD."""
-    return "tf32x3" if dtype is torch.float32 and who == "cuda" else "ieee"
 
 
 def grouped_cuts(each: int, dtype: torch.dtype, who: Vendor) -> tuple[Cut, Cut]:
@@ -98,7 +67,7 @@ def column_cut(rows: int, gated: bool) -> Cut:
 
 def route_cut(rows: int, groups: int, dtype: torch.dtype) -> Cut:
     """Tiles of a router: about as much is read at a time however many groups there are."""
-    columns = _power(groups)
+    columns = operators.power(groups)
     if rows <= ROUTED_ALONE:
         return Cut(1, columns, max(16, min(1024, 8192 // columns)), 8)
     # Products of matrices have 16 columns at least; of two stages, with as many rows, gfx942 has 64 KiB to hold.
@@ -107,60 +76,11 @@ def route_cut(rows: int, groups: int, dtype: torch.dtype) -> Cut:
     return Cut(16, columns, depth, 8 if columns > 64 else 4, 2)
 
 
-@functools.cache
-def _kernel(where: str, name: str, dtype: torch.dtype) -> Built:
-    """A kernel, for one dtype: a build that fails for one says nothing about another."""
-    if dtype not in DTYPES:
-        raise KernelUnavailable(f"an FFN in {dtype} ({', '.join(map(str, DTYPES))} have kernels)")
-    try:
-        module = importlib.import_module(f"effcompile.kernels.triton.{where}")
-    except ImportError as error:
-        raise KernelUnavailable("Triton is not installed") from error
-    return Built(name, str(module.__file__), module, None, 0)
-
-
 def written(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     """The file of an operator's kernels, which Triton builds for each dtype and size it meets, and its text."""
     names = {"route": "route", "column_linear": "columns", "column_ffn": "columns", "core_votes": "core"}
     file = Path(ffn_ops.__file__).parent / "triton" / f"{names.get(operator, 'ffn')}.py"
     return str(file), file.read_text()
-
-
-def _check(dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and (tensor.dtype is not dtype or not tensor.is_contiguous()):
-            strides = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
-            raise KernelUnavailable(f"{name} {tuple(tensor.shape)} in {tensor.dtype}{strides}, and not in {dtype}")
-
-
-def _power(count: int) -> int:
-    """``count`` rounded up to a power of two."""
-    return 1 << (max(count, 1) - 1).bit_length()
-
-
-def _splits(length: int, blocks: int, depth: int, device: torch.device) -> tuple[int, int]:
-    """Splits of a sum over ``length`` rows, beside ``blocks`` programs for each, and the rows of one."""
-    wanted = WAVES * multiprocessors(device) // blocks
-    splits = max(1, min(wanted, length // LEAST_SPLIT, MAX_SPLITS))
-    each = max(1, -(-length // (splits * depth))) * depth
-    return -(-length // each), each
-
-
-def _add_up(
-    parts: Tensor, out: Tensor, count: int, steps: tuple[int, int], bias: Tensor | None, first: Tensor | None = None,
-    chosen: Tensor | None = None, groups: int = 0,
-) -> Tensor:  # fmt: skip
-    """Write rows ``out``, each the sum of its ``count`` parts, and return it.
-
-    ``steps`` are the numbers from one part to the next and from one row to the next.
-    """
-    rows, size = out.shape
-    _kernel("ffn", "add_up", out.dtype).launch(
-        "", rows * -(-size // 128), parts, *(parts if t is None else t for t in (chosen, first, bias)), out, count,
-        groups, size, *steps, LISTED=chosen is not None, FIRST=first is not None, BIASED=bias is not None,
-        PARTS=min(_power(count), 64), COLUMNS=128, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def grouped_ffn(
@@ -186,8 +106,8 @@ def grouped_ffn(
     biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
     groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
     size = up.shape[1]
-    _check(x.dtype, gate=gate, up=up, down_t=down_t, **biases)
-    _check(torch.float32, weights=weights)
+    operators.check(x.dtype, gate=gate, up=up, down_t=down_t, **biases)
+    operators.check(torch.float32, weights=weights)
     if chosen is not None and not groups:
         raise KernelUnavailable("lists of groups for an FFN that has none")
     tokens = x.contiguous().view(-1, size)
@@ -231,23 +151,23 @@ class _Block(NamedTuple):
         """A few tokens and one list for all."""
         rows, size = x.shape
         active = self.shared + (0 if chosen is None else chosen.shape[1] * self.width)
-        hidden_cut, cut = listed_cuts(rows, x.dtype, vendor())
+        hidden_cut, cut = listed_cuts(rows, x.dtype, operators.vendor())
         hidden = x.new_empty(rows, active)
         sizes, listed = (self.shared, self.width, self.groups, size), chosen is not None
         slots = x if chosen is None else chosen
-        how = {"LISTED": listed, "PRECISION": precision_of(x.dtype, vendor())}
-        _kernel("ffn", "listed_hidden", x.dtype).launch(
+        how = {"LISTED": listed, "PRECISION": operators.precision_of(x.dtype, operators.vendor())}
+        operators.kernel("ffn", "listed_hidden", x.dtype).launch(
             "", -(-active // hidden_cut.columns), x, *self.matrices, slots, x if weights is None else weights, hidden,
             rows, active, *sizes, **self.parts, WEIGHTED=weights is not None, **how, **hidden_cut.options,
         )  # fmt: skip
         blocks = -(-size // cut.columns)
-        splits, each = _splits(active, blocks, cut.depth, x.device)
+        splits, each = operators.splits(active, blocks, cut.depth, x.device)
         parts = x.new_empty(splits, rows, size, dtype=torch.float32)
-        _kernel("ffn", "listed_down", x.dtype).launch(
+        operators.kernel("ffn", "listed_down", x.dtype).launch(
             "", splits * blocks, hidden, self.down, slots, parts, rows, active, *sizes, each, **how,
             **cut.options,
         )  # fmt: skip
-        return _add_up(parts, torch.empty_like(x), splits, (rows * size, size), self.down_bias)
+        return operators.add_up(parts, torch.empty_like(x), splits, (rows * size, size), self.down_bias)
 
     def gathered(self, x: Tensor, chosen: Tensor | None, weights: Tensor | None) -> Tensor:
         """Many tokens and one list for all, by the library: the rows that count are copied, once for all tokens."""
@@ -273,27 +193,28 @@ class _Block(NamedTuple):
     def tiled(self, x: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
         """A list for each token: its slots sorted by group, and tiles of them multiplied with their group's rows."""
         size, total, (_, slots) = x.shape[1], chosen.numel(), chosen.shape
-        hidden_cut, cut = grouped_cuts(total // self.groups, x.dtype, vendor())
+        hidden_cut, cut = grouped_cuts(total // self.groups, x.dtype, operators.vendor())
         order, bounds = (chosen.new_empty(n) for n in (total, self.groups + 1))
-        _kernel("ffn", "sort_slots", x.dtype).launch(
+        operators.kernel("ffn", "sort_slots", x.dtype).launch(
             "", self.groups, chosen, order, bounds, total, self.groups, BLOCK=1024, num_warps=4
         )
         tiles = total // cut.rows + min(self.groups, total)
         hidden = x.new_empty(total, self.width)
         parts = x.new_empty(total, size, dtype=torch.float32)
         sizes = (tiles, self.shared, self.width, self.groups, size)
-        how = {"PRECISION": precision_of(x.dtype, vendor()), "BAND": BAND, "GROUPS": _power(self.groups)}
-        _kernel("ffn", "grouped_hidden", x.dtype).launch(
+        how: dict[str, Any] = {"PRECISION": operators.precision_of(x.dtype, operators.vendor())}
+        how |= {"BAND": BAND, "GROUPS": operators.power(self.groups)}
+        operators.kernel("ffn", "grouped_hidden", x.dtype).launch(
             "", tiles * -(-self.width // hidden_cut.columns), x, *self.matrices, order, bounds,
             x if weights is None else weights, hidden, *sizes, slots, **self.parts, WEIGHTED=weights is not None, **how,
             **hidden_cut.options,
         )  # fmt: skip
-        _kernel("ffn", "grouped_down", x.dtype).launch(
+        operators.kernel("ffn", "grouped_down", x.dtype).launch(
             "", tiles * -(-size // cut.columns), hidden, self.down, order, bounds, parts, *sizes, **how, **cut.options
         )
         shared = self._replace(down_bias=None).gathered(x, None, None) if self.shared else None
         steps = size, slots * size
-        return _add_up(parts, torch.empty_like(x), slots, steps, self.down_bias, shared, chosen, self.groups)
+        return operators.add_up(parts, torch.empty_like(x), slots, steps, self.down_bias, shared, chosen, self.groups)
 
 
 def route(
@@ -316,22 +237,22 @@ def route(
     groups, size = gate.shape
     if groups > MAX_ROUTED:
         raise KernelUnavailable(f"a router of {groups} groups; one program ranks {MAX_ROUTED}")
-    _check(x.dtype, gate=gate, up=up)
-    _check(torch.float32, **vectors)
+    operators.check(x.dtype, gate=gate, up=up)
+    operators.check(torch.float32, **vectors)
     rows = x.numel() // size
     chosen = x.new_empty((rows, top_k), dtype=torch.int32)
     weights = x.new_empty((rows, top_k), dtype=torch.float32)
     counts = x.new_zeros(groups, dtype=torch.int32)
     cut = route_cut(rows, groups, x.dtype)
     # Logits decide which groups are taken: for fp32 no product of fewer bits.
-    _kernel("route", "route_tokens", x.dtype).launch(
+    operators.kernel("route", "route_tokens", x.dtype).launch(
         "", -(-rows // cut.rows), x.contiguous(), gate, gate if up is None else up,
         *(weights if t is None else t for t in vectors.values()), chosen, weights, counts,
         0.0 if threshold is None else threshold, rows, size, groups,
         GATED=up is not None, CHOICE=choice_bias is not None, LOGIT=logit_bias is not None, SCALED=scale is not None,
-        LIMITED=threshold is not None, ACT=activation, SCORE=score, WEIGH=weigh, TOP=top_k, SLOTS=_power(top_k),
-        PRECISION="ieee", GROUPS=cut.columns, ROWS=cut.rows, DEPTH=cut.depth, num_warps=cut.warps,
-        num_stages=cut.stages,
+        LIMITED=threshold is not None, ACT=activation, SCORE=score, WEIGH=weigh, TOP=top_k,
+        SLOTS=operators.power(top_k), PRECISION="ieee", GROUPS=cut.columns, ROWS=cut.rows, DEPTH=cut.depth,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return chosen, weights, counts
 
@@ -341,11 +262,11 @@ def _column_parts(
 ) -> Tensor:
     """``[splits, 1 or 2, rows, outputs]`` fp32: gate, if there is one, and up times rows ``x``, in parts."""
     (rows, inputs), outputs = x.shape, up.shape[1]
-    cut = column_cut(_power(rows), gate is not None)
+    cut = column_cut(operators.power(rows), gate is not None)
     blocks = -(-outputs // cut.columns)
-    splits, each = _splits(inputs, blocks, cut.depth, x.device)
+    splits, each = operators.splits(inputs, blocks, cut.depth, x.device)
     parts = x.new_empty((splits, 1 if gate is None else 2, rows, outputs), dtype=torch.float32)
-    _kernel("columns", "column_product", x.dtype).launch(
+    operators.kernel("columns", "column_product", x.dtype).launch(
         "", splits * blocks, x, up if gate is None else gate, up, thresholds,
         *(thresholds if t is None else t for t in (gate_scale, up_scale)), parts, rows, inputs, outputs, each,
         GATED=gate is not None, GATE_SCALED=gate_scale is not None, UP_SCALED=up_scale is not None, **cut.options,
@@ -362,11 +283,11 @@ def column_linear(
     if rows > ffn_ops.COLUMN_ROWS or not rows:
         return ffn_ops.column_linear_reference(x, weight_t, threshold, scale, bias)
     ffn_ops.check_columns(x, weight_t, threshold, 1, scale, bias)
-    _check(x.dtype, weight_t=weight_t, bias=bias)
-    _check(torch.float32, threshold=threshold, scale=scale)
+    operators.check(x.dtype, weight_t=weight_t, bias=bias)
+    operators.check(torch.float32, threshold=threshold, scale=scale)
     parts = _column_parts(x.contiguous().view(rows, inputs), None, weight_t, threshold, None, scale)
     out = x.new_empty((rows, outputs))
-    return _add_up(parts, out, len(parts), (rows * outputs, outputs), bias).view(*x.shape[:-1], outputs)
+    return operators.add_up(parts, out, len(parts), (rows * outputs, outputs), bias).view(*x.shape[:-1], outputs)
 
 
 def column_ffn(
@@ -392,19 +313,19 @@ def column_ffn(
     if rows > ffn_ops.COLUMN_ROWS or not rows:
         return ffn_ops.column_ffn_reference(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
     ffn_ops.check_column_ffn(x, gate_t, up_t, down_t, thresholds, activation, **scales, **biases)
-    _check(x.dtype, gate_t=gate_t, up_t=up_t, down_t=down_t, **biases)
-    _check(torch.float32, thresholds=thresholds, **scales)
+    operators.check(x.dtype, gate_t=gate_t, up_t=up_t, down_t=down_t, **biases)
+    operators.check(torch.float32, thresholds=thresholds, **scales)
     first = thresholds if gate_t is not None else thresholds[1:]
     parts = _column_parts(x.contiguous().view(rows, size), gate_t, up_t, first, gate_scale, up_scale)
     hidden = x.new_empty((rows, neurons))
-    _kernel("columns", "column_middle", x.dtype).launch(
+    operators.kernel("columns", "column_middle", x.dtype).launch(
         "", rows * -(-neurons // 128), parts, *(hidden if t is None else t for t in (gate_bias, up_bias)), hidden,
         len(parts), rows, neurons, GATED=gate_t is not None, GATE_BIAS=gate_t is not None and gate_bias is not None,
-        UP_BIAS=up_bias is not None, ACT=activation, PARTS=_power(len(parts)), COLUMNS=128, num_warps=4,
+        UP_BIAS=up_bias is not None, ACT=activation, PARTS=operators.power(len(parts)), COLUMNS=128, num_warps=4,
     )  # fmt: skip
     parts = _column_parts(hidden, None, down_t, thresholds[2:], None, down_scale)
     out = x.new_empty((rows, size))
-    return _add_up(parts, out, len(parts), (rows * size, size), down_bias).view(x.shape)
+    return operators.add_up(parts, out, len(parts), (rows * size, size), down_bias).view(x.shape)
 
 
 def core_votes(hidden: Tensor, counted: Tensor | None, rows: int, alpha: float, magnitude: bool) -> Tensor:
@@ -418,8 +339,8 @@ def core_votes(hidden: Tensor, counted: Tensor | None, rows: int, alpha: float, 
     # In fp64, as the operator means it; an argument of a kernel would be fp32.
     limits = (alpha * torch.arange(neurons + 1, dtype=torch.float64, device=hidden.device)).to(torch.int32)
     votes = limits.new_zeros(rows, neurons)
-    room = max(16, _power(neurons))
-    _kernel("core", "token_votes", hidden.dtype).launch(
+    room = max(16, operators.power(neurons))
+    operators.kernel("core", "token_votes", hidden.dtype).launch(
         "", rows * tokens, hidden.contiguous(), limits if counted is None else counted, limits, votes,
         tokens, 0 if counted is None or len(counted) == 1 else tokens, neurons, MASKED=counted is not None,
         MAGNITUDE=magnitude, NEURONS=room, BITS=room.bit_length(), num_warps=min(16, max(4, room // 1024)),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effcompile.kernels import low_rank_ops
+from effcompile.kernels import low_rank_ops, ops
 from effcompile.kernels.program import DTYPES, OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.feed_forward import TOKENS
@@ -101,7 +101,7 @@ def match_adapter(site: LinearSite, name: str, adapters: str) -> Rewrite | Reaso
     if down.bias is not None or down.flipped or up.flipped or not all(t.is_contiguous() for t in own):
         return no("not-supported", "this adapter has a bias between its products, or weights with inputs to a row")
     x, out = value(down.input), value(one.up)
-    if x.device.type != "cpu":
+    if not ops.has_launcher("low_rank_linear", x.device.type):
         return no("no-kernel", f"there is no kernel for adapters on {x.device.type}; Inductor has both products")
     if len({x.dtype, value(one.down).dtype, value(up.input).dtype, out.dtype, *(t.dtype for t in own)}) > 1:
         return no("mixed-dtypes", "this adapter reads and writes different dtypes, as under autocast")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from effcompile.kernels import low_rank_ops
+from effcompile.kernels import low_rank_ops, ops
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.program import OperatorProgram
 from effcompile.kernels.reason import Reason
@@ -233,6 +233,9 @@ class LowRank(Pass):
             before += low_rank_ops.linear_cost(TOKENS, rank, inputs, bias=one.down_bias is not None, **size)
             before += low_rank_ops.linear_cost(TOKENS, outputs, rank, bias=one.up_bias is not None, **size)
         made = record if factored else None
+        if made is not None and "values" in made.tensors and x.device.type != "cpu":
+            told = "which would cost as much as the weight there; calibrate with residual=0"
+            return no("no-kernel", f"no kernel for {x.device.type} reads the entries of a residual, {told}")
         form, after, sides = self._form(made, covered, size)
         kept = self._kept(site, covered, made)
         bits = weight_form.form_of(kept.get(site.anchor))
@@ -244,7 +247,8 @@ class LowRank(Pass):
             bits = weight_form.form_of(kept.get(site.anchor))
         chain = made is not None and "up" in made.tensors and (self.method != "masa" or not self.materialize)
         operator = "quantized_linear" if bits != DENSE else "low_rank_linear" if chain else ""
-        programs = (OperatorProgram(operator, x.dtype),) if operator and x.device.type == "cpu" else ()
+        served = operator and ops.has_launcher(operator, x.device.type)
+        programs = (OperatorProgram(operator, x.dtype),) if served else ()
         taken = () if covered.adapted is None else covered.adapted.adapters
         return Rewrite(
             form + weight_form.told([bits]),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from effcompile.kernels import cost, low_rank_ops, weight_ops
+from effcompile.kernels import cost, low_rank_ops, ops, weight_ops
 from effcompile.kernels.program import DTYPES, OperatorProgram
 from effcompile.kernels.reason import Reason
 from effcompile.passes.base import Pass
@@ -102,7 +102,7 @@ class QuantizeWeights(Pass):
             return no("not-supported", f"its weight is {weight.dtype} {tuple(weight.shape)}, or its bias no vector")
         if wants_gradients(site.anchor.graph):
             return no("gradients", "gradients are needed, and packed weights have none; use torch.no_grad()")
-        if weight.device.type != "cpu":
+        if not ops.has_launcher("quantized_linear", weight.device.type):
             return no("no-kernel", f"there is no kernel for {weight.device.type}")
         # What was prepared from a discarded weight was in range.
         if discarded.name_of(weight) is None and (why := self.out_of_range(weight)):
@@ -121,7 +121,8 @@ class QuantizeWeights(Pass):
 
         def make() -> dict[str, Tensor]:
             if record is not None:
-                return self._recorded(record, rows.shape[0], rows.shape[1])
+                own = self._recorded(record, rows.shape[0], rows.shape[1])
+                return {name: t.to(weight.device) for name, t in own.items()}
             return form.tensors("weight", rows)
 
         def emit(graph: fx.Graph) -> fx.Node:
@@ -182,7 +183,7 @@ class QuantizeWeights(Pass):
         dtype, device = value(site.anchor).dtype, value(site.anchor).device
         if dtype not in DTYPES:
             return no("not-supported", f"its weights are {dtype}")
-        if device.type != "cpu":
+        if not ops.has_launcher("quantized_linear", device.type):
             return no("no-kernel", f"there is no kernel for {device.type}")
         for weight in weights():
             if weight.numel() and (text := self.out_of_range(weight)):

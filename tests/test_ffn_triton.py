@@ -23,7 +23,7 @@ from triton_calls import INSTRUCTION
 
 from effcompile.kernels import ffn_ops, ops
 from effcompile.kernels.ffn import ACTIVATIONS
-from effcompile.lowering import triton_ffn
+from effcompile.lowering import triton_ffn, triton_operators
 from effcompile.lowering.triton_aot import noted, resources
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -160,7 +160,7 @@ class TestInterpreted:
         chosen = torch.randint(-1, 7, (900, 3), dtype=torch.int32)
         chosen[chosen == 2] = 4
         order, bounds = torch.full((2700,), -1, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
-        sort = triton_ffn._kernel("ffn", "sort_slots", torch.float32)
+        sort = triton_operators.kernel("ffn", "sort_slots", torch.float32)
         sort.launch("", 7, chosen, order, bounds, 2700, 7, BLOCK=1024)
         flat = chosen.flatten()
         expected = [(flat == group).nonzero().flatten() for group in range(7)]
@@ -348,7 +348,7 @@ class TestAhead:
         declined("down_bias .* in torch.float64", down_bias=torch.zeros(16).double())
         declined("weights .* in torch.bfloat16", weights=case.weights.bfloat16())
         declined("an FFN that has none", gate=None, up=case.up[:4], down_t=case.down_t[:4])
-        declined(r"FFN in torch\.float64", dtype=torch.float64, chosen=case.chosen[:1], weights=None)
+        declined(r"operator in torch\.float64", dtype=torch.float64, chosen=case.chosen[:1], weights=None)
         with pytest.raises(ops.KernelUnavailable, match="one program ranks 256"):
             triton_ffn.route(torch.zeros(1, 16), torch.zeros(300, 16), None, 2, "softmax", "score")
         with pytest.raises(ValueError, match=r"up_bias is \(3,\)"):
