@@ -177,6 +177,7 @@ def _rewrite(
     replaced: Replaced = []
     kinds = {name: (base.get(name).site_kind, *base.get(name).also) for name in base.REGISTRY}
     inside: dict[fx.Node, str] = {}
+    planned = {record.method for record in chosen.plan or ()}
     for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
@@ -186,12 +187,15 @@ def _rewrite(
         for name in [name for name, kind in kinds.items() if site.kind in kind]:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
             answers[name] = _ask(name, resolved, site)
+        answers = _stacked(answers, site)
         asked = any(rule for _, rule in answers.values())
         for name, (answer, rule) in answers.items():
             if not rule and (asked or name != _DEFAULT):
                 continue  # nobody asked for this pass here, and another row tells about the site
-            if taken:
-                answer = Reason("taken", f"{taken} stands here", site.source)
+            # Of a method that was calibrated on another it is known better why it is not here.
+            if taken and not (isinstance(answer, Reason) and answer.code in ("other-block", "taken")):
+                hint = base.get(name).beside if isinstance(answer, Rewrite) and taken in planned else ""
+                answer = Reason("taken", f"{taken} stands here{hint}", site.source)
             if isinstance(answer, Reason):
                 decisions.append(report.left(index, site, rule, answer))
                 continue
@@ -213,6 +217,28 @@ def _rewrite(
     gm.graph.lint()
     gm.recompile()
     return decisions, replaced
+
+
+Answers = dict[str, tuple[Rewrite | Reason, str]]
+"""By method: its answer for a site, and the choice of the user that led to it."""
+
+
+def _stacked(answers: Answers, site: Site) -> Answers:
+    """The same, with a form that stands on another method's in the place of that: one row tells about both."""
+    found = dict(answers)
+    for name, (answer, rule) in answers.items():
+        if not isinstance(answer, Rewrite) or not answer.on:
+            continue
+        below, other = found[answer.on]
+        if isinstance(below, Reason):
+            text = f"{name} was calibrated on what {answer.on} leaves of this block, and that is not here: {below.text}"
+            found[name] = Reason("other-block", text, site.source), rule
+        elif below.on:
+            found[name] = Reason("taken", f"{below.form} stands here", site.source), rule
+        else:
+            found[answer.on] = answer, rule if rule == other else f"{other}, {rule}"
+            del found[name]
+    return found
 
 
 def _unused(

@@ -45,6 +45,8 @@ class Rewrite:
         What is replaced, if it is not the site's output but comes after it.
     takes
         Nodes of other sites that the replacement stands for, too: no method is asked about them later.
+    on
+        The method of the site on whose form this one stands. It is put there instead of that, which must be there, too.
     """
 
     form: str
@@ -60,3 +62,4 @@ class Rewrite:
     placed: bool = False
     output: fx.Node | None = None
     takes: tuple[fx.Node, ...] = ()
+    on: str = ""
