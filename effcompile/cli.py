@@ -121,7 +121,7 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
     for r in plan:
         table.add_row(
             r.module,
-            r.method,
+            " on ".join([r.method, *r.on]),
             ", ".join(f"{name}={value!r}" for name, value in r.options.items()),
             "\n".join(f"{name} {x:.4g}" for name, x in r.numbers.items()),
             "\n".join(f"{name} {tuple(t.shape)}" for name, t in r.tensors.items()),

@@ -13,6 +13,7 @@ may be numbers or sympy expressions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from effcompile.kernels.cost import Cost
@@ -36,12 +37,17 @@ def grouped_ffn(
     uses: Any = 0,
     itemsize: int = 4,
     gated: bool = True,
+    kept: Sequence[Any] | None = None,
 ) -> Cost:
-    """``effcompile::grouped_ffn``: ``active`` groups are used by some token; tokens use ``uses`` groups in all."""
-    matrices = 3 if gated else 2
-    read = matrices * size * (shared + active * width) * itemsize
+    """``effcompile::grouped_ffn``: ``active`` groups are used by some token; tokens use ``uses`` groups in all.
+
+    ``kept`` are the rows of down that some token keeps, of the shared ones and of a group; all of them if it is None.
+    """
+    first = 2 if gated else 1
+    last, each = (shared, width) if kept is None else kept
+    read = size * (first * (shared + active * width) + last + active * each) * itemsize
     ends = 2 * tokens * size * itemsize + uses * 8
-    return Cost(read + ends, 2 * matrices * size * (tokens * shared + uses * width))
+    return Cost(read + ends, 2 * size * (first * (tokens * shared + uses * width) + tokens * last + uses * each))
 
 
 def route(tokens: Any, size: Any, groups: Any, slots: Any, *, itemsize: int = 4, gated: bool = True) -> Cost:

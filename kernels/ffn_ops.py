@@ -4,7 +4,8 @@ As in :mod:`effcompile.kernels.ops`, an operator means its reference body. Shape
 of ``x`` together; ``d`` channels; ``F`` neurons; ``E`` groups of neurons (experts); ``k`` slots of a token. Results are
 contiguous, in the dtype of ``x``.
 
-``grouped_ffn(x, gate, up, down_t, chosen, weights, shared, width, activation, *, gate_bias, up_bias, down_bias)``
+``grouped_ffn(x, gate, up, down_t, chosen, weights, shared, width, activation, *, gate_bias, up_bias, down_bias,
+threshold, down_scale)``
     ``y = down (act(gate x) * up x) + down_bias`` over some neurons only: the first ``shared`` ones for every token, and
     of the others, which form ``E = (F - shared) / width`` groups, those that the token has chosen, times their weight.
     ``x`` ``[..., d]``; ``gate`` ``[F, d]``, or None for an FFN without a gate, ``act(up x)``; ``up`` ``[F, d]``;
@@ -12,6 +13,8 @@ contiguous, in the dtype of ``x``.
     of rows; ``chosen`` int32 ``[N, k]``, or ``[1, k]`` for all tokens alike, negative where a slot is unused, or None
     for no group; ``weights`` fp32 of the same shape, or None for ones. A group listed twice counts twice. Biases
     ``[F]``, ``[F]``, ``[d]``; ``down_bias`` is added once whatever is chosen, so it holds compensations too (FLAP).
+    With a ``threshold``, fp32 with one element, a neuron that says ``h`` counts for a token unless ``|h| * down_scale
+    <= threshold``, before any weight; ``down_scale`` fp32 ``[F]``, None for ones. Its row of down need not be read.
     FLAP is ``shared = F``; CMoE what ``route`` chooses; Read-ME one ``chosen`` for all layers; CoreInfer ``width = 1``
     and one ``chosen`` for a request.
 
@@ -65,7 +68,8 @@ COLUMN_ROWS = 8
 
 ops.library.define(
     "grouped_ffn(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor? chosen, Tensor? weights, int shared, "
-    "int width, str activation, *, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None) -> Tensor"
+    "int width, str activation, *, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
+    "Tensor? threshold=None, Tensor? down_scale=None) -> Tensor"
 )
 ops.library.define(
     "route(Tensor x, Tensor gate, Tensor? up, int top_k, str score, str weigh, *, Tensor? choice_bias=None, "
@@ -125,6 +129,8 @@ def check_grouped(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> int:
     """The number of groups. Raises ``ValueError`` if arguments of ``grouped_ffn`` do not fit each other."""
     known(activation, ACTIVATIONS, "activation")
@@ -134,6 +140,11 @@ def check_grouped(
         raise ValueError(f"x has {x.shape[-1]} channels, and up {size}.")
     check_shapes(gate=(gate, (neurons, size)), down_t=(down_t, (neurons, size)))
     check_shapes(gate_bias=(gate_bias, (neurons,)), up_bias=(up_bias, (neurons,)), down_bias=(down_bias, (size,)))
+    check_shapes(down_scale=(down_scale, (neurons,)))
+    if threshold is None and down_scale is not None:
+        raise ValueError("down_scale is for a threshold, and none is given.")
+    if threshold is not None and threshold.numel() != 1:
+        raise ValueError(f"threshold has {threshold.numel()} elements, and should have one.")
     if chosen is not None:
         tokens = x.numel() // size
         if chosen.dim() != 2 or chosen.shape[0] not in (1, tokens) or chosen.dtype is not torch.int32:
@@ -173,12 +184,17 @@ def grouped_reference(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """The meaning of ``grouped_ffn``: every neuron, and then those that count."""
     biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-    groups = check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
+    limits = {"threshold": threshold, "down_scale": down_scale}
+    groups = check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases, **limits)
     gated = None if gate is None else F.linear(x, gate, gate_bias)
     hidden = middle(F.linear(x, up, up_bias), gated, activation).flatten(0, -2)
+    if threshold is not None:
+        hidden = kept(hidden, threshold.reshape(()), down_scale)
     if chosen is None:
         hidden, down_t = hidden[:, :shared], down_t[:shared]
     else:

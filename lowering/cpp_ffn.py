@@ -35,7 +35,7 @@ _LIBRARIES = {
     "ffn_many": (("grouped_many.h",), {"grouped_ffn_many": "GroupedArgs"}),
 }
 # The fields of these.
-_GROUPED = struct.Struct("=4q 3q 3q 9q").pack
+_GROUPED = struct.Struct("=4q 3q 5q 9q").pack
 _ROUTE = struct.Struct("=9q 8q d q").pack
 _COLUMN = struct.Struct("=6q 4q").pack
 _COLUMN_FFN = struct.Struct("=q 3q q 3q 3q q 5q").pack
@@ -134,6 +134,8 @@ def grouped_ffn(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Launcher of ``effcompile::grouped_ffn`` on CPUs. Arguments and result are the operator's.
 
@@ -143,7 +145,10 @@ def grouped_ffn(
         If a slot names a group that is not there.
     """
     biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-    groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
+    limits = {"threshold": threshold, "down_scale": down_scale}
+    groups = ffn_ops.check_grouped(
+        x, gate, up, down_t, chosen, weights, shared, width, activation, **biases, **limits
+    )  # fmt: skip
     neurons, size = up.shape
     rows, dtype = x.numel() // size, x.dtype
     x = x.contiguous()
@@ -158,7 +163,7 @@ def grouped_ffn(
             x.data_ptr(),
             *(_pointer(t, dtype) for t in (gate, up, down_t, *biases.values())),
             _pointer(chosen, torch.int32),
-            _pointer(weights, torch.float32),
+            *(_pointer(t, torch.float32) for t in (weights, *limits.values())),
             out.data_ptr(),
             rows,
             size,

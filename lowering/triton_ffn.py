@@ -97,14 +97,21 @@ def grouped_ffn(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
-    """Launcher of ``effcompile::grouped_ffn`` on GPUs.
+    """Launcher of ``effcompile::grouped_ffn`` on GPUs. There is no kernel for a threshold.
 
     A few tokens with one list: three kernels, which read what is listed. Many with lists of their own: products over
     tiles, and the shared neurons by the library. Many with one list: the library, on what was gathered.
     """
     biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-    groups = ffn_ops.check_grouped(x, gate, up, down_t, chosen, weights, shared, width, activation, **biases)
+    limits = {"threshold": threshold, "down_scale": down_scale}
+    groups = ffn_ops.check_grouped(
+        x, gate, up, down_t, chosen, weights, shared, width, activation, **biases, **limits
+    )  # fmt: skip
+    if threshold is not None:
+        raise KernelUnavailable("neurons of groups that a threshold leaves out (C++ kernels have them)")
     size = up.shape[1]
     operators.check(x.dtype, gate=gate, up=up, down_t=down_t, **biases)
     operators.check(torch.float32, weights=weights)

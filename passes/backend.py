@@ -182,6 +182,7 @@ def _rewrite(
     inside: dict[fx.Node, str] = {}
     kept: dict[fx.Node, WeightForm | Reason] = {}
     few_bits = functools.partial(_few_bits, chosen, {s.anchor: s for s in others if isinstance(s, LinearSite)})
+    planned = {record.method for record in chosen.plan or ()}
     for index, site in enumerate([*attention, *others]):
         if isinstance(site, Unmatched):
             decisions.append(report.left(index, site, "", site.reason))
@@ -192,12 +193,17 @@ def _rewrite(
         for name in [name for name, kind in kinds.items() if site.kind in kind]:
             resolved = choices.resolve(name, site.module, site.anchor.meta.get("custom"), chosen, site.label)
             answers[name] = _ask(name, resolved, site)
+        answers = _stacked(answers, site)
         asked = any(rule for _, rule in answers.values())
         for name, (answer, rule) in answers.items():
             if not rule and (asked or name != _DEFAULT):
                 continue  # nobody asked for this pass here, and another row tells about the site
-            if taken:
-                answer = _beside(taken, kept.get(site.anchor) if name == _FEW_BITS else None, site)
+            # Of a method that was calibrated on another it is known better why it is not here.
+            if taken and not (isinstance(answer, Reason) and answer.code in ("other-block", "taken")):
+                hint = base.get(name).beside if isinstance(answer, Rewrite) and taken in planned else ""
+                answer = _beside(
+                    taken + " stands here" + hint, kept.get(site.anchor) if name == _FEW_BITS else None, site
+                )
             if isinstance(answer, Reason):
                 decisions.append(report.left(index, site, rule, answer))
                 continue
@@ -222,6 +228,28 @@ def _rewrite(
     return decisions, replaced
 
 
+Answers = dict[str, tuple[Rewrite | Reason, str]]
+"""By method: its answer for a site, and the choice of the user that led to it."""
+
+
+def _stacked(answers: Answers, site: Site) -> Answers:
+    """The same, with a form that stands on another method's in the place of that: one row tells about both."""
+    found = dict(answers)
+    for name, (answer, rule) in answers.items():
+        if not isinstance(answer, Rewrite) or not answer.on:
+            continue
+        below, other = found[answer.on]
+        if isinstance(below, Reason):
+            text = f"{name} was calibrated on what {answer.on} leaves of this block, and that is not here: {below.text}"
+            found[name] = Reason("other-block", text, site.source), rule
+        elif below.on:
+            found[name] = Reason("taken", f"{below.form} stands here", site.source), rule
+        else:
+            found[answer.on] = answer, rule if rule == other else f"{other}, {rule}"
+            del found[name]
+    return found
+
+
 def _few_bits(
     chosen: choices.BackendOptions, linears: Mapping[fx.Node, LinearSite], node: fx.Node, weights: Weights
 ) -> WeightForm | Reason | None:
@@ -231,12 +259,11 @@ def _few_bits(
     return options.keeps(site, weights) if isinstance(options, base.get(_FEW_BITS)) else None
 
 
-def _beside(taken: str, kept: WeightForm | Reason | None, site: Site) -> Reason:
-    """Why a linear is not asked about where the method ``taken`` stands, and in which bits that keeps its own."""
+def _beside(text: str, kept: WeightForm | Reason | None, site: Site) -> Reason:
+    """Why a site is not asked about where another method stands, as ``text`` says, and in which bits that keeps it."""
     if isinstance(kept, Reason):
         return kept
-    text = f"{taken} stands here" + (f", and keeps its weights in {kept.text}" if kept else "")
-    return Reason("taken", text, site.source)
+    return Reason("taken", text + (f", and keeps its weights in {kept.text}" if kept else ""), site.source)
 
 
 def _unused(

@@ -69,6 +69,8 @@ class Pass:
     """The kind of sites it is asked about."""
     also: ClassVar[tuple[str, ...]] = ()
     """Other kinds, of which it takes sites where its options say so (:meth:`takes`)."""
+    beside: ClassVar[str] = ""
+    """Behind the reason for a site that another method has taken: what to do to have both."""
     limit: ClassVar[Mapping[str, Any]] = {}
     """The option values at which the pass is exact; the conformance test compares with eager there."""
 

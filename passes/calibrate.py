@@ -53,6 +53,7 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Any]] | Mapping[str, Iterable[Tensor | Mapping[str, Any]]],
     passes: Sequence[Any],
     *,
+    on: Plan | None = None,
     progress: bool = True,
 ) -> Plan:
     """Run ``model`` over ``batches`` and make a plan for ``passes``.
@@ -68,13 +69,17 @@ def calibrate(
         mapping of them, by the names of domains; other methods take all of them together.
     passes
         Such as ``ec.flap(ratio=0.25)``; methods that need no data need no calibration.
+    on
+        A plan whose methods for feed-forward blocks stand in the model meanwhile, as their reference bodies: ``passes``
+        are then of what these leave, and such as can stand on them (``ec.teal``, ``ec.wina``).
     progress
         Show a bar on the error output.
 
     Returns
     -------
     Plan
-        One record for each site and pass, with the relative error of the site on some of the rows (``error``).
+        One record for each site and pass, with the relative error of the site on some of the rows (``error``). With
+        ``on`` the records of that plan, and those that stand on them, whose ``error`` is that of both.
 
     Raises
     ------
@@ -82,8 +87,10 @@ def calibrate(
         Without batches, without a site that a pass can take, or where activations are not finite.
     DiscardError
         For a model with parameters that :func:`effcompile.discard_parameters` dropped.
+    PlanError
+        If ``on`` is for other weights.
     TypeError
-        For something in ``passes`` that is not calibrated.
+        For something in ``passes`` that is not calibrated, or cannot stand on another method.
     """
     discarded.refuse(model, "ec.calibrate")
     methods = [_method(thing) for thing in passes]
@@ -106,6 +113,10 @@ def calibrate(
 
         domains = domains_of(batches, 2 if routed else 1)
         batches = [batch for own in domains.values() for batch in own]
+    if on is not None:
+        from effcompile.passes.calibrate_on import calibrate_on
+
+        return calibrate_on(model, batches, methods, on, progress=progress)
     texts: Any = list(batches) if attention or weights or linears else batches
     plans = [_fitted(model, texts, method, progress) for method in attention]
     plans += [_rounded(model, texts, method, progress) for method in weights]
@@ -464,11 +475,13 @@ def _measured(method: FeedForwardPass, site: Calibrated | CalibratedHeads, one: 
     record = Record(
         site.module, method.name, json.loads(method.text), site.parameters, dict(one.numbers), dict(one.tensors)
     )
-    x = site.samples.input
-    wanted = site.block(x).float()
-    block = site.block
+    block, x = site.block, site.samples.input
     made = method.approximate(block, record) if isinstance(block, FeedForward) else heads.approximate(block, record)
-    got = made(x).float()
+    return compared(record, made(x).float(), block(x).float())
+
+
+def compared(record: Record, got: Tensor, wanted: Tensor) -> Record:
+    """The record, with the error of ``got`` where ``wanted`` is the block's own output, both fp32 ``[n, d]``."""
     error = float((got - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
     cosine = float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean())
     return dataclasses.replace(record, numbers={**record.numbers, "error": error, "cosine": cosine})

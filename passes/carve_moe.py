@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from sympy import Integer, ceiling  # type: ignore[import-untyped]
+from sympy import Integer, Rational, ceiling  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
 from effcompile.kernels import ffn_cost, ffn_ops
@@ -21,6 +21,10 @@ from effcompile.passes import carve_energy
 from effcompile.passes.feed_forward import TOKENS, Calibrated, FeedForwardPass, Found, Put, Sizes, transposed
 from effcompile.runtime.plan import Record
 from effcompile.runtime.statistics import Samples, Statistic, TopMarkers
+
+Limits = Callable[[FeedForward], dict[str, Tensor]]
+"""From the neurons of a form, what leaves out some of them for each token, by the arguments of ``grouped_ffn``."""
+_OPTIONAL = ("gate_bias", "up_bias", "down_bias", "threshold", "down_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +264,7 @@ class CarveMoE(FeedForwardPass):
             raise ValueError(f"plan: {self.name} at {record.module}: order is not a permutation of its neurons.")
         return order
 
-    def _carved(self, block: FeedForward, record: Record) -> FeedForward:
+    def carved(self, block: FeedForward, record: Record) -> FeedForward:
         """The neurons in their order, with the bias."""
         carved = block.neurons(self._order(block, record))
         if not self.bias:
@@ -275,13 +279,16 @@ class CarveMoE(FeedForwardPass):
         names = [name for name in ("scale", "choice_bias") if name in record.tensors]
         return {name: record.tensor(name, self.routed).float() for name in names}
 
-    def routed_form(self, block: FeedForward, record: Record) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    def routed_form(
+        self, block: FeedForward, record: Record, limits: Limits = lambda block: {}
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
         """The operators' reference bodies, and with the output of rows ``[n, d]`` the groups that each takes.
 
         These are int32 ``[n, slots]``, negative where a slot is unused; None if none is routed. The output has
-        gradients of ``scale`` in ``record``.
+        gradients of ``scale`` in ``record``. ``limits`` are of the neurons in the order of the form.
         """
-        carved, rows = self._carved(block, record), self._rows(block, record)
+        carved, rows = self.carved(block, record), self._rows(block, record)
+        limited = limits(carved)
         shared, group = self.shared * (block.width // self.experts), block.width // self.experts
         trained = {name: t.to(block.up.device) for name, t in self._trained(record).items()}
         top_k, score, weigh = self._arguments(block)
@@ -314,15 +321,29 @@ class CarveMoE(FeedForwardPass):
                 carved.gate_bias,
                 carved.up_bias,
                 carved.down_bias,
+                **limited,
             )
             return out, chosen
 
         return run
 
-    def approximate(self, block: FeedForward, record: Record) -> Callable[[Tensor], Tensor]:
+    def approximate(
+        self, block: FeedForward, record: Record, limits: Limits = lambda block: {}
+    ) -> Callable[[Tensor], Tensor]:
         """The operators' reference bodies."""
-        run = self.routed_form(block, record)
+        run = self.routed_form(block, record, limits)
         return lambda x: run(x)[0]
+
+    def leaves(self, block: FeedForward, record: Record) -> FeedForward | None:
+        """The shared experts, if no other is ever active."""
+        shared = torch.arange(self.shared * (block.width // self.experts))
+        return None if self.active else self.carved(block, record).neurons(shared)
+
+    def used(self, chosen: Tensor, neurons: int) -> Tensor:
+        """Which of ``neurons`` in the order of the form tokens use that chose these groups: bool ``[n, neurons]``."""
+        tokens, width = chosen.shape[0], neurons // self.experts
+        routed = ffn_ops.factors(chosen, None, tokens, self.routed)[0].repeat_interleave(width, 1)
+        return torch.cat([routed.new_ones(tokens, self.shared * width), routed], 1)
 
     def describes(self, record: Record) -> str:
         """The name that the paper gives it."""
@@ -335,8 +356,11 @@ class CarveMoE(FeedForwardPass):
         """Of a form whose groups are all shared there is nothing to route."""
         return ("route", "grouped_ffn") if self.active else ("grouped_ffn",)
 
-    def cost(self, sizes: Sizes, record: Record) -> Cost:
-        """Of the router, and of the groups that so many tokens are expected to use together."""
+    def cost(self, sizes: Sizes, record: Record, dropped: float = 0.0) -> Cost:
+        """Of the router, and of the groups that so many tokens are expected to use together.
+
+        ``dropped`` is the share of its neurons whose rows of down a token leaves out, independently of others.
+        """
         width = sizes.neurons // self.experts
         if not self.active:
             return sizes.dense(self.shared * width)
@@ -346,6 +370,9 @@ class CarveMoE(FeedForwardPass):
         # Rows that are fitted have no gate of their own.
         rows = more | {"gated": sizes.gated and self.router != "fitted"}
         router = ffn_cost.route(TOKENS, sizes.size, self.routed, slots, **rows)
+        if dropped:
+            share, each = Rational(f"{dropped:.6f}"), TOKENS * self.active / used
+            more["kept"] = [ceiling(n * (1 - share**of)) for n, of in ((self.shared * width, TOKENS), (width, each))]
         return router + ffn_cost.grouped_ffn(
             TOKENS,
             sizes.size,
@@ -363,7 +390,8 @@ class CarveMoE(FeedForwardPass):
         def make() -> dict[str, Tensor]:
             routing = self._rows(block, record) | {n: t.to(block.up.device) for n, t in self._trained(record).items()}
             rows = {f"router_{name}": t for name, t in routing.items()}
-            return transposed(self._carved(block, record)) | rows
+            carved = self.carved(block, record)
+            return transposed(carved) | rows | {name: t.contiguous() for name, t in put.limits(carved).items()}
 
         w, group = put.weights(make), block.width // self.experts
         chosen = weights = None
@@ -395,5 +423,5 @@ class CarveMoE(FeedForwardPass):
             self.shared * group,
             group,
             block.activation,
-            **{name: w[name] for name in ("gate_bias", "up_bias", "down_bias") if name in w},
+            **{name: w[name] for name in _OPTIONAL if name in w},
         )

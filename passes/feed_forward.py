@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -108,6 +109,10 @@ class FeedForwardPass(Pass, abc.ABC):
     def emit(self, put: Put, record: Record) -> fx.Node:
         """Put the form of ``record`` into a graph; returns the node with the block's output."""
 
+    def leaves(self, block: FeedForward, record: Record) -> FeedForward | None:
+        """The block that every token meets instead, if the form is one: what another method can stand on."""
+        return None
+
     def describes(self, record: Record) -> str:
         """The form by name, for the report."""
         return self.name
@@ -143,12 +148,14 @@ class FeedForwardPass(Pass, abc.ABC):
         record = self.told(site)
         if isinstance(record, Reason):
             return record
+        if record.on:
+            return Reason("other-block", f"{self.name} cannot stand on {', '.join(record.on)}", site.source)
         found = parts_of(site, self.name)
         if isinstance(found, Reason):
             return found
         parts, own = found
         check_weights(record, own)
-        given, sizes = value(parts.input), sizes_of(parts)
+        sizes = sizes_of(parts)
         linears = self.linears(sizes, record)
         places = {role: node for role, node in linears_of(parts).items() if role in linears}
         # Weights that are discarded were in range when others were prepared of them.
@@ -159,19 +166,34 @@ class FeedForwardPass(Pass, abc.ABC):
         def emit(graph: fx.Graph) -> fx.Node:
             return self.emit(Put(graph, parts, own, record.text, forms), record)
 
-        after = self.cost(sizes, record)
+        form, after = self.describes(record) + told(forms.values()), self.cost(sizes, record)
         if after is not None:
             after = sum((forms[role].change(*size, sizes.itemsize) for role, size in linears.items()), after)
         operators = (*self.operators, *["quantized_linear"] * any(form != DENSE for form in forms.values()))
-        return Rewrite(
-            self.describes(record) + told(forms.values()),
-            emit,
-            weights=prepared_from(site, parts, own),
-            cost=None if after is None else (sizes.dense(sizes.neurons), after),
-            rows=tuple(given.shape[:-1]),
-            operators=tuple(OperatorProgram(operator, given.dtype) for operator in operators),
-            kept=kept,
-        )
+        return rewrite_of(form, site, parts, own, emit, after, operators, kept)
+
+
+def rewrite_of(
+    form: str,
+    site: FeedForwardSite,
+    parts: BlockParts,
+    own: Mapping[str, Tensor],
+    emit: Callable[[fx.Graph], fx.Node],
+    after: Cost | None,
+    operators: Sequence[str],
+    kept: Mapping[fx.Node, WeightForm | Reason] = types.MappingProxyType({}),
+) -> Rewrite:
+    """What ``emit`` puts in the place of a block, made from all of its weights ``own``, at the cost ``after``."""
+    given, sizes = value(parts.input), sizes_of(parts)
+    return Rewrite(
+        form,
+        emit,
+        weights=prepared_from(site, parts, own),
+        cost=None if after is None else (sizes.dense(sizes.neurons), after),
+        rows=tuple(given.shape[:-1]),
+        operators=tuple(OperatorProgram(operator, given.dtype) for operator in operators),
+        kept=kept,
+    )
 
 
 def parts_of(site: FeedForwardSite, name: str) -> tuple[BlockParts, dict[str, Tensor]] | Reason:
@@ -228,14 +250,20 @@ def check_weights(record: Record, own: Mapping[str, Tensor]) -> None:
 
 @dataclasses.dataclass
 class Put:
-    """What a pass has in hand while it puts a form into a graph; the insertion point is where the old output is."""
+    """What a pass has in hand while it puts a form into a graph; the insertion point is where the old output is.
+
+    ``forms`` says how weights are kept, by role; the others are dense. ``leaves`` is what another method, on which this
+    one stands, makes of the user's weights. ``limits`` gives, for neurons in the order of a form, what leaves out some
+    of them for each token (``threshold`` and ``down_scale`` of ``grouped_ffn``).
+    """
 
     graph: fx.Graph
     parts: BlockParts
     originals: Mapping[str, Tensor]
     key: str
     forms: Mapping[str, WeightForm] = dataclasses.field(default_factory=dict)
-    """How weights are kept, by role; the others are dense."""
+    leaves: Callable[[FeedForward], FeedForward] = lambda block: block
+    limits: Callable[[FeedForward], dict[str, Tensor]] = lambda block: {}
 
     @property
     def input(self) -> fx.Node:
@@ -244,8 +272,8 @@ class Put:
 
     @property
     def block(self) -> FeedForward:
-        """The user's weights."""
-        return block_of(self.parts, self.originals)
+        """The user's weights, or what another method leaves of them."""
+        return self.leaves(block_of(self.parts, self.originals))
 
     def weights(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, fx.Node]:
         """Prepared weights as constants of the graph, each made once for all graphs."""

@@ -194,9 +194,10 @@ class Flap(FeedForwardPass):
 
     def approximate(self, block: FeedForward, record: Record) -> Callable[[Tensor], Tensor]:
         """The smaller block."""
-        return self._smaller(block, record)
+        return self.leaves(block, record)
 
-    def _smaller(self, block: FeedForward, record: Record) -> FeedForward:
+    def leaves(self, block: FeedForward, record: Record) -> FeedForward:
+        """The neurons that stay, with the bias."""
         kept = record.tensor("kept", -1).long()
         bias = record.tensor("bias", block.down.shape[1]).to(block.down)
         if block.down_bias is not None:
@@ -219,7 +220,7 @@ class Flap(FeedForwardPass):
 
     def emit(self, put: Put, record: Record) -> fx.Node:
         """The same linears, narrower: Inductor's own products serve them."""
-        small = self._smaller(put.block, record)
+        small = self.leaves(put.block, record)
 
         def make() -> dict[str, Tensor]:
             return {

@@ -16,24 +16,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from effcompile.kernels.ffn import FeedForward
-from effcompile.kernels.reason import Reason
-from effcompile.passes.backend_options import clean_path
-from effcompile.passes.base import REGISTRY, get
 from effcompile.passes.batches import CalibrationError, call, mask_of, shown
-from effcompile.passes.calibrate import Looking, Watch
+from effcompile.passes.calibrate_on import Form, Standing, inner
 from effcompile.passes.carve_moe import CarveMoE
-from effcompile.passes.feed_forward import FeedForwardPass, check_weights, parts_of
-from effcompile.passes.options import build, remove
-from effcompile.passes.weights import block_of, nodes_of
-from effcompile.patterns.ffn import find_feed_forward
-from effcompile.runtime.plan import Plan, PlanError, Record
+from effcompile.passes.feed_forward import check_weights
+from effcompile.passes.options import remove
+from effcompile.passes.stack import Stack, standing
+from effcompile.runtime.plan import Plan, Record
 
 
 def recover(
@@ -99,10 +95,7 @@ def recover(
         with torch.enable_grad():
             losses = _train(copied, watch, texts, epochs, lr, gamma, progress)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        # Dynamo's wrapping says nothing that a user of this function could do anything about.
-        if isinstance(error.inner_exception, PlanError):
-            raise error.inner_exception from None
-        raise
+        raise inner(error) from None
     finally:
         torch._dynamo.reset()
     records = {(r.module, r.method): r for r in plan}
@@ -224,60 +217,39 @@ class _Routed:
         return dataclasses.replace(self.record, tensors=tensors, numbers=numbers)
 
 
-class _Surrogate(Watch):
-    """The back end: runs graphs with the forms of a plan, as reference bodies, in the place of feed-forward blocks."""
+class _Surrogate(Standing):
+    """Trains and counts what is routed."""
 
     kind = "carved feed-forward block"
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.plan = plan
-
-    def look(self, graph: fx.GraphModule) -> Looking:
-        """The same graph with the forms in it."""
-        weights: dict[fx.Node, tuple[Tensor, str]] = {}
-        for site in find_feed_forward(graph):
-            module = clean_path(site.label)
-            record = next((r for n in REGISTRY if (r := self.plan.get(module, n)) and _is_feed_forward(n)), None)
-            # Looked at only now: a block may read what an earlier one, which has been replaced, gives.
-            found = None if record is None else parts_of(site, record.method)
-            if record is None or found is None:
-                continue
-            if isinstance(found, Reason):
-                self.reasons.append(found)
-                continue
-            parts, own = found
-            check_weights(record, own)
-            with graph.graph.inserting_before(site.anchor):
-                node = graph.graph.call_function(self._form(module, record, block_of(parts, own)), (parts.input,))
-            node.meta = dict(site.anchor.meta)
-            site.anchor.replace_all_uses_with(node)
-            weights |= {n: (own[role], module) for role, n in nodes_of(parts).items()}
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        return Looking(graph, {}, weights, self)
-
-    def _form(self, module: str, record: Record, block: FeedForward) -> Callable[[Tensor], Tensor]:
-        """What stands in the graph: the form of ``record`` for ``[..., d]``; a routed one is trained and counted."""
-        method = build(get(record.method), record.options, f"plan: {record.method} at {module}")
-        assert isinstance(method, FeedForwardPass)
-        if not isinstance(method, CarveMoE) or not method.active:
-            fixed = method.approximate(block, record)
-            return lambda x: fixed(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+    def form(self, module: str, block: FeedForward, own: dict[str, Tensor]) -> Form | None:
+        """The form of the plan; a routed one is trained and counted."""
+        found = standing(self.plan, module)
+        if found is None:
+            return None
+        below = found.below if isinstance(found, Stack) else found
+        check_weights(below.record, own)
+        routed = below.routed
+        if isinstance(found, Stack):
+            if routed is not None:
+                raise CalibrationError(
+                    f"recover(...): {found.above.name} at {module} was calibrated on {below.method.name} as it is now. "
+                    f"Take the records of {found.above.name} out, recover, and calibrate it again with on=plan."
+                )
+            check_weights(found.record, own)
+            return found.approximate(block)
+        if routed is None:
+            return below.method.approximate(block, below.record)
         if module not in self.sites:
-            self.sites[module] = _Routed.of(record, method, block.up.device)
-        routed: _Routed = self.sites[module]
-        run = method.routed_form(block, routed.live)
+            self.sites[module] = _Routed.of(below.record, routed, block.up.device)
+        trained: _Routed = self.sites[module]
+        run = routed.routed_form(block, trained.live)
 
         def form(x: Tensor) -> Tensor:
-            out, chosen = run(x.flatten(0, -2))
+            out, chosen = run(x)
             assert chosen is not None
             same = self.keep is not None and self.keep.numel() == chosen.shape[0]
-            routed.see(chosen[self.keep.to(chosen.device)] if self.keep is not None and same else chosen)
-            return out.view(*x.shape[:-1], -1)
+            trained.see(chosen[self.keep.to(chosen.device)] if self.keep is not None and same else chosen)
+            return out
 
         return form
-
-
-def _is_feed_forward(name: str) -> bool:
-    return issubclass(get(name), FeedForwardPass)

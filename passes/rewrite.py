@@ -49,6 +49,8 @@ class Rewrite:
         Nodes of other sites that the replacement stands for, too: no method is asked about them later.
     kept
         By the linears that it stands for, in which bits it keeps its own, or why not in those that were asked for.
+    on
+        The method of the site on whose form this one stands. It is put there instead of that, which must be there, too.
     """
 
     form: str
@@ -65,3 +67,4 @@ class Rewrite:
     output: fx.Node | None = None
     takes: tuple[fx.Node, ...] = ()
     kept: Mapping[fx.Node, WeightForm | Reason] = dataclasses.field(default_factory=dict)
+    on: str = ""

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from effcompile.kernels import ffn_cost, ffn_ops
 from effcompile.kernels.cost import Cost
 from effcompile.kernels.ffn import FeedForward
-from effcompile.passes.feed_forward import TOKENS, Calibrated, FeedForwardPass, Found, Put, Sizes
+from effcompile.passes.feed_forward import TOKENS, Calibrated, Found, Put, Sizes
+from effcompile.passes.stack import OnTop
 from effcompile.runtime.plan import Record
 from effcompile.runtime.statistics import Magnitudes, Statistic
 
@@ -29,7 +30,7 @@ STEP, ROWS = 0.025, 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Teal(FeedForwardPass):
+class Teal(OnTop):
     """Drop, for each token, the input channels of gate, up and down that are small: ``|x| <= threshold``.
 
     Parameters
@@ -84,7 +85,8 @@ class Teal(FeedForwardPass):
 
     def _found(self, site: Calibrated) -> Found:
         seen = {part: one for part, one in site.statistics.items() if isinstance(one, Magnitudes)}
-        rotation = seen["up"].rotation
+        # On groups that tokens choose, only inputs of down were looked at.
+        rotation = seen["up"].rotation if "up" in seen else None
         levels = dict.fromkeys(seen, self.sparsity)
         if self.allocation == "greedy":
             rows = site.samples.input[:: -(-site.samples.input.shape[0] // ROWS)].float()
@@ -165,6 +167,21 @@ class Teal(FeedForwardPass):
     def _rotation(self, block: FeedForward, record: Record) -> Tensor | None:
         size = block.up.shape[1]
         return record.tensor("rotation", size, size).to(block.up.device) if self.transform else None
+
+    def limits(self, block: FeedForward, record: Record) -> dict[str, Tensor]:
+        """The threshold of down, and what each neuron counts."""
+        threshold = record.tensor("thresholds", 3)[2:].to(block.up.device)
+        return {"threshold": threshold} | {f"{p}_scale": t for p, t in self.scales(block).items() if p == "down"}
+
+    @property
+    def dropped(self) -> float:
+        """The sparsity."""
+        return self.sparsity
+
+    @property
+    def about_all(self) -> str:
+        """Shares of their own, or a rotation."""
+        return "transform=True" if self.transform else "allocation='greedy'" if self.allocation == "greedy" else ""
 
     def describes(self, record: Record) -> str:
         """How much is dropped."""

@@ -48,6 +48,9 @@ class Record:
         What was measured while calibrating, such as ``error``: for people, not used when the plan is applied.
     tensors
         What the pass needs, such as a permutation.
+    on
+        Of a record that stands on another one of its module, and not on the module's own weights: the method of that,
+        and its :attr:`identity`. Empty for others.
     """
 
     module: str
@@ -56,6 +59,7 @@ class Record:
     parameters: Mapping[str, str]
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    on: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The tensor ``name``, which has this shape (-1 for any size). Raises :class:`PlanError` otherwise."""
@@ -72,8 +76,17 @@ class Record:
     @property
     def text(self) -> str:
         """Canonical JSON of the record, its tensors as digests: equal records give equal text in every process."""
-        plain = _plain(self) | {"tensors": {name: digest(t) for name, t in sorted(self.tensors.items())}}
-        return json.dumps(plain, sort_keys=True)
+        return json.dumps(self._told, sort_keys=True)
+
+    @property
+    def identity(self) -> str:
+        """A digest of what the record does to its site, without what was measured: 32 hexadecimal digits."""
+        text = json.dumps(self._told | {"numbers": {}}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        return _plain(self) | {"tensors": {name: digest(t) for name, t in sorted(self.tensors.items())}}
 
 
 class Plan:
@@ -116,13 +129,13 @@ class Plan:
                 lines.append(f"{where}: only in the {'second' if one is None else 'first'}")
             elif one.text != two.text:
                 old, new = json.loads(one.text), json.loads(two.text)
-                for part in old:
-                    names = (
-                        [name for name in {**old[part], **new[part]} if old[part].get(name) != new[part].get(name)]
-                        if isinstance(old[part], dict)
-                        else []
-                    )
-                    for name in names:
+                for part in {**old, **new}:
+                    sides = [plain.get(part, {}) for plain in (old, new)]
+                    if not all(isinstance(side, dict) for side in sides):
+                        continue
+                    for name in {**sides[0], **sides[1]}:
+                        if sides[0].get(name) == sides[1].get(name):
+                            continue
                         lines.append(
                             f"{where}: {part}: {name}: {_side(one, old, part, name)} -> {_side(two, new, part, name)}"
                         )
@@ -180,10 +193,10 @@ class Plan:
 
 def _side(record: Record, plain: Mapping[str, Any], part: str, name: str) -> str:
     """One side of a difference: numbers as they are, tensors and weights by the beginning of their digest."""
-    found = plain[part].get(name)
+    found = plain.get(part, {}).get(name)
     if found is None:
         return "nothing"
-    return f"{found[:8]}..." if part in ("tensors", "parameters") else repr(found)
+    return f"{found[:8]}..." if part in ("tensors", "parameters", "on") else repr(found)
 
 
 def _plain(record: Record) -> dict[str, Any]:
@@ -195,6 +208,7 @@ def _plain(record: Record) -> dict[str, Any]:
         "parameters": dict(record.parameters),
         "numbers": {name: x if math.isfinite(x) else str(x) for name, x in record.numbers.items()},
         "tensors": sorted(record.tensors),
+        **({"on": dict(record.on)} if record.on else {}),
     }
 
 
@@ -205,6 +219,7 @@ def _record(entry: Any, tensors: Mapping[str, Tensor], place: Path) -> Record:
         names = list(entry["tensors"])
         options, parameters = dict(entry["options"]), dict(entry["parameters"])
         shared = dict(entry.get("shared", ()))
+        on = {str(name): str(text) for name, text in dict(entry.get("on", ())).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{place / _JSON}: a record that cannot be read ({error!r}): {str(entry)[:120]}.") from None
     keys = {name: shared.get(name, f"{module}/{method}/{name}") for name in names}
@@ -212,7 +227,7 @@ def _record(entry: Any, tensors: Mapping[str, Tensor], place: Path) -> Record:
     if missing:
         raise PlanError(f"{place / _TENSORS}: {', '.join(missing)} of {method} at {module} are not there.")
     own = {name: tensors[key] for name, key in keys.items()}
-    return Record(module, method, options, parameters, numbers, own)
+    return Record(module, method, options, parameters, numbers, own, on)
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -28,11 +28,15 @@ Where = Literal["input", "middle"]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What one batch showed at a site, padding left out: ``input`` ``[n, d]`` and ``middle`` ``[n, F]``."""
+    """What one batch showed at a site, padding left out: ``input`` ``[n, d]`` and ``middle`` ``[n, F]``.
+
+    ``counts``, bool ``[n, F]``, says which entries of ``middle`` there are where tokens choose neurons; None for all.
+    """
 
     input: Tensor
     middle: Tensor
     block: Block
+    counts: Tensor | None = None
 
 
 def channels(block: Block, where: Where) -> int:
@@ -137,6 +141,8 @@ class Magnitudes(Statistic):
         place = (x.clamp(LEAST, MOST) / LEAST).log2() * (BINS / torch.log2(torch.tensor(MOST / LEAST)))
         # What is exactly 0 stands below every bin: it is dropped at any threshold.
         place = torch.where(x == 0, -1, place.long().clamp(max=BINS - 1)) + 1
+        if self.where == "middle" and rows.counts is not None:
+            place = place[rows.counts]
         self.counts += torch.bincount(place.flatten(), minlength=BINS + 1)
 
     def quantile(self, share: float) -> float:

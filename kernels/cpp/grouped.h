@@ -16,6 +16,8 @@ struct GroupedArgs {
   const void* bias[3];  // of gate and up [neurons], of down [size], or null
   const int32_t* chosen;  // [chosen_rows, slots] or null
   const float* weights;  // as chosen, or null
+  const float* threshold;  // null to keep every neuron
+  const float* scale;  // [neurons] or null
   void* out;  // [rows, size]
   int64_t rows, size, neurons, shared, width, activation, chosen_rows, slots, threads;
 };
@@ -68,6 +70,7 @@ struct Segment {
   int64_t count, tokens;
 
   int64_t steps() const { return (count + ROWS - 1) / ROWS; }
+  int64_t neurons_of(int64_t step) const { return (count - step + steps() - 1) / steps(); }
   // What a step costs: reading its rows takes as long as computing them for some tokens.
   int64_t cost() const { return most(tokens, TOKENS); }
 };
@@ -103,41 +106,96 @@ inline const Segment* segments_of(const GroupedArgs& a, int64_t groups, const Ro
   return segments;
 }
 
-// Adds to `result` what the neurons of one step give.
-template <class T>
-inline void grouped_step(const GroupedArgs& a, const Segment& s, int64_t step, const float* x, float* result) {
-  const int64_t size = a.size, steps = s.steps();
-  const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up), *down = static_cast<const T*>(a.down);
-  const T *gate_bias = static_cast<const T*>(a.bias[0]), *up_bias = static_cast<const T*>(a.bias[1]);
-  const auto neurons = [&](int64_t of) { return (s.count - of + steps - 1) / steps; };
-  const auto rows = [&](const T* matrix, int64_t of) {
-    return rows_of(matrix, size, s.neurons + of, steps, neurons(of));
-  };
-  const Rows<T> up_rows = rows(up, step), down_rows = rows(down, step), gate_rows = gate ? rows(gate, step) : up_rows;
-  const Rows<T> next = rows(gate ? gate : up, least(step + 1, steps - 1));
-  const int64_t count = neurons(step);
-  for (int64_t first = 0; first < s.tokens; first += TOKENS) {
-    const int64_t tokens = least(s.tokens - first, TOKENS);
-    const float* from[TOKENS];
-    float* to[TOKENS];
+// Some tokens of a segment, at most TOKENS: what they read, and where their results are.
+struct Some {
+  const float* from[TOKENS];
+  float* to[TOKENS];
+  int64_t first, tokens;
+
+  Some(const Segment& s, int64_t first_, const float* x, float* result, int64_t size)
+      : first(first_), tokens(least(s.tokens - first_, TOKENS)) {
     for (int64_t m = 0; m < tokens; ++m) {
       from[m] = x + s.token[first + m] * size;
       to[m] = result + s.token[first + m] * size;
     }
-    alignas(64) float g[TOKENS * ROWS + VL], h[TOKENS * ROWS + VL];
-    if (gate) dots(tokens, from, gate_rows, up_rows, size, g);
-    dots(tokens, from, up_rows, down_rows, size, h);
-    for (int64_t n = 0; n < count && (gate_bias || up_bias); ++n) {
-      const int32_t neuron = s.neurons[step + n * steps];
-      for (int64_t m = 0; m < tokens; ++m) {
-        if (gate_bias) g[m * ROWS + n] += static_cast<float>(gate_bias[neuron]);
-        if (up_bias) h[m * ROWS + n] += static_cast<float>(up_bias[neuron]);
+  }
+};
+
+// The rows of one step in a matrix.
+template <class T>
+inline Rows<T> rows_at(const T* matrix, int64_t size, const Segment& s, int64_t step) {
+  return rows_of(matrix, size, s.neurons + step, s.steps(), s.neurons_of(step));
+}
+
+// What the neurons of one step say of some tokens: h [TOKENS, ROWS] and a vector behind it. `next` is what is read then.
+template <class T>
+inline void say(const GroupedArgs& a, const Segment& s, int64_t step, const Some& some, const Rows<T>& next, float* h) {
+  const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
+  const T *gate_bias = static_cast<const T*>(a.bias[0]), *up_bias = static_cast<const T*>(a.bias[1]);
+  alignas(64) float g[TOKENS * ROWS + VL];
+  const Rows<T> up_rows = rows_at(up, a.size, s, step);
+  if (gate) dots(some.tokens, some.from, rows_at(gate, a.size, s, step), up_rows, a.size, g);
+  dots(some.tokens, some.from, up_rows, next, a.size, h);
+  const int64_t count = s.neurons_of(step), steps = s.steps();
+  for (int64_t n = 0; n < count && (gate_bias || up_bias); ++n) {
+    const int32_t neuron = s.neurons[step + n * steps];
+    for (int64_t m = 0; m < some.tokens; ++m) {
+      if (gate_bias) g[m * ROWS + n] += static_cast<float>(gate_bias[neuron]);
+      if (up_bias) h[m * ROWS + n] += static_cast<float>(up_bias[neuron]);
+    }
+  }
+  activate(a.activation, gate ? g : nullptr, h, some.tokens * ROWS);
+}
+
+// Adds to `result` what the neurons of one step give.
+template <class T>
+inline void grouped_step(const GroupedArgs& a, const Segment& s, int64_t step, const float* x, float* result) {
+  const Rows<T> down = rows_at(static_cast<const T*>(a.down), a.size, s, step);
+  const Rows<T> next = rows_at(static_cast<const T*>(a.gate ? a.gate : a.up), a.size, s, least(step + 1, s.steps() - 1));
+  const int64_t count = s.neurons_of(step);
+  for (int64_t first = 0; first < s.tokens; first += TOKENS) {
+    const Some some(s, first, x, result, a.size);
+    alignas(64) float h[TOKENS * ROWS + VL];
+    say(a, s, step, some, down, h);
+    for (int64_t m = 0; m < some.tokens; ++m)
+      for (int64_t n = 0; n < ROWS; ++n) h[m * ROWS + n] = n < count ? h[m * ROWS + n] * s.weight[first + m] : 0.f;
+    add_rows(some.tokens, some.to, h, ROWS, down, next, a.size);
+  }
+}
+
+// Steps after which rows of down are read where a threshold leaves some out: which, is known only then. Few enough that
+// the weights of a run stay in a cache for the next tokens.
+inline constexpr int64_t RUN = 32;
+
+// The same of steps [step, stop), at most RUN, without the rows of down that no token keeps.
+template <class T>
+inline void grouped_run(const GroupedArgs& a, const Segment& s, int64_t step, int64_t stop, const float* x, float* result) {
+  const int64_t steps = s.steps();
+  int32_t ids[RUN * ROWS];
+  float factor[TOKENS * RUN * ROWS];
+  for (int64_t first = 0; first < s.tokens; first += TOKENS) {
+    const Some some(s, first, x, result, a.size);
+    Kept k{ids, factor, 0, RUN * ROWS};
+    for (int64_t i = step; i < stop; ++i) {
+      alignas(64) float h[TOKENS * ROWS + VL];
+      const T* matrix = static_cast<const T*>(a.gate ? a.gate : a.up);
+      say(a, s, i, some, rows_at(matrix, a.size, s, least(i + 1, steps - 1)), h);
+      const int64_t count = s.neurons_of(i);
+      for (int64_t n = 0; n < count; ++n) {
+        const int32_t neuron = s.neurons[i + n * steps];
+        const float scale = a.scale ? a.scale[neuron] : 1.f;
+        bool any = false;
+        for (int64_t m = 0; m < some.tokens; ++m) {
+          const float v = h[m * ROWS + n];
+          const bool small = std::fabs(v) * scale <= *a.threshold;  // never of NaN
+          factor[m * k.ld + k.count] = small ? 0.f : v * s.weight[first + m];
+          any |= !small;
+        }
+        ids[k.count] = neuron;
+        k.count += any;
       }
     }
-    activate(a.activation, gate ? g : nullptr, h, tokens * ROWS);
-    for (int64_t m = 0; m < tokens; ++m)
-      for (int64_t n = 0; n < ROWS; ++n) h[m * ROWS + n] = n < count ? h[m * ROWS + n] * s.weight[first + m] : 0.f;
-    add_rows(tokens, to, h, ROWS, down_rows, next, size);
+    add_kept(static_cast<const T*>(a.down), a.size, a.size, k, some.tokens, some.to);
   }
 }
 
@@ -166,7 +224,11 @@ inline int64_t grouped_ffn(const GroupedArgs& a) {
     for (const Segment* s = segments; s < segments + count; before += s->steps() * s->cost(), ++s) {
       const auto step_at = [&](int64_t at) { return least(most(at - before + s->cost() - 1, 0) / s->cost(), s->steps()); };
       const int64_t last = step_at(end);
-      for (int64_t step = step_at(begin); step < last; ++step) grouped_step<T>(a, *s, step, x, result);
+      for (int64_t step = step_at(begin); step < last; step += a.threshold ? RUN : 1)
+        if (a.threshold)
+          grouped_run<T>(a, *s, step, least(step + RUN, last), x, result);
+        else
+          grouped_step<T>(a, *s, step, x, result);
     }
 #pragma omp barrier
     sum_parts(results, threads, a.rows, a.size, Slab(a.size, t, threads), static_cast<const T*>(a.bias[2]),

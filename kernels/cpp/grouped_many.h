@@ -65,6 +65,10 @@ inline int64_t grouped_ffn_many(const GroupedArgs& a) {
         }
       }
       activate(a.activation, g ? part[0] : nullptr, part[1], width);
+      for (int64_t j = 0; j < width && a.threshold; ++j) {
+        const float scale = a.scale ? a.scale[first + j] : 1.f;
+        if (std::fabs(part[1][j]) * scale <= *a.threshold) part[1][j] = 0.f;
+      }
       const Vec factor(weight ? weight[r] : 1.f);
       for (int64_t j = 0; j < width; j += VL)
         store_f32(h + r * width + j, Vec::loadu(part[1] + j) * factor, width - j);

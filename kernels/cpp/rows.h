@@ -101,6 +101,32 @@ inline void add_rows(int64_t tokens, float* const* y, const float* c, int64_t ld
   }
 }
 
+// Rows of a matrix that some token keeps, and what each token adds of them: 0 where it does not keep it.
+struct Kept {
+  int32_t* ids;
+  float* factor;  // [tokens, ld]
+  int64_t count, ld;
+};
+
+// y[m] += the kept rows of w, `size` columns of them.
+template <class T>
+inline void add_kept(const T* w, int64_t ld, int64_t size, const Kept& k, int64_t tokens, float* const* y) {
+  // As with segments of neurons: ROWS stretches of the list.
+  const int64_t steps = (k.count + ROWS - 1) / ROWS;
+  for (int64_t i = 0; i < steps; ++i) {
+    const auto rows = [&](int64_t of) {
+      return rows_of(w, ld, k.ids + of, steps, (k.count - of + steps - 1) / steps);
+    };
+    float factor[TOKENS * ROWS];
+    for (int64_t m = 0; m < tokens; ++m)
+      for (int64_t n = 0; n < ROWS; ++n) {
+        const int64_t at = i + n * steps;
+        factor[m * ROWS + n] = at < k.count ? k.factor[m * k.ld + at] : 0.f;
+      }
+    add_rows(tokens, y, factor, ROWS, rows(i), rows(least(i + 1, steps - 1)), size);
+  }
+}
+
 // Tokens [rows, size] in fp32: the given ones, or copies of them.
 template <class Tag, class T>
 inline const float* as_f32(const T* x, int64_t count) {

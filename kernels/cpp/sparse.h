@@ -27,13 +27,6 @@ struct ColumnFfnArgs {
   int64_t rows, size, neurons, activation, threads;
 };
 
-// The inputs that some token keeps, and what each token adds of them: 0 where it does not keep it.
-struct Kept {
-  int32_t* ids;
-  float* factor;  // [rows, ld]
-  int64_t count, ld;
-};
-
 template <class Tag>
 inline Kept keep(const float* x, int64_t ld, int64_t rows, int64_t inputs, const float* scale, float threshold) {
   Kept k;
@@ -61,20 +54,7 @@ template <class T>
 inline void add_kept(const T* w, int64_t ld, int64_t size, const Kept& k, int64_t tokens, float* y, int64_t ld_y) {
   float* to[TOKENS];
   for (int64_t m = 0; m < tokens; ++m) to[m] = y + m * ld_y;
-  // As with segments of neurons: ROWS stretches of the list.
-  const int64_t steps = (k.count + ROWS - 1) / ROWS;
-  for (int64_t i = 0; i < steps; ++i) {
-    const auto rows = [&](int64_t of) {
-      return rows_of(w, ld, k.ids + of, steps, (k.count - of + steps - 1) / steps);
-    };
-    float factor[TOKENS * ROWS];
-    for (int64_t m = 0; m < tokens; ++m)
-      for (int64_t n = 0; n < ROWS; ++n) {
-        const int64_t at = i + n * steps;
-        factor[m * ROWS + n] = at < k.count ? k.factor[m * k.ld + at] : 0.f;
-      }
-    add_rows(tokens, to, factor, ROWS, rows(i), rows(least(i + 1, steps - 1)), size);
-  }
+  add_kept(w, ld, size, k, tokens, to);
 }
 
 // y[m] = bias, or 0.
