@@ -255,8 +255,9 @@ def _few_bits(
 ) -> WeightForm | Reason | None:
     """How another form keeps the ``weights`` that it has in the place of a linear; None if nobody asked."""
     site = linears[node]
-    options = choices.resolve(_FEW_BITS, site.module, node.meta.get("custom"), chosen, site.label).options
-    return options.keeps(site, weights) if isinstance(options, base.get(_FEW_BITS)) else None
+    options: Any = choices.resolve(_FEW_BITS, site.module, node.meta.get("custom"), chosen, site.label).options
+    kept: WeightForm | Reason | None = None if options is None else options.keeps(site, weights)
+    return kept
 
 
 def _beside(text: str, kept: WeightForm | Reason | None, site: Site) -> Reason:

@@ -87,8 +87,8 @@ class QuantizeWeights(Pass):
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
 
-        if why := self._left(site):
-            return why
+        if left := self._left(site):
+            return left
         parts = operands_of(site.anchor)
         weight = None if parts is None else real(parts.weight)
         if parts is None or weight is None:
@@ -131,13 +131,13 @@ class QuantizeWeights(Pass):
             target, *arguments = form.call("weight", own, parts.input, rows.shape[0], parts.bias)
             return graph.call_function(target, tuple(arguments))
 
-        tokens = cost.B * cost.T
-        dense = low_rank_ops.linear_cost(tokens, *rows.shape, itemsize=weight.dtype.itemsize, bias=False)
+        (outputs, inputs), itemsize = rows.shape, weight.dtype.itemsize
+        dense = low_rank_ops.linear_cost(cost.B * cost.T, outputs, inputs, itemsize=itemsize, bias=False)
         return Rewrite(
             self.form,
             emit,
             weights=((site.module, parts.weight, weight),),
-            cost=(dense, dense + form.change(*rows.shape, weight.dtype.itemsize)),
+            cost=(dense, dense + form.change(outputs, inputs, itemsize)),
             rows=shape(parts.input)[:-1],
             operators=(OperatorProgram("quantized_linear", weight.dtype),),
         )
@@ -172,8 +172,8 @@ class QuantizeWeights(Pass):
         def no(code: str, text: str) -> Reason:
             return Reason(code, text, site.source)
 
-        if why := self._left(site):
-            return why
+        if left := self._left(site):
+            return left
         if self.method != "rtn" and site.role != "head":
             text = (
                 f"{self.method} has learned codes of the weight as it was, and another method has put weights of its "

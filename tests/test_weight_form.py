@@ -286,6 +286,26 @@ def test_adapters_beside_a_rounded_linear(no_inductor: list[Any], no_fallback: N
     assert told(ours)["layer.base_layer"][0] == "low_rank dense with 2 folded, w4g32"
 
 
+@torch.no_grad()
+def test_adapters_leave_where_factors_do_not_pay(no_inductor: list[Any]) -> None:
+    """Folded into factors; and into the weight, where that has no more packed bytes than factors would have."""
+    model = adapted(Chain(nn.Linear(64, 64)), ("layer",), {"one": (4, 2.0)})
+    layer, base = model.layer, model.layer.base_layer
+    down, up = layer.lora_A["one"].weight, layer.lora_B["one"].weight
+    own = {"linear": base.weight, "bias": base.bias}
+    own |= {"adapter 0 * 2.0: down": down, "adapter 0 * 2.0: up": up}
+    for rank, form in ((16, "low_rank whitened 16 of 64 with 1 folded"), (24, "low_rank dense with 1 folded")):
+        (record,) = factors(model, rank, only="base_layer")
+        options = json.loads(LowRank(ratio=0.7, adapters="fold").text)
+        parameters = {role: digest(t) for role, t in own.items()}
+        record = dataclasses.replace(record, options=options, parameters=parameters)
+        ours = compiled(model, ec.Plan({(record.module, record.method): record}))
+        sums = by_hand((base.weight.double() + up.double() @ down.double() * 2.0).float())
+        wanted = factored(X, base, record, by_hand) if rank == 16 else F.linear(X, sums, base.bias)
+        torch.testing.assert_close(ours(X), wanted.sigmoid(), rtol=1e-4, atol=2e-5)
+        assert told(ours)["layer.base_layer"][0] == f"{form}, w4g32"
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_fewer_heads_in_few_bits(no_inductor: list[Any], no_fallback: None) -> None:
