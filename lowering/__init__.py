@@ -36,7 +36,7 @@ def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> No
 def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:
     """The file of an operator's kernels, ``""`` if it is not built yet, and its text."""
     if program.operator == "quantized_linear":
-        return (cpp_weights if device_type == "cpu" else triton_weights).written(program.dtype)
+        return cpp_weights.written(program.dtype) if device_type == "cpu" else triton_weights.written(program.dtype)
     if program.operator == "low_rank_linear":
         if device_type == "cpu":
             return cpp_low_rank.written(program.operator, program.dtype)

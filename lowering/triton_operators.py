@@ -11,7 +11,8 @@ from torch import Tensor
 
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.program import DTYPES
-from effcompile.lowering.triton import WAVES, multiprocessors
+from effcompile.lowering.triton import WAVES
+from effcompile.lowering.triton import multiprocessors as multiprocessors
 from effcompile.lowering.triton_build import Built
 from effcompile.lowering.triton_side import Vendor
 

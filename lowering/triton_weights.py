@@ -45,7 +45,8 @@ def quantized_cut(rows: int, bits: int, dtype: torch.dtype, who: Vendor) -> Cut:
     if rows <= 16:
         return Cut(16, 64, depth, 4, stages)
     if rows <= 64 or who == "hip":
-        return Cut(32 if rows <= 32 else 64, 128, depth, 4, stages)
+        # Eight codes of a word of 3 bits take registers, of which sm_80 has none left with 128 columns.
+        return Cut(32 if rows <= 32 else 64, 64 if bits == 3 else 128, depth, 4, stages)
     return Cut(128, 128, depth, 8, stages)
 
 

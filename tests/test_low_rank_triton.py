@@ -102,7 +102,7 @@ AHEAD = [
     {"shape": "llama-3-8b up", "rows": rows, "rank": rank, "dtype": torch.bfloat16, "chip": "sm_90"}
     for rows, rank in [(1, 512), (8, 512), (4096, 16), (4096, 256)]
 ]
-MORE_AHEAD = pairwise(
+MORE_AHEAD = AHEAD[::2] + pairwise(
     shape=list(SHAPES), rows=[1, 8, 4096], rank=[1, 16, 64, 128, 256, 1000],
     dtype=[torch.bfloat16, torch.float16, torch.float32], chip=CHIPS,
 )  # fmt: skip
@@ -129,7 +129,7 @@ class TestAhead:
     def _many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_operators, "multiprocessors", lambda device: 132)
 
-    @pytest.mark.parametrize("case", AHEAD, ids=name_of)
+    @pytest.mark.parametrize("case", AHEAD[1::2], ids=name_of)
     def test_fits_a_chip(self, case: dict[str, Any]) -> None:
         rows, chip, dtype, launches = case["rows"], case["chip"], case["dtype"], launches_of(case)
         few, held = rows <= triton_low_rank.FEW_ROWS, case["rank"] <= triton_low_rank.CHAIN_RANK[dtype.itemsize]

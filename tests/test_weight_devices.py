@@ -5,6 +5,7 @@ The meta device has the launchers of a GPU here, or none; what would be launched
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from effcompile.kernels import low_rank_ops, ops, weight_ops
 from effcompile.kernels.program import OperatorProgram
 from effcompile.lowering import triton_low_rank, triton_weights
 from effcompile.lowering.triton_build import Built
-from effcompile.passes import weights
+from effcompile.passes import calibrate_linear, feed_forward, weights
 from effcompile.passes.quantize_weights import QuantizeWeights
 
 
@@ -76,3 +77,27 @@ def test_a_call_does_not_wait(rows: int, gpu: list[str], no_fallback: None) -> N
 def test_kernels_are_files_with_a_text(operator: str) -> None:
     for device, said in (("cuda", "@triton.jit"), ("cpu", f"int64_t {operator}(")):
         assert said in lowering.written(OperatorProgram(operator, torch.bfloat16), device)[1]
+
+
+@pytest.mark.slow
+def test_a_residual_is_left_on_a_gpu(gpu: list[str], no_inductor: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors alone are taken there."""
+    for module in (calibrate_linear, feed_forward, weights):
+        monkeypatch.setattr(module, "digest", lambda tensor: "the same")
+    model, found = Tiny(), {}
+    with torch.no_grad():  # single entries are what stands out of these weights
+        for name, weight in model.named_parameters():
+            if name.startswith("layers") and weight.ndim == 2:
+                weight += 3 * (torch.rand_like(weight) < 0.02)
+    for residual in (0.0, 0.3):
+        method = ec.low_rank(ratio=0.6, residual=residual, planner="uniform", round_to=8)
+        plan = ec.calibrate(model, [torch.arange(128)[None]], [method], progress=False)
+        told = copy.deepcopy(model).to("meta")
+        told.compile(backend="effcompile", options={"plan": plan})
+        logits(told, IDS.to("meta"))
+        found[residual] = {
+            d.reason.code if d.reason else d.form for d in ec.inspect(told).decisions if "layers" in d.module
+        }
+    assert found[0.0] == {"low_rank whitened 32 of 96"}
+    assert "no-kernel" in found[0.3]
+    assert not [text for text in found[0.3] if "entries" in text]
