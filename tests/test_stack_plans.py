@@ -35,7 +35,8 @@ def decisions(told: nn.Module) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 17])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 17])
 def test_report_and_cost(tokens: int, no_inductor: list[Any]) -> None:
     model = model_of()
     size, neurons, item = 32, 96, 4
@@ -172,6 +173,7 @@ def test_files(tmp_path: Path, no_inductor: list[Any]) -> None:
     assert not plan.diff(without(both, "wina"))
 
 
+@pytest.mark.slow
 def test_recovering(no_inductor: list[Any]) -> None:
     """What stands on a smaller block stays on it; on a routed block it would stand on another one afterwards."""
     model = model_of()
