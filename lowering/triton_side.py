@@ -86,7 +86,7 @@ class Side:
     @property
     def latent(self) -> int:
         """Channels of the latents that this side holds in place of keys; 0 of others."""
-        return self.form.latent if self.kind == "key" else 0
+        return self.form.rank("key") if self.kind == "key" else 0
 
     @property
     def held(self) -> int:
