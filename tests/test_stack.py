@@ -170,11 +170,8 @@ def test_both_are_what_hooks_on_the_eager_model_say(
         assert (got - wanted).float().norm() < 0.2 * (dense - wanted).float().norm()
 
 
-@pytest.mark.parametrize(
-    "below",
-    [ec.flap(0.3, round_to=1), pytest.param(ec.carve_moe(**CARVED), marks=pytest.mark.slow)],
-    ids=lambda m: m.options.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("below", [ec.flap(0.3, round_to=1), ec.carve_moe(**CARVED)], ids=lambda m: m.options.name)
 def test_none_left_out_on_top_is_the_method_below(below: Any, no_inductor: list[Any]) -> None:
     model = model_of()
     plan, both = made(model, below, ec.wina(0.0))
