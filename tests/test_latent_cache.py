@@ -298,9 +298,12 @@ def test_methods_that_look_at_stored_keys_leave_latents(no_inductor: list[Any]) 
     assert left == ["prompt"] * 2 + ["latent-cache"] * 2
 
 
-def test_sparse_prefill_over_latents(no_inductor: list[Any]) -> None:
+@pytest.mark.parametrize("values", [0, pytest.param(32, marks=pytest.mark.slow)])
+def test_sparse_prefill_over_latents(values: int, no_inductor: list[Any]) -> None:
     """A later chunk chooses among the keys that the cache stands for, and visits those: all of them at the limit."""
-    model = ec.compress_kv(**PACKED)(model_of("llama"))
+    model, form = model_of("llama"), PACKED | {"value_latent": values}
+    ec.fit_latents(model, [IDS] if values else None)
+    model = ec.compress_kv(**form)(model)
 
     def read(cache: Any) -> Tensor:
         with torch.no_grad():
@@ -310,10 +313,10 @@ def test_sparse_prefill_over_latents(no_inductor: list[Any]) -> None:
             ]
         return torch.cat(logits, 1)[PADDED.bool()]
 
-    expected = read(ec.Cache(model, 512, **PACKED))
+    expected = read(ec.Cache(model, 512, **form))
     ec.sparse_attention("xattention", min_length=0, block_size=16, stride=8, threshold=1.0)(model)
     model.compile(backend="effcompile")
-    torch.testing.assert_close(read(ec.Cache(model, 512, **PACKED)), expected, rtol=0, atol=3e-5)
+    torch.testing.assert_close(read(ec.Cache(model, 512, **form)), expected, rtol=0, atol=3e-5)
     decided = ec.inspect(model).decisions
     rewritten = [d for d in decided if d.action == "rewritten"]
     assert all(d.form.startswith("xattention_attend_blocks_k16v16") for d in rewritten)
@@ -322,7 +325,7 @@ def test_sparse_prefill_over_latents(no_inductor: list[Any]) -> None:
     assert len(later) == 2
     # Rebuilding is counted: it is more than attention to keys of 16 bits alone.
     plain = cost.attend(KVForm(16, 16), Predicate(key_mask=True), 4)
-    rebuilding = cost.load(KVForm(8, 4, 32, 32, latent=48, rope="pre"), 4, 32)
+    rebuilding = cost.load(KVForm(8, 4, 32, 32, latent=48, value_latent=values, rope="pre"), 4, 32)
     assert all(d.after == plain + rebuilding for d in later)
     targets = [str(node.target) for graph in no_inductor for node in graph.graph.nodes]
     assert sum("select_stored_blocks" in t for t in targets) == sum("kv_load" in t for t in targets) == 2

@@ -283,7 +283,7 @@ def test_methods_that_look_at_stored_keys_leave_latents(no_inductor: list[Any]) 
         cache = model(IDS).past_key_values
         model(IDS[:, :1], past_key_values=cache)
     left = [(d.reason.code, d.reason.text) for d in ec.inspect(model).decisions if d.reason is not None]
-    assert [code for code, _ in left] == ["prompt"] * 2 + ["not-supported"] * 2
+    assert [code for code, _ in left] == ["prompt"] * 2 + ["latent-cache"] * 2
     assert "latents" in left[-1][1]
 
 
