@@ -34,6 +34,7 @@ SETTINGS = {
     "whitened, energy": LowRank("whitened", RATIO, "energy"),
     "whitened, lorc": LowRank("whitened", RATIO, "lorc"),
     "whitened, sensitivity": LowRank("whitened", RATIO, "sensitivity"),
+    "whitened, sensitivity, no bias": LowRank("whitened", RATIO, "sensitivity", bias=False),
 }
 """What is calibrated, all in one pass over the text; each has a plan of its own."""
 SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
