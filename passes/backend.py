@@ -199,7 +199,7 @@ def _rewrite(
             if not rule and (asked or name != _DEFAULT):
                 continue  # nobody asked for this pass here, and another row tells about the site
             # Of a method that was calibrated on another it is known better why it is not here.
-            if taken and not (isinstance(answer, Reason) and answer.code in ("other-block", "taken")):
+            if taken and not (isinstance(answer, Reason) and _stands_on(chosen, name, site)):
                 hint = base.get(name).beside if isinstance(answer, Rewrite) and taken in planned else ""
                 answer = _beside(
                     taken + " stands here" + hint, kept.get(site.anchor) if name == _FEW_BITS else None, site
@@ -226,6 +226,12 @@ def _rewrite(
     gm.graph.lint()
     gm.recompile()
     return decisions, replaced
+
+
+def _stands_on(chosen: choices.BackendOptions, name: str, site: Site) -> bool:
+    """Whether the plan has the method ``name`` on top of another at this site."""
+    record = None if chosen.plan is None else chosen.plan.get(choices.clean_path(site.label), name)
+    return record is not None and bool(record.on)
 
 
 Answers = dict[str, tuple[Rewrite | Reason, str]]

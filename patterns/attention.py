@@ -403,12 +403,16 @@ def _fills(fresh: Any, read: fx.Node, rank: int) -> bool:
     """Whether what a store takes in is what attention reads, or latents of the same hidden states."""
     if not rank:
         return strip_copies(fresh) is read
-    ours, theirs = producer(fresh), producer(read)
+    # A norm may have its weight first: weight * x.
+    ours, theirs = producer(fresh, aten.mul.Tensor), producer(read, aten.mul.Tensor)
     return ours is not None and theirs is not None and strip_copies(ours.args[0]) is strip_copies(theirs.args[0])
 
 
-def producer(node: Any) -> fx.Node | None:
-    """The linear that ``node`` comes from, through reshapes, splits, norms of heads and rotation."""
+def producer(node: Any, *wide: Any) -> fx.Node | None:
+    """The linear that ``node`` comes from, through reshapes, splits, norms of heads and rotation.
+
+    Of an operation the first input is followed, and all of sums, of parts put together, and of those in ``wide``.
+    """
     seen: set[fx.Node] = set()
     queue = [node]
     while queue and len(seen) < 200:
@@ -420,7 +424,7 @@ def producer(node: Any) -> fx.Node | None:
             return current
         queue += (
             current.all_input_nodes[:1]
-            if not is_call(current, aten.add.Tensor, aten.cat.default)
+            if not is_call(current, aten.add.Tensor, aten.cat.default, *wide)
             else list(current.all_input_nodes)
         )
     return None

@@ -111,7 +111,8 @@ class Factor:
 def planned(model: nn.Module, forms: Sequence[KVForm], layers: Sequence[int]) -> list[KVForm]:
     """``forms`` with ranks in place of every share of the channels of ``layers``, by LoRC's schedule.
 
-    Layers with the same share are planned together. A layer that keeps all its channels keeps whole keys, or values.
+    Layers with the same share are planned together. A layer that keeps all its channels keeps whole keys, or values,
+    unless the form has none of that size: then latents of full rank.
 
     Raises
     ------
@@ -135,9 +136,23 @@ def planned(model: nn.Module, forms: Sequence[KVForm], layers: Sequence[int]) ->
                     f"{name}={kept}: {wrong} of the {kind}s of layers {chosen}; give a larger share."
                 ) from None
             for i, rank, channels in zip(chosen, ranks, whole):
-                changed: dict[str, Any] = {name: 0 if rank == channels else rank}
-                new[i] = dataclasses.replace(new[i], **changed)
+                rest = None if rank < channels else _without(new[i], kind, found[i].side(kind).size)
+                step = forms[i].step(kind)
+                changed: dict[str, Any] = {name: rank // step * step}
+                new[i] = rest or dataclasses.replace(new[i], **changed)
     return new
+
+
+def _without(form: KVForm, kind: Kind, size: int) -> KVForm | None:
+    """``form`` with whole keys, or values, of heads of ``size`` channels; None where these cannot be kept so."""
+    whole: dict[str, Any] = {LATENT[kind]: 0}
+    try:
+        made = dataclasses.replace(form, **whole)
+        made.check_head(kind, size)
+    except FormError:
+        return None
+    # Beside latents of keys in other layers there are no keys before RoPE.
+    return None if kind == "key" and made.rope != "post" else made
 
 
 def factors(model: nn.Module, forms: Mapping[int, KVForm]) -> dict[int, dict[Kind, Factor]]:

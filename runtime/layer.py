@@ -148,7 +148,6 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         self.angles = angles
         self.given: Any = None
         self.factor, self.value_factor = factors.get("key"), factors.get("value")
-        self.rebuilds = {name: given for one in factors.values() for name, given in one.rebuilds.items()}
         self.hidden: Tensor | None = None
         self.kept, self.unit = kept, pages.unit_of(form)
         self.bounds: Tensor | None = None
@@ -181,6 +180,12 @@ class CompressedLayer(cache_utils.CacheLayerMixin):
         """Allocate from the first keys and values, where the config did not tell their shape."""
         batch, heads, _, key_size = key_states.shape
         self.allocate(batch, heads, key_size, value_states.shape[3], key_states.dtype)
+
+    @property
+    def rebuilds(self) -> dict[str, Any]:
+        """What operators make keys and values of latents with; of the factors, so that a copied cache shares it."""
+        made = (factor.rebuilds for factor in (self.factor, self.value_factor) if factor is not None)
+        return {name: given for one in made for name, given in one.items()}
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -162,3 +163,19 @@ def test_values_without_a_projection_are_named() -> None:
         ec.Cache(model, latent=0.5)
     assert ranks_of(ec.Cache(model, latent=32)) == [32, 32]
     assert isinstance(model.model.layers[1].self_attn.v_proj, nn.Linear)
+
+
+def test_whole_heads_that_a_form_cannot_have(six: Any) -> None:
+    """Then the layers that would keep them have latents of full rank."""
+    before = ec.Cache(six, latent=0.67, rope="pre", key_bits=8, value_bits=16)
+    assert ranks_of(before) == by_hand(0.67)
+    model = copy.deepcopy(six)
+    ec.fit_latents(model)
+    cache = ec.Cache(model, value_latent=0.8, key_bits=16, value_bits=8, group_size=64, residual=0)
+    found = [layer.form.rank("value") for layer in cache.compressed]
+    assert found[0] == 128  # all of them: heads of 32 do not divide into groups of 64
+    assert set(found) == {64, 128}
+    with torch.no_grad(), ops.reference_only():
+        assert model(torch.arange(7)[None], past_key_values=cache).logits.isfinite().all()
+    for layer, copied in zip(cache.compressed, copy.deepcopy(cache).compressed):
+        assert copied.rebuilds["value_up"] is layer.rebuilds["value_up"]

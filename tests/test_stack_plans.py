@@ -77,7 +77,10 @@ def test_what_does_not_stand_on_each_other(no_inductor: list[Any]) -> None:
     got, rows = told(both, rules={"layers.*": {"wina": False}})
     assert torch.equal(got, flap)
     left = f"flap {len(next(iter(plan)).tensors['kept'])} neurons"
-    assert [d.form or d.reason.code for d in rows] == [left, "taken"]
+    assert [d.form or d.reason.code for d in rows] == [left, "switched-off"]
+    got, rows = told(both, rules={"layers.*": {"wina": {"sparsity": 0.5}}})
+    assert torch.equal(got, flap)
+    assert [d.form or d.reason.code for d in rows] == [left, "other-options"]
     got, rows = told(both, rules={"layers.*": {"flap": False}})
     assert torch.equal(got, plain)
     assert [d.reason.code for d in rows] == ["switched-off", "other-block"]
