@@ -99,7 +99,8 @@ _plans: dict[Any, ec.Plan] = {}
 
 def made(model: nn.Module, below: Any, above: Any = None) -> tuple[ec.Plan, ec.Plan]:
     """The plan of a method, and that with another on it."""
-    key: Any = digest(list(model.parameters())[-1]), below.options
+    # The last parameter of many is a norm of ones.
+    key: Any = tuple(map(digest, model.parameters())), below.options
     if key not in _plans:
         _plans[key] = ec.calibrate(model, texts(), [below], progress=False)
     plan = both = _plans[key]
