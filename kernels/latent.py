@@ -30,7 +30,7 @@ from effcompile.kernels.form import KVForm
 
 BESIDES = 2
 """Columns of ``up`` behind those of ``U``: the bias, and the weight of the norm."""
-FOR_DECODING = "many queries and latents: their keys are rebuilt once, densely, and not for each tile of queries"
+FOR_DECODING = "many queries and latents: these are multiplied out once, densely, and not for each tile of queries"
 """Why no program but that of decoding reads latents."""
 
 
