@@ -101,7 +101,11 @@ def _compile(
     from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
     target = GPUTarget("hip", chip, 64) if vendor_of(chip) == "hip" else GPUTarget("cuda", int(chip[3:]), 32)
-    return triton.compile(ASTSource(kernel, types, constants, aligned), target=target, options=options)
+    binary = triton.compile(ASTSource(kernel, types, constants, aligned), target=target, options=options)
+    if re.search(r"^\s*trap;", binary.asm.get("ptx", ""), re.MULTILINE):
+        # That is how Triton reports, among others, sums that do not fit into tensor memory: at run time.
+        raise RuntimeError(f"Triton made a trap of {kernel.__name__} for {chip} with {constants}")
+    return binary
 
 
 class Launch(NamedTuple):

@@ -44,10 +44,12 @@ def quantized_cut(rows: int, bits: int, dtype: torch.dtype, who: Vendor) -> Cut:
     stages = 2 if who == "hip" else 3
     if rows <= 16:
         return Cut(16, 64, depth, 4, stages)
+    # Eight codes of a word of 3 bits take registers, of which sm_80 has none left with 128 columns; and each has a
+    # product of its own, whose sum takes a part of sm_100's tensor memory: all 512 columns of it with these.
+    columns = 64 if bits == 3 else 128
     if rows <= 64 or who == "hip":
-        # Eight codes of a word of 3 bits take registers, of which sm_80 has none left with 128 columns.
-        return Cut(32 if rows <= 32 else 64, 64 if bits == 3 else 128, depth, 4, stages)
-    return Cut(128, 128, depth, 8, stages)
+        return Cut(32 if rows <= 32 else 64, columns, depth, 4, stages)
+    return Cut(128, columns, depth, 8, stages)
 
 
 def run_of(group: int, bits: int, depth: int) -> int:

@@ -186,8 +186,10 @@ class TestAhead:
             used = resources(binary)
             print(*case.values(), launch.kernel.__name__, launch.grid, used)
             assert used["shared"] <= SHARED[chip]
-            # As elsewhere a few bytes where the assembler stays at 128 registers to make room for another program.
-            assert used["spilled"] <= (16 if used["registers"] == 128 and chip != "gfx942" else 0)
+            # As elsewhere a few bytes where the assembler stays at 128 registers to make room for another program, and
+            # with groups of 8, whose scales are one for a word or two of a tile.
+            few = used["registers"] == 128 or case["group"] == 8
+            assert used["spilled"] <= (16 if few and chip != "gfx942" else 0)
         binary = launches[0].compile(chip)
         assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
         if 1 < rows <= triton_weights.WRITTEN_ROWS and case["dtype"] is not torch.float32:
