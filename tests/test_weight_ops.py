@@ -136,6 +136,44 @@ def test_nan_stays_in_its_row_and_what_is_missing_counts_for_nothing(rows):
     assert OP(x, *packed, None, 20, 3, 32).isnan().any(1).nonzero().tolist() == [[1]]
 
 
+@pytest.mark.parametrize("group", [32, 40, 256])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.usefixtures("no_fallback")
+def test_a_row_of_numbers_of_all_sizes(bits, group):
+    """A kernel for one row may multiply by whole numbers, of which each group has its own step."""
+    _, packed = made(50, 300, bits, group)
+    sizes = 10.0 ** torch.randint(-12, 12, (2, 300))
+    sizes[1] = 10.0 ** torch.randint(-12, 12, (8,)).repeat_interleave(40)[:300]
+    for x in (torch.randn(2, 300) * sizes).split(1):
+        exact, allowed = budget(x, packed, 50, bits, group, None, torch.float32)
+        assert (OP(x, *packed, None, 50, bits, group).double() - exact).abs().max() <= allowed
+    # Of all of a group's inputs alike, the largest codes among them, sums are the largest there are.
+    for x in (torch.full((1, 300), 3.0), -torch.full((1, 300), 1.0)):
+        same = pack(*round_to_nearest(torch.ones(50, 300).cumsum(1), bits, group, False), bits)
+        exact, allowed = budget(x, same, 50, bits, group, None, torch.float32)
+        assert (OP(x, *same, None, 50, bits, group).double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1e-36, 1e-44, 3e38, 0.0])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.usefixtures("no_fallback")
+def test_a_row_with_odd_numbers(odd, alone):
+    """In one group of it, beside others or nothing else."""
+    _, packed = made(50, 300, 4, 32)
+    x = torch.zeros(1, 300) if alone else torch.randn(1, 300)
+    x[:, 70] = odd
+    if abs(odd) < 1:
+        x[:, 64:96] = odd * torch.randn(32)
+    got = OP(x, *packed, None, 50, 4, 32)
+    if not abs(odd) < float("inf"):
+        assert not got.isfinite().any()
+        return
+    with ops.reference_only():
+        expected = OP(x, *packed, None, 50, 4, 32)
+    # The smallest numbers have few digits.
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=max(1e-6 * float(x.abs().max()), 1e-40))
+
+
 @pytest.mark.usefixtures("no_fallback")
 def test_inputs_that_are_not_contiguous_and_more_dimensions():
     _, packed = made(48, 64, 4, 32)

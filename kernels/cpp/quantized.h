@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include "digits.h"
 #include "vec.h"
 
 namespace ec {
@@ -49,14 +50,27 @@ inline const float* padded(const QuantizedArgs& a, int64_t groups) {
   for (int64_t m = 0; m < a.rows; ++m) {
     const T* from = static_cast<const T*>(a.input) + m * a.inputs;
     float* to = x + m * width;
-    for (int64_t k = 0; k < width; ++k) to[k] = k < a.inputs ? static_cast<float>(from[k]) : 0.f;
+    for (int64_t k = 0; k < a.inputs; ++k) to[k] = static_cast<float>(from[k]);
+    for (int64_t k = a.inputs; k < width; ++k) to[k] = 0.f;
     for (int64_t g = 0; g < groups; ++g) {
       float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
       for (int64_t k = 0; k < a.group; ++k) sum += to[g * a.group + k];
       sums[m * groups + g] = sum;
     }
   }
   return x;
+}
+
+// What was added up for M rows and N vectors of outputs, with the bias.
+template <class T, int M, int N>
+inline void put_block(const QuantizedArgs& a, const Vec (&acc)[M][N], int64_t row, int64_t first) {
+  for (int n = 0; n < N; ++n) {
+    const int64_t at = first + n * VL, count = a.outputs - at;
+    if (count <= 0) break;
+    const Vec bias = a.bias ? load_f32(static_cast<const T*>(a.bias) + at, count) : Vec(0.f);
+    for (int m = 0; m < M; ++m) store_f32(static_cast<T*>(a.out) + (row + m) * a.outputs + at, acc[m][n] + bias, count);
+  }
 }
 
 // M rows of x, from row `row`, by N vectors of outputs, from output `first`.
@@ -65,6 +79,7 @@ inline void quantized_block(const QuantizedArgs& a, const float* x, int64_t grou
   // Chains of products besides M * N: each has to wait for the one before it.
   constexpr int chains = M == 1 ? 2 : 1, vectors = Words<bits>::vectors;
   const int64_t width = groups * a.group, words = a.group / word_channels(bits), bytes = a.group * bits / 8;
+  const int64_t ahead = N * groups * bytes * LANES;
   const float* sums = x + a.rows * width + row * groups;
   const uint8_t* codes[N];
   const Half *scales[N], *zeros[N];
@@ -81,6 +96,8 @@ inline void quantized_block(const QuantizedArgs& a, const float* x, int64_t grou
     for (int c = 0; c < chains; ++c)
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) part[c][m][n] = Vec(0.f);
+    for (int n = 0; n < N; ++n)
+      for (int64_t i = 0; i < bytes * VL; i += 64) prefetch(codes[n] + ahead + i);
     const auto step = [&](int64_t j, int chain) {
       for (int n = 0; n < N; ++n) {
         const Words<bits> word(codes[n] + j * LANES, words * LANES);
@@ -104,17 +121,64 @@ inline void quantized_block(const QuantizedArgs& a, const float* x, int64_t grou
       codes[n] += bytes * LANES;
     }
   }
-  for (int n = 0; n < N; ++n) {
-    const int64_t at = first + n * VL, count = a.outputs - at;
-    if (count <= 0) break;
-    const Vec bias = a.bias ? load_f32(static_cast<const T*>(a.bias) + at, count) : Vec(0.f);
-    for (int m = 0; m < M; ++m) store_f32(static_cast<T*>(a.out) + (row + m) * a.outputs + at, acc[m][n] + bias, count);
-  }
+  put_block<T, M, N>(a, acc, row, first);
 }
+
+#ifdef EC_DIGITS
+// A single row, in digits. A group's sum of products is exact, and rounded once.
+template <class T, int bits, int N>
+inline void digits_block(const QuantizedArgs& a, const float* x, const Digits& d, int64_t groups, int64_t first) {
+  static_assert(VL == LANES);
+  constexpr int fields = word_channels(bits), center = 1 << (bits - 1);
+  const int64_t width = groups * a.group, words = a.group / fields, bytes = a.group * bits / 8;
+  // A tile is too short for the CPU to see where it goes on: the next one is asked for while this one is read.
+  const int64_t ahead = N * groups * bytes * LANES, steps = N * groups * LANES;
+  const uint8_t* codes[N];
+  const Half *scales[N], *zeros[N];
+  for (int n = 0; n < N; ++n) {
+    const Outputs<bits> w(a, groups, first + n * VL);
+    codes[n] = w.codes, scales[n] = w.scales, zeros[n] = w.zeros;
+  }
+  Vec acc[1][N];
+  for (int n = 0; n < N; ++n) acc[0][n] = Vec(0.f);
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i part[N][DIGITS];
+    for (int i = 0; i < DIGITS; ++i)
+      for (int n = 0; n < N; ++n) part[n][i] = _mm512_set1_epi32(-center * d.sums[g * DIGITS + i]);
+    for (int64_t j = 0; j < words; j += 4)
+      for (int n = 0; n < N; ++n) {
+        const Quads<bits> quads(codes[n] + j * LANES, words * LANES);
+        for (int b = 0; b < word_bytes(bits); ++b) prefetch(codes[n] + ahead + (b * words + j) * LANES);
+        for (int k = 0; k < fields; ++k) {
+          const __m512i code = quads.field(k);
+          for (int i = 0; i < DIGITS; ++i) {
+            int32_t four;
+            std::memcpy(&four, d.bytes + i * width + g * a.group + k * words + j, 4);
+            part[n][i] = _mm512_dpbusd_epi32(part[n][i], code, _mm512_set1_epi32(four));
+          }
+        }
+      }
+    for (int n = 0; n < N; ++n) {
+      const Vec scale = load_f32(scales[n] + g * LANES);
+      const Vec zero = zeros[n] ? at::vec::fmadd(scale, Vec(float(center)), load_f32(zeros[n] + g * LANES)) : Vec(0.f);
+      prefetch(scales[n] + g * LANES + steps);
+      if (zeros[n]) prefetch(zeros[n] + g * LANES + steps);
+      Vec sum(0.f);
+      for (int i = 0; i < DIGITS; ++i) sum = at::vec::fmadd(sum, Vec(256.f), Vec(_mm512_cvtepi32_ps(part[n][i])));
+      acc[0][n] = at::vec::fmadd(sum, scale * Vec(d.steps[g]), at::vec::fmadd(Vec(x[width + g]), zero, acc[0][n]));
+      codes[n] += bytes * LANES;
+    }
+  }
+  put_block<T, 1, N>(a, acc, 0, first);
+}
+#endif
 
 // All rows by the N vectors of a tile, whose codes stay in the first-level cache while the rows pass.
 template <class T, int bits, int N>
-inline void quantized_tile(const QuantizedArgs& a, const float* x, int64_t groups, int64_t first) {
+inline void quantized_tile(const QuantizedArgs& a, const float* x, const Digits& d, int64_t groups, int64_t first) {
+#ifdef EC_DIGITS
+  if (d.steps) return digits_block<T, bits, N>(a, x, d, groups, first);
+#endif
   for (int64_t row = 0; row < a.rows; row += 4) {
     switch (a.rows - row) {
       case 1: quantized_block<T, bits, 1, N>(a, x, groups, row, first); break;
@@ -131,11 +195,15 @@ inline int64_t quantized_linear(const QuantizedArgs& a) {
   constexpr int N = 2;
   const int64_t groups = (a.inputs + a.group - 1) / a.group;
   const float* x = padded<T>(a, groups);
+  Digits digits{};
+#ifdef EC_DIGITS
+  if (a.rows == 1 && a.group / word_channels(bits) % 4 == 0) digits = digits_of(x, groups, a.group);
+#endif
   // Whole blocks are there behind the last output, but no block behind the last.
   const int64_t vectors = (a.outputs + LANES - 1) / LANES * (LANES / VL), tiles = vectors / N;
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.threads > 1)
-  for (int64_t tile = 0; tile < tiles; ++tile) quantized_tile<T, bits, N>(a, x, groups, tile * N * VL);
-  for (int64_t n = tiles * N; n < vectors; ++n) quantized_tile<T, bits, 1>(a, x, groups, n * VL);
+  for (int64_t tile = 0; tile < tiles; ++tile) quantized_tile<T, bits, N>(a, x, digits, groups, tile * N * VL);
+  for (int64_t n = tiles * N; n < vectors; ++n) quantized_tile<T, bits, 1>(a, x, digits, groups, n * VL);
   return 0;
 }
 
