@@ -306,7 +306,8 @@ def test_sparse_prefill_over_latents(keys: int, values: int, no_inductor: list[A
     """A later chunk chooses among the keys that the cache stands for, and visits those: all of them at the limit."""
     # Rotated keys are stored as they are without latents of keys: the last digit, which compiling changes, can move a
     # code of 8 bits.
-    model, form = model_of("llama"), PACKED | {"latent": keys, "value_latent": values} | ({} if keys else {"key_bits": 16})
+    form = PACKED | {"latent": keys, "value_latent": values, "key_bits": 8 if keys else 16}
+    model = model_of("llama")
     ec.fit_latents(model, [IDS] if values else None)
     model = ec.compress_kv(**form)(model)
 
