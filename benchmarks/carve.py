@@ -85,6 +85,9 @@ HEADS: dict[str, Any] = {
     "flap, neurons and query heads": ec.flap(0.1875, heads=True, unit="query"),
 }
 """With and without heads, at one number of weights that go: blocks hold three quarters of a layer's on this model."""
+BOTH = "wina 25 % on flap 12.5 %"
+STACKED: dict[str, Any] = {"flap 12.5 %": ec.flap(0.125), "wina 25 %": ec.wina(0.25), "wina 34 %": ec.wina(0.34375)}
+"""Beside :data:`BOTH`, which reads 65.6 % of the weights of the blocks, as the last of these does."""
 GOALS = {
     "teal 25 %": 4.0,
     "wina 25 %": 4.0,
@@ -147,6 +150,11 @@ def heads(quick: bool = False) -> list[Measured]:
     return _lost(HEADS, quick)[0]
 
 
+def stacked(quick: bool = False) -> list[Measured]:
+    """The same with inputs left out of what is left of a block (:data:`BOTH`)."""
+    return _lost(STACKED, quick, {BOTH: ("flap 12.5 %", ec.wina(0.25))})[0]
+
+
 def _share(model: Any, plan: ec.Plan) -> float:
     """Of the weights of blocks and attention that a plan removes, keys and values with the last of their queries."""
     c = model.config
@@ -170,8 +178,10 @@ def loss(quick: bool = False) -> list[Measured]:
     return rows
 
 
-def _lost(settings: dict[str, Any], quick: bool) -> tuple[list[Measured], dict[str, Distance]]:
-    """What each of some settings loses, all calibrated in one pass over the text."""
+def _lost(
+    settings: dict[str, Any], quick: bool, on: dict[str, Any] | None = None
+) -> tuple[list[Measured], dict[str, Distance]]:
+    """What each of some settings loses, all calibrated in one pass over the text; and those that stand ``on`` one."""
     model, measured = shared()[0], texts(1024 if quick else 4096)
     given = batches(2, 1024) if quick else batches()
     dense = [log_probabilities(model, text) for text in measured]
@@ -179,7 +189,9 @@ def _lost(settings: dict[str, Any], quick: bool) -> tuple[list[Measured], dict[s
     rows, found = [Measured("dense: perplexity", plain)], {}
     say("carve: calibrating")
     plans = each(model, given, [decorator.options for decorator in settings.values()])
-    for name, plan in zip(settings, plans, strict=True):
+    named = dict(zip(settings, plans, strict=True))
+    named |= {name: ec.calibrate(model, given, [top], on=named[below]) for name, (below, top) in (on or {}).items()}
+    for name, plan in named.items():
         say(f"carve: {name}")
         with _without_inductor():
             told = Side(name, "effcompile", plan=plan).model()
@@ -187,7 +199,8 @@ def _lost(settings: dict[str, Any], quick: bool) -> tuple[list[Measured], dict[s
             done = [d for d in ec.inspect(told).decisions if d.kind == "ffn" and d.action == "rewritten"]
         if len(done) % model.config.num_hidden_layers or not done:
             raise AssertionError(f"{name} is at {len(done)} of {model.config.num_hidden_layers} blocks")
-        error = sum(record.numbers["error"] for record in plan) / len(plan)
+        own = [record for record in plan if record.on or name not in (on or {})]
+        error = sum(record.numbers["error"] for record in own) / len(own)
         found[name] = one
         removed = f", {_share(model, plan):.1%} of the weights removed" if settings is HEADS else ""
         note = (

@@ -53,6 +53,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "calibrate": ("What calibrating costs", calibration.run),
     "carve-recover": ("Carved experts: routers that are trained", carve.recovery),
     "carve-heads": ("Neurons and heads removed", carve.heads),
+    "carve-stacked": ("Inputs left out of what is left of a block", carve.stacked),
     "carve-prompt": ("Neurons chosen by the prompt", carve.chosen),
     "carve-speed": ("Feed-forward blocks that do less: decoding", carve.speed),
     "weights": ("Weights in few bits", weights.run),
