@@ -48,7 +48,7 @@ LOSS: dict[str, dict[str, Any]] = {
 }
 GOALS = {"w4g32": 4.0, "w4g32, head too": 4.0}
 LEARNED = ("flexround", "cbq")
-ITERATIONS, RATE, LENGTH, SEQUENCES = 60, 3e-3, 256, 16
+ITERATIONS, RATE, LENGTH, SEQUENCES = 20, 1e-2, 256, 16
 """Of learned rounding: far fewer steps than in the papers, and tokens and number of the texts."""
 
 
