@@ -102,7 +102,7 @@ def _join(gm: fx.GraphModule, group: Sequence[fx.Node], weights: Sequence[Sequen
     # Where blocks of outputs end: outputs that fill the last one of each linear are computed and not read.
     ends = [0, *itertools.accumulate(-(-width // LANES) * LANES for width in widths)]
     with graph.inserting_before(first):
-        sides = [constant(graph, tensor, x) for tensor in made.values()]
+        sides: list[fx.Node | None] = [constant(graph, tensor, x) for tensor in made.values()]
         bias = None
         if first.args[4] is not None:
             biases = [_padded(graph, operand(node, 4), -width % LANES) for node, width in zip(group, widths)]

@@ -129,6 +129,7 @@ class QuantizeWeights(Pass):
             key = f"{self.name} {form.text} {parts.flipped}" if record is None else record.text
             own = {n: constant(graph, t, parts.input) for n, t in prepared(key, [weight], make).items()}
             for name, node in own.items():
+                # Codes of a plan are not copied, if they are where the weight is.
                 node.meta[LENT] = None if record is None else record.tensors[name.removeprefix("weight ")]
             target, *arguments = form.call("weight", own, parts.input, rows.shape[0], parts.bias)
             return graph.call_function(target, tuple(arguments))
