@@ -28,6 +28,7 @@ from effcompile.passes import backend_options as choices
 from effcompile.passes import base, report
 from effcompile.passes.decision import Seen
 from effcompile.passes.discard import Use, check_moved
+from effcompile.passes.join import join_linears
 from effcompile.passes.linear import lower_linears
 from effcompile.passes.options import PREFIX
 from effcompile.passes.rewrite import Rewrite
@@ -119,6 +120,7 @@ def effcompile(
         return _unchanged(gm, example_inputs, chosen, kept)
     check = _verifier(graph, replaced) if chosen.verify else None
     _clean(graph, replaced)
+    join_linears(graph)
     lowered = lower_linears(graph)
     programs = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.programs))
     operators = tuple(dict.fromkeys(p for _, rewrite, _, _ in replaced for p in rewrite.operators))

@@ -21,7 +21,7 @@ from effcompile.passes.feed_forward import check_weights
 from effcompile.passes.reconstruct import ROUNDINGS, Rounding
 from effcompile.passes.rewrite import Rewrite
 from effcompile.passes.weight_form import WeightForm, Weights
-from effcompile.passes.weights import constant, prepared, real, wants_gradients
+from effcompile.passes.weights import LENT, constant, prepared, real, wants_gradients
 from effcompile.patterns.linear import LinearSite, operands_of
 from effcompile.patterns.walk import shape, value
 from effcompile.runtime import discarded
@@ -128,6 +128,9 @@ class QuantizeWeights(Pass):
         def emit(graph: fx.Graph) -> fx.Node:
             key = f"{self.name} {form.text} {parts.flipped}" if record is None else record.text
             own = {n: constant(graph, t, parts.input) for n, t in prepared(key, [weight], make).items()}
+            for name, node in own.items():
+                # Codes of a plan are not copied, if they are where the weight is.
+                node.meta[LENT] = None if record is None else record.tensors[name.removeprefix("weight ")]
             target, *arguments = form.call("weight", own, parts.input, rows.shape[0], parts.bias)
             return graph.call_function(target, tuple(arguments))
 

@@ -49,6 +49,10 @@ def real(node: fx.Node) -> Tensor | None:
     return None if lifted is None else lifted[1]
 
 
+LENT = "effcompile_lent"
+"""In the ``meta`` of a constant: a tensor of somebody else, whose memory it may be."""
+
+
 def wants_gradients(graph: fx.Graph) -> bool:
     """Whether something that goes into ``graph`` wants a gradient: an operator without one would not hand it on."""
     given = (getattr(n.meta.get("grapharg"), "example", None) for n in graph.find_nodes(op="placeholder"))
@@ -135,6 +139,17 @@ def constant(graph: fx.Graph, tensor: Tensor, like: fx.Node) -> fx.Node:
     node = graph.get_attr(name)
     node.meta["val"] = value(like).fake_mode.from_tensor(tensor, static_shapes=True)
     return node
+
+
+def drop_constants(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+    """Take those of :func:`constant` that nobody reads any more out of a graph, and out of what it holds."""
+    for node in nodes:
+        if not node.users and not node._erased:
+            gm.graph.erase_node(node)
+    read = {node.target for node in gm.graph.find_nodes(op="get_attr")}
+    for name in {str(node.target) for node in nodes} - read:
+        delattr(gm, name)
+        (vars(gm).get("_param_name_to_source") or {}).pop(name, None)
 
 
 class Fresh:

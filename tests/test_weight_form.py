@@ -59,7 +59,7 @@ def test_both_factors_are_rounded(
         torch.testing.assert_close(run(ours, x), run(plain, x), rtol=1e-4, atol=2e-5)
     assert not torch.allclose(run(with_factors(model, plan, lambda w: w)), run(ours), atol=1e-3 * 2 ** (8 - bits) / 16)
     text = str(no_inductor[-1].graph)
-    assert text.count("effcompile.quantized_linear") == 6
+    assert text.count("effcompile.quantized_linear") == 5  # two of the six factors read one tensor
     assert "low_rank_linear" not in text
     assert "aten.linear" not in text
 
@@ -97,7 +97,7 @@ def test_a_narrower_block_is_rounded(fused: bool, no_inductor: list[Any], no_fal
     for x in (X, X[STEP, STEP]):
         torch.testing.assert_close(run(ours, x), run(plain, x), rtol=1e-4, atol=2e-5)
     assert not torch.allclose(run(with_neurons(model, plan)), run(ours), atol=1e-2)
-    assert str(no_inductor[-1].graph).count("effcompile.quantized_linear") == 3
+    assert str(no_inductor[-1].graph).count("effcompile.quantized_linear") == 2  # gate and up, and down
     names = {"gate_up", "down"} if fused else {"gate", "up", "down"}
     wanted = "taken: flap stands here, and keeps its weights in w4g32"
     assert told(ours) == {f"layers.0.{name}": [wanted] for name in names}
