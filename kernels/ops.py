@@ -15,6 +15,7 @@ need no table.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,7 +57,27 @@ SCORES = 1 << 26
 """Scores that the reference body of ``attend`` makes at a time, at least one row of them: 256 MiB."""
 
 Launcher = Callable[..., Any]
-_launchers: dict[tuple[str, str], Launcher] = {}
+
+
+class ReplayState(ctypes.Structure):
+    """What :mod:`effcompile.lowering.cpp_replay` has to know at each call: ``State`` in kernels/cpp/replay.h."""
+
+    _fields_ = (("held", ctypes.c_int64), ("launchers", ctypes.c_int64))
+
+
+replay_state = ReplayState()
+"""``held`` above 0: no call goes past its Python body. ``launchers`` is another number after each change of them."""
+
+
+class _Launchers(dict[tuple[str, str], Launcher]):
+    """Launchers by operator and device type: a call that one of them has decided is not another's."""
+
+    def __setitem__(self, key: tuple[str, str], launcher: Launcher) -> None:
+        replay_state.launchers += 1
+        super().__setitem__(key, launcher)
+
+
+_launchers = _Launchers()
 _reference_only = False
 
 
@@ -76,6 +97,11 @@ def register_launcher(op: str, device_type: str, launcher: Launcher) -> None:
     _launchers[op, device_type] = launcher
 
 
+def is_launcher(op: str, device_type: str, launcher: Launcher) -> bool:
+    """Whether it is ``launcher`` that serves operator ``op`` on ``device_type``."""
+    return _launchers.get((op, device_type)) is launcher
+
+
 def has_launcher(op: str, device_type: str) -> bool:
     """Whether operator ``op`` has a launcher on ``device_type``: without one its reference body runs there."""
     return (op, device_type) in _launchers
@@ -86,9 +112,11 @@ def reference_only() -> Iterator[None]:
     """Within this context every operator runs its reference body: the oracle for tests and for ``verify``."""
     global _reference_only
     before, _reference_only = _reference_only, True
+    replay_state.held += 1
     try:
         yield
     finally:
+        replay_state.held -= 1
         _reference_only = before
 
 

@@ -28,10 +28,12 @@ from effcompile.kernels import latent, ops
 from effcompile.kernels.form import FormError, KVForm
 from effcompile.kernels.ops import CapacityError, KernelUnavailable
 from effcompile.kernels.program import DECODE_ROWS, DTYPES, HEAD_SIZES, Predicate, Program, ScoreParts, StoreProgram
-from effcompile.lowering import toolchain
+from effcompile.lowering import cpp_replay, toolchain
 from effcompile.lowering.cpp_arguments import (
+    ATTEND_ADDRESSES,
     LOAD,
     STORE,
+    STORE_ADDRESSES,
     attend_arguments,
     capacity_of,
     latent_arguments,
@@ -181,6 +183,7 @@ def prebuild(programs: Iterable[AnyProgram]) -> list[Future[Kernel]]:
     """Start building ``programs`` in background threads; a launch waits for its own program only."""
     global _pool
     started = []
+    cpp_replay.prebuild()
     with _lock:
         for program in programs:
             if program not in _builds:
@@ -215,6 +218,7 @@ def clear() -> None:
     with _lock:
         _builds.clear()
         _bound.clear()
+        cpp_replay.forget()
 
 
 # Entry points by the facts of a call that choose a program. A string is the reason why there is none.
@@ -309,10 +313,15 @@ def attend(
     packed, out, lse, alive = attend_arguments(
         query, state, length, key_mask, scale, table, ranks, (groups, value_size)
     )
-    beyond = entry(packed + more)
+    packed += more
+    beyond = entry(packed)
     del alive, held
     if beyond:
         raise CapacityError(f"the length, {int(length)}, is not within the capacity of the store.")
+    capacity = capacity_of(k0, v0)
+    # Those that are shorter have been compared with the length.
+    if all(t is None or t.shape[-1] >= capacity for t in (key_mask, bias, segments)):
+        cpp_replay.offer("attend", attend, entry, packed, ATTEND_ADDRESSES[len(packed)])
     return out, lse
 
 
@@ -349,28 +358,28 @@ def kv_store(
         key = key.contiguous()
     if value.stride(3) != 1:
         value = value.contiguous()
-    beyond = entry(
-        STORE(
-            *pointers,
-            length_pointer(length),
-            table_pointer(table, batch, capacity),
-            key.data_ptr(),
-            value.data_ptr(),
-            batch,
-            groups,
-            value.shape[1],
-            tokens,
-            capacity,
-            *key.stride()[:3],
-            *value.stride()[:3],
-            torch.get_num_threads(),
-        )
+    packed = STORE(
+        *pointers,
+        length_pointer(length),
+        table_pointer(table, batch, capacity),
+        key.data_ptr(),
+        value.data_ptr(),
+        batch,
+        groups,
+        value.shape[1],
+        tokens,
+        capacity,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        torch.get_num_threads(),
     )
+    beyond = entry(packed)
     if beyond:
         raise CapacityError(
             f"{int(length)} tokens are cached and {tokens} more were given, but the capacity is {capacity}; "
             "make the cache with a larger capacity."
         )
+    cpp_replay.offer("kv_store", kv_store, entry, packed, STORE_ADDRESSES)
 
 
 def kv_load(

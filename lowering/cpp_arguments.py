@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effcompile.kernels.ops import KernelUnavailable
 from effcompile.kernels.rope import rotary_of, table_shape
+from effcompile.lowering.cpp_replay import RESULT, addresses
 
 State: TypeAlias = tuple[Tensor | None, ...]
 
@@ -22,6 +23,17 @@ SCORE = struct.Struct("=q 3q q d q q q q").pack
 LATENT = struct.Struct("=q d q").pack
 STORE = struct.Struct("=8q 2q 5q 6q q").pack
 LOAD = struct.Struct("=8q 2q 3q q").pack
+
+# The addresses in them, by the arguments of ``attend`` and ``kv_store``.
+_ATTEND = {**{i: i + 1 for i in range(7)}, 7: 13, 8: 0, 9: 8, 10: RESULT, 11: RESULT - 1}
+_SCORE = {22: 15, 26: 16, 28: 17, 30: 18}
+ATTEND_ADDRESSES = {
+    8 * 22: addresses(_ATTEND),
+    8 * 32: addresses(_ATTEND | _SCORE),
+    8 * 35: addresses(_ATTEND | _SCORE | {32: 19, 34: 21}),
+}
+"""Those of AttendArgs, alone or with what is behind it, by the bytes of what is packed."""
+STORE_ADDRESSES = addresses({**{i: i for i in range(7)}, 7: 10, 8: 7, 9: 8})
 
 
 def pointers_of(state: State, dtype: torch.dtype, key_size: int, value_size: int) -> list[int]:

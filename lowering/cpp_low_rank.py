@@ -16,11 +16,12 @@ from torch import Tensor
 from effcompile.kernels import low_rank_ops, ops
 from effcompile.kernels.low_rank_ops import LOW_RANK_ROWS
 from effcompile.kernels.ops import KernelUnavailable
-from effcompile.lowering import toolchain
+from effcompile.lowering import cpp_replay, toolchain
 
 _SCALARS = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 # Fields of LowRankArgs in kernels/cpp/low_rank.h.
 _ARGS = struct.Struct("=8q 6q").pack
+_ADDRESSES = cpp_replay.addresses({0: 0, 1: 1, 2: 2, 3: 3, 4: cpp_replay.RESULT, 5: 4, 6: 5, 7: 6})
 SINGLE = 1 << 15
 """Numbers in both factors up to which waking a second thread costs more than it saves."""
 
@@ -97,7 +98,9 @@ def low_rank_linear(
         numbers += values.numel()
     threads = torch.get_num_threads() if numbers > SINGLE else 1
     pointers = _pointer(down, dtype), _pointer(up, dtype), 0 if bias is None else _pointer(bias, dtype)
-    entry(_ARGS(x.data_ptr(), *pointers, out.data_ptr(), *residual, rows, inputs, rank, outputs, threads, narrow))
+    packed = _ARGS(x.data_ptr(), *pointers, out.data_ptr(), *residual, rows, inputs, rank, outputs, threads, narrow)
+    entry(packed)
+    cpp_replay.offer("low_rank_linear", low_rank_linear, entry, packed, _ADDRESSES)
     return out
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from effcompile.kernels import ops, weight_ops
 from effcompile.kernels.ops import KernelUnavailable
-from effcompile.lowering import toolchain
+from effcompile.lowering import cpp_replay, toolchain
 
 _SCALARS = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 # Fields of QuantizedArgs in kernels/cpp/quantized.h.
 _ARGS = struct.Struct("=6q 6q").pack
+_ADDRESSES = cpp_replay.addresses({0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: cpp_replay.RESULT})
 SINGLE = 1 << 16
 """Weights up to which waking a second thread costs more than it saves."""
 
@@ -94,7 +95,9 @@ def quantized_linear(
         x, out = x.contiguous(), x.new_empty((*x.shape[:-1], outputs))
         bias = None if bias is None else bias.contiguous()
         ends = 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        entries["quantized_linear"](_ARGS(x.data_ptr(), *weights, *ends, *sizes))
+        arguments = _ARGS(x.data_ptr(), *weights, *ends, *sizes)
+        entries["quantized_linear"](arguments)
+        cpp_replay.offer("quantized_linear", quantized_linear, entries["quantized_linear"], arguments, _ADDRESSES)
         return out
     weight = x.new_empty(inputs, scales.shape[0] * weight_ops.LANES)
     entries["dequantize"](_ARGS(0, *weights, 0, weight.data_ptr(), *sizes))

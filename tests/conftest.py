@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """The same seed before each test; no compiled code and no report left over from the one before.
+    """The same seed before each test; no compiled code, no plan of a call and no report left over from the one before.
 
     A graph that an earlier test has left alive would count as one of an equal model of this test.
     """
@@ -29,6 +29,8 @@ def _same_start() -> None:
     torch._dynamo.reset()
     if report := sys.modules.get("effcompile.passes.report"):
         report._graphs.clear()
+    if replay := sys.modules.get("effcompile.lowering.cpp_replay"):
+        replay.forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

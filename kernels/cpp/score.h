@@ -139,7 +139,11 @@ template <class T, int64_t D, int RB>
 inline void score_dense(const T* k, int64_t n, const float* q, float* s, int64_t ld) {
   constexpr int J = static_cast<int>(most(1, least(4, ACCUMULATORS / RB)));
   int64_t i = 0;
-  for (; i + J <= n; i += J) score_tokens<T, D, RB, J>(k + i * D, q, s + i, ld);
+  for (; i + J <= n; i += J) {
+    // Ahead of the hardware, which begins anew with each block of keys.
+    for (int64_t j = 0; j < J * D; j += 64 / sizeof(T)) prefetch(k + (i + 4 * J) * D + j);
+    score_tokens<T, D, RB, J>(k + i * D, q, s + i, ld);
+  }
   for (; i < n; ++i) score_tokens<T, D, RB, 1>(k + i * D, q, s + i, ld);
 }
 
