@@ -172,8 +172,13 @@ CALLS: dict[str, Callable[..., Call]] = {
 }  # fmt: skip
 
 
+def listed(cases: dict[str, Any], slow: str) -> list[Any]:
+    """The cases, of which ``slow`` is one that builds a program for itself."""
+    return [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == slow)) for name, case in cases.items()]
+
+
 @pytest.mark.usefixtures("no_fallback")
-@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("make", listed(CALLS, slow="attend-parts"))
 def test_later_calls_with_other_tensors(make: Callable[..., Call]) -> None:
     """The second of two equal calls does without Python, with other addresses and other values."""
     assert not run(make())[0]
@@ -198,8 +203,9 @@ OTHERS: dict[str, tuple[Callable[[], Call], Callable[[], Call]]] = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), OTHERS.values(), ids=OTHERS)
-def test_another_fact_is_another_call(first: Callable[[], Call], second: Callable[[], Call]) -> None:
+@pytest.mark.parametrize("pair", listed(OTHERS, slow="form"))
+def test_another_fact_is_another_call(pair: tuple[Callable[[], Call], Callable[[], Call]]) -> None:
+    first, second = pair
     assert_not_shared(first(), second())
 
 
@@ -260,6 +266,10 @@ def test_what_was_compared_with_the_length_is_not_kept() -> None:
     call[1][7].fill_(201)
     with pytest.warns(UserWarning, match="a key mask of"), pytest.raises(RuntimeError):
         run(call)
+
+
+@pytest.mark.slow
+def test_nor_are_other_operands_that_end_before_the_store() -> None:
     for more in (parts(bias=200), parts(segments=200)):
         call = attention(**more)
         for _ in range(3):
