@@ -134,8 +134,3 @@ def loss(quick: bool = False) -> list[Measured]:
         ratio = found[worse].perplexity / found[better].perplexity
         rows.append(Measured(f"perplexity, {worse} over {better}", ratio, " x", 1.0))
     return rows
-
-
-def run(quick: bool = False) -> list[Measured]:
-    """Both."""
-    return [*speed(quick), *loss(quick)]
