@@ -73,8 +73,8 @@ class _Launchers(dict[tuple[str, str], Launcher]):
     """Launchers by operator and device type: a call that one of them has decided is not another's."""
 
     def __setitem__(self, key: tuple[str, str], launcher: Launcher) -> None:
-        replay_state.launchers += 1
         super().__setitem__(key, launcher)
+        replay_state.launchers += 1
 
 
 _launchers = _Launchers()

@@ -54,7 +54,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise KernelUnavailable(entry)
     x, weight = x.contiguous(), weight.contiguous()
     out = x.new_empty((*x.shape[:-1], outputs))
-    bias_pointer = 0 if bias is None else bias.contiguous().data_ptr()
+    bias = None if bias is None else bias.contiguous()  # held until the kernel has read it
+    bias_pointer = 0 if bias is None else bias.data_ptr()
     threads = torch.get_num_threads() if outputs * inputs > SINGLE else 1
     packed = _ARGS(x.data_ptr(), weight.data_ptr(), bias_pointer, out.data_ptr(), rows, outputs, inputs, threads)
     entry(packed)

@@ -82,7 +82,11 @@ def _building() -> Future[ctypes.CDLL]:
             future.set_exception(error)
 
     # Settings of Inductor, such as the compiler, belong to the calling context.
-    threading.Thread(target=contextvars.copy_context().run, args=(build,), name="effcompile-replay").start()
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(build,), name="effcompile-replay")
+    try:
+        thread.start()
+    except RuntimeError as error:  # no more threads, or Python is about to end
+        future.set_exception(error)
     return future
 
 

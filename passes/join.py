@@ -17,9 +17,12 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
 from effcompile.kernels.weight_ops import LANES, QUANTIZED_LINEAR
-from effcompile.passes.weights import LENT, constant, drop_constants, made_of, prepared, real
+from effcompile.passes.weights import LENT, constant, drop_constants, is_constant, made_of, prepared, real
 from effcompile.patterns.storage import Writes
 from effcompile.patterns.walk import aten, mutated_arguments, operand, value
+
+_READ = "effcompile_read"
+"""Attribute of a constant that a graph reads, wherever it lies."""
 
 NEAR = 8
 """Linears in few bits from one to the next that it is joined with, about those of a layer. All results are made at
@@ -35,10 +38,14 @@ def join_linears(gm: fx.GraphModule) -> int:
     joined = 0
     for group in _groups(gm):
         weights = [[_weight(node.args[place]) for node in group] for place in (1, 2, 3) if group[0].args[place]]
-        # What lies in the memory of another group stays there.
-        if all(_beside(parts) or not any(map(made_of, parts)) for parts in weights):
+        # What lies in the memory of another group stays there, and so does what compiled code reads where it is: a
+        # thread may be running that.
+        if all(_beside(parts) or not any(made_of(t) or _READ in vars(t) for t in parts) for parts in weights):
             _join(gm, group, weights)
             joined += len(group)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if is_constant(node):
+            vars(_weight(node))[_READ] = True
     gm.graph.lint()
     gm.recompile()
     return joined
@@ -53,8 +60,10 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     found: list[list[fx.Node]] = []
     latest: dict[Any, tuple[int, list[fx.Node]]] = {}
     for index, node in enumerate(calls):
-        x, codes, _, zeros, bias, _, bits, size = node.args
-        if node not in live or (bias is not None and (bias.op not in ("placeholder", "get_attr") or writes.ever(bias))):
+        x, codes, scales, zeros, bias, _, bits, size = node.args
+        if node not in live or not all(is_constant(t) for t in (codes, scales, zeros) if t is not None):
+            continue
+        if bias is not None and (bias.op not in ("placeholder", "get_attr") or writes.ever(bias)):
             continue
         key = x, bits, size, zeros is None, bias is None
         last, group = latest.get(key, (-NEAR - 1, []))
@@ -105,7 +114,9 @@ def _join(gm: fx.GraphModule, group: Sequence[fx.Node], weights: Sequence[Sequen
         sides: list[fx.Node | None] = [constant(graph, tensor, x) for tensor in made.values()]
         bias = None
         if first.args[4] is not None:
-            biases = [_padded(graph, operand(node, 4), -width % LANES) for node, width in zip(group, widths)]
+            old += [node for call in group if (node := operand(call, 4)).op == "get_attr"]
+            biases = [_first(graph, operand(node, 4)) for node in group]
+            biases = [_padded(graph, node, -width % LANES) for node, width in zip(biases, widths)]
             bias = _call(graph, aten.cat.default, biases)
         sides += [None] * (3 - len(sides))
         whole = _call(graph, QUANTIZED_LINEAR, x, *sides, bias, ends[-1], bits, size)
@@ -117,6 +128,15 @@ def _join(gm: fx.GraphModule, group: Sequence[fx.Node], weights: Sequence[Sequen
     for node in group:
         graph.erase_node(node)
     drop_constants(gm, old)
+
+
+def _first(graph: fx.Graph, bias: fx.Node) -> fx.Node:
+    """A bias where the insertion point is: a constant may stand right before the call that it was made for."""
+    if bias.op == "placeholder":
+        return bias
+    again = graph.get_attr(str(bias.target))
+    again.meta.update(bias.meta)
+    return again
 
 
 def _padded(graph: fx.Graph, bias: fx.Node, short: int) -> fx.Node:

@@ -49,6 +49,7 @@ def real(node: fx.Node) -> Tensor | None:
     return None if lifted is None else lifted[1]
 
 
+_CONSTANT = "effcompile_weight_"
 LENT = "effcompile_lent"
 """In the ``meta`` of a constant: a tensor of somebody else, whose memory it may be."""
 
@@ -129,7 +130,7 @@ def constant(graph: fx.Graph, tensor: Tensor, like: fx.Node) -> fx.Node:
     """
     gm: Any = graph.owning_module
     number = 0
-    while getattr(gm, name := f"effcompile_weight_{number}", tensor) is not tensor:
+    while getattr(gm, name := f"{_CONSTANT}{number}", tensor) is not tensor:
         number += 1
     gm.register_parameter(name, tensor)
     sources = vars(gm).get("_param_name_to_source")
@@ -139,6 +140,11 @@ def constant(graph: fx.Graph, tensor: Tensor, like: fx.Node) -> fx.Node:
     node = graph.get_attr(name)
     node.meta["val"] = value(like).fake_mode.from_tensor(tensor, static_shapes=True)
     return node
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node reads a tensor that :func:`constant` put into the graph."""
+    return node.op == "get_attr" and str(node.target).startswith(_CONSTANT)
 
 
 def drop_constants(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_flap_heads import keeping
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,7 +17,7 @@ from effcompile.kernels import weight_ops
 from effcompile.kernels.weight_ops import QUANTIZED_LINEAR
 from effcompile.passes import backend
 from effcompile.passes.join import NEAR, join_linears
-from effcompile.passes.weights import made_of
+from effcompile.passes.weights import constant, made_of
 from models import MODELS
 
 IDS = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -175,13 +176,11 @@ class Made:
         for node in self.inputs.values():
             node.meta["val"] = mode.from_tensor(torch.empty(2, 32))
         nodes = []
-        for n, name in enumerate(order):
+        for name in order:
             packed = weight_ops.pack(*weight_ops.round_to_nearest(torch.randn(16, 32), 4, 32, False), 4)
             sides = []
-            for part, t in packed._asdict().items():
-                self.gm.register_parameter(f"{part}{n}", nn.Parameter(t, requires_grad=False))
-                sides.append(graph.get_attr(f"{part}{n}"))
-                sides[-1].meta["val"] = mode.from_tensor(t)
+            for t in packed:
+                sides.append(constant(graph, nn.Parameter(t, requires_grad=False), self.inputs["x"]))
             nodes.append(graph.call_function(QUANTIZED_LINEAR, (self.inputs[name], *sides, None, 16, 4, 32)))
             nodes[-1].meta["val"] = mode.from_tensor(torch.empty(2, 16))
         live = [node for n, node in enumerate(nodes) if read is None or read[n] == "1"]
@@ -252,6 +251,70 @@ def test_weights_lie_in_one_memory(no_inductor: list[Any], monkeypatch: pytest.M
     del parts, held
     no_inductor[:2] = []
     assert sum(len(made_of(linear.weight)) for linear in model.linears) == 9
+
+
+def one_or_both(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    return torch.cat([a(x), b(x)], -1).sin() if len(x) > 1 else a(x).sin()
+
+
+def test_what_compiled_code_reads_stays_where_it_is(no_inductor: list[Any]) -> None:
+    """A thread may be running it while another graph is made."""
+    model = Fan(21, 5, body=one_or_both)
+    model.compile(backend="effcompile", options={"quantize_weights": FOUR}, dynamic=False)
+    with torch.no_grad():
+        first = model(X[:1])
+        where = [p.data_ptr() for p in no_inductor[0].parameters()]
+        model(X)
+        assert [calls(gm) for gm in no_inductor] == [[21], [21, 5]]
+        assert [p.data_ptr() for p in no_inductor[0].parameters()] == where
+        assert torch.equal(model(X[:1]), first)
+
+
+class Own(nn.Module):
+    """Two calls of the operator that are the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(37, 64)
+        for name in "ab":
+            packed = weight_ops.pack(*weight_ops.round_to_nearest(torch.randn(16, 64), 4, 32, False), 4)
+            for part, t in packed._asdict().items():
+                self.register_buffer(f"{name}_{part}", t)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x).tanh()
+        sides = [[getattr(self, f"{name}_{part}") for part in weight_ops.Packed._fields] for name in "ab"]
+        return torch.cat([QUANTIZED_LINEAR(x, *own, None, 16, 4, 32) for own in sides], -1).sin()
+
+
+def test_a_models_own_calls_are_left_alone(no_inductor: list[Any]) -> None:
+    model = Own()
+    own = {name: t.data_ptr() for name, t in model.named_buffers()}
+    expected = model(X).detach()
+    model.compile(backend="effcompile", options={"quantize_weights": {"bits": 8, "group": 32}})
+    with torch.no_grad():
+        got = model(X)
+    assert calls(no_inductor[0]) == [64, 16, 16]
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)  # of 8 bits
+    assert {name: t.data_ptr() for name, t in model.named_buffers()} == own
+
+
+def test_biases_that_another_method_has_made(no_inductor: list[Any]) -> None:
+    """They stand in the graph right before the linear that they are for."""
+    model = MODELS["qwen2"]("sdpa")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.normal_(1)
+    plan = keeping(ec.calibrate(model, [IDS], [ec.flap(0.45, heads=True)], progress=False), [0, 1], [2, 3])
+    with torch.no_grad():
+        told = copy.deepcopy(model)
+        told.compile(backend="effcompile", options={"plan": plan})
+        expected = told(IDS).logits
+        model.compile(backend="effcompile", options={"plan": plan, "quantize_weights": {"bits": 8, "group": 8}})
+        got = model(IDS).logits
+    assert len(calls(no_inductor[1])) < 14
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_graphs_of_prompt_and_step_share(no_inductor: list[Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import effcompile as ec
 from effcompile.kernels import ops
 from effcompile.passes import backend, report
 from models import MODELS
+
+OP = torch.ops.effcompile.linear
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
@@ -37,6 +40,13 @@ def test_more_rows_or_another_dtype_run_the_reference():
 def test_inputs_that_are_not_contiguous():
     x, weight = torch.randn(4, 2, 64).transpose(0, 1), torch.randn(64, 32).t()
     torch.testing.assert_close(torch.ops.effcompile.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("bias", [torch.arange(96.0)[::2], torch.ones(1).expand(48)], ids=["strided", "expanded"])
+@pytest.mark.usefixtures("no_fallback")
+def test_a_bias_that_is_not_contiguous(bias):
+    x, weight = torch.randn(1, 64), torch.randn(48, 64)
+    torch.testing.assert_close(OP(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_opcheck():

@@ -154,6 +154,21 @@ def test_a_row_of_numbers_of_all_sizes(bits, group):
         assert (OP(x, *same, None, 50, bits, group).double() - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.usefixtures("no_fallback")
+def test_a_row_with_one_large_number_that_does_not_count(bits):
+    """As hidden states have them; what the others give keeps its digits."""
+    weight = torch.randn(64, 64)
+    weight[:, 5] = 0
+    packed = pack(*round_to_nearest(weight, bits, 64, True), bits)
+    x = torch.randn(1, 64)
+    x[:, 5] = 3000
+    wide = dequantize(packed, 64, 64, bits).double()
+    size = x.double().abs() @ wide.abs().t()
+    error = (OP(x, *packed, None, 64, bits, 64).double() - x.double() @ wide.t()).abs() / size
+    assert error.max() < 1e-6
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1e-36, 1e-44, 3e38, 0.0])
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.usefixtures("no_fallback")

@@ -1,7 +1,7 @@
 // x in digits: whole numbers of 8 bits, by which four codes at a time are multiplied and added up without rounding.
 //
-// A group of x is X * step, where X is a whole number of up to 24 bits: as near to x as a sum in fp32 keeps the largest
-// number of the group. X is three signed bytes, 65536 a + 256 b + c. A lane of a vector of codes holds those of four
+// A group of x is X * step, where X is a whole number of 32 bits, so that what is a hundredth of the largest number of
+// the group still has the digits of fp32. X is four signed bytes, ((256 a + b) 256 + c) 256 + d. A lane of a vector of codes holds those of four
 // inputs of one output, and one instruction adds the four products with four bytes of x to an int32.
 #pragma once
 #include "vec.h"
@@ -11,9 +11,9 @@
 
 namespace ec {
 
-inline constexpr int DIGITS = 3;
+inline constexpr int DIGITS = 4;
 // The largest X: the first byte goes up to 127.
-inline constexpr float LARGEST = 127.f * 65536.f;
+inline constexpr float LARGEST = 127.f * 16777216.f;
 
 // Where the digits of a row of x are.
 struct Digits {
