@@ -76,6 +76,10 @@ class _Launchers(dict[tuple[str, str], Launcher]):
         super().__setitem__(key, launcher)
         replay_state.launchers += 1
 
+    def __delitem__(self, key: tuple[str, str]) -> None:
+        super().__delitem__(key)
+        replay_state.launchers += 1
+
 
 _launchers = _Launchers()
 _reference_only = False

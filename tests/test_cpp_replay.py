@@ -323,6 +323,9 @@ def test_another_launcher_gets_every_call(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(seen) == 3
     assert not run(call)[0]
     assert run(call)[0]
+    with monkeypatch.context() as patch:
+        patch.delitem(ops._launchers, ("quantized_linear", "cpu"))
+        assert not run(call)[0]
 
 
 def test_errors_stay_what_they_are() -> None:

@@ -125,7 +125,7 @@ inline void quantized_block(const QuantizedArgs& a, const float* x, int64_t grou
 }
 
 #ifdef EC_DIGITS
-// A single row, in digits. A group's sum of products is exact, and rounded once.
+// A single row, in digits. Sums of products within a group are exact for each digit, and put together in fp32.
 template <class T, int bits, int N>
 inline void digits_block(const QuantizedArgs& a, const float* x, const Digits& d, int64_t groups, int64_t first) {
   static_assert(VL == LANES);
