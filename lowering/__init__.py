@@ -23,6 +23,12 @@ from effcompile.lowering import (  # noqa: F401
     triton_weights,
 )
 
+_LIBRARIES = {
+    operator: library
+    for library in (cpp_ffn.LIBRARY, cpp_linear.LIBRARY, cpp_low_rank.LIBRARY, cpp_weights.LIBRARY)
+    for operator in library.entries
+}
+
 
 def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> None:
     """Start building kernels while the rest of the graph compiles.
@@ -35,15 +41,13 @@ def prebuild(programs: Iterable[Program | StoreProgram], device_type: str) -> No
 
 def written(program: OperatorProgram, device_type: str) -> tuple[str, str]:
     """The file of an operator's kernels, ``""`` if it is not built yet, and its text."""
+    if device_type == "cpu":
+        return _LIBRARIES[program.operator].written(program.dtype)
     if program.operator == "quantized_linear":
-        return cpp_weights.written(program.dtype) if device_type == "cpu" else triton_weights.written(program.dtype)
+        return triton_weights.written(program.dtype)
     if program.operator == "low_rank_linear":
-        if device_type == "cpu":
-            return cpp_low_rank.written(program.operator, program.dtype)
         return triton_low_rank.written(program.dtype)
-    module = cpp_ffn if device_type == "cpu" else triton_ffn
-    path, source = module.written(program.operator, program.dtype)
-    return path, source
+    return triton_ffn.written(program.operator, program.dtype)
 
 
 def refusal(program: Program | StoreProgram, device_type: str) -> str | None:

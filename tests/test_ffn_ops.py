@@ -373,11 +373,11 @@ def test_a_graph_serves_every_number_of_tokens():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("library", cpp_ffn._LIBRARIES)
+@pytest.mark.parametrize("library", [cpp_ffn.LIBRARY, cpp_ffn.MANY], ids=lambda library: library.name)
 def test_sources_name_what_they_are(library):
-    text = cpp_ffn.source(library, torch.bfloat16)
-    assert text.startswith(f"// {library}_bfloat16\n")
-    assert text.count('extern "C"') == text.count("<c10::BFloat16>") == len(cpp_ffn._LIBRARIES[library][1])
+    text = library.source(torch.bfloat16)
+    assert text.startswith(f"// {library.name}_bfloat16\n")
+    assert text.count('extern "C"') == text.count("<c10::BFloat16>") == len(library.entries)
 
 
 def test_costs_count_the_bytes_that_are_there():

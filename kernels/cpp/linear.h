@@ -2,6 +2,8 @@
 #pragma once
 #include <omp.h>
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace ec {
@@ -52,7 +54,9 @@ inline void linear_rows(const LinearArgs& a) {
   for (int64_t n = blocks * N; n < a.outputs; ++n) linear_block<M, 1>(a, n);
 }
 
+template <class T>
 inline int64_t linear(const LinearArgs& a) {
+  static_assert(std::is_same_v<T, float>);
   switch (a.rows) {
     case 1: linear_rows<1>(a); return 0;
     case 2: linear_rows<2>(a); return 0;

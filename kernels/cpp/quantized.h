@@ -241,4 +241,14 @@ inline int64_t quantized(const QuantizedArgs& a, bool whole) {
   }
 }
 
+template <class T>
+inline int64_t quantized_linear(const QuantizedArgs& a) {
+  return quantized<T>(a, false);
+}
+
+template <class T>
+inline int64_t dequantize(const QuantizedArgs& a) {
+  return quantized<T>(a, true);
+}
+
 }  // namespace ec
