@@ -24,6 +24,9 @@ from effcompile.runtime.plan import digest
 RANK = 5
 """Of CBQ's rounding."""
 
+CUTS = tuple(1 - n / 20 for n in range(11))
+"""Shares of a group's range that CBQ's weights may be truncated to."""
+
 WINDOW = 2
 """Blocks that CBQ reconstructs together; the next window begins one block later."""
 
@@ -102,16 +105,28 @@ class LowRank(Rounding):
 
     The offset ``A1 A2`` is added to what a weight is above the code below it, and the weight goes up from one half. The
     choice is made as it will be in the end, with the gradient of the clipped sum; in the paper it is a sigmoid, which a
-    term of the loss makes hard by and by.
+    term of the loss makes hard by and by. The paper truncates weights that are outliers before; here a group's range is
+    cut to the share of :data:`CUTS` that rounds with the least squared error. Without that, an offset of at most one
+    code has too little to choose from.
     """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
+        self.log_step = (self.log_step.detach() + self._cut().log()).requires_grad_()
         inputs = self.rows.shape[1] * self.rows.shape[2]
         self.left = self.rows.new_zeros(self.outputs, RANK).requires_grad_()
         # The same numbers at every call, whatever was drawn before.
         drawn = torch.randn(RANK, inputs, generator=torch.Generator().manual_seed(0))
         self.right = drawn.to(self.rows.device).requires_grad_()
+
+    def _cut(self) -> Tensor:
+        """The share of its range for each group, ``[N, G, 1]``; the first of those that are equal."""
+        errors = []
+        for share in CUTS:
+            step = self.log_step.detach().exp() * share
+            codes = (self.rows / step + self.zero).round().clamp(0, self.levels)
+            errors.append((step * (codes - self.zero) - self.rows).square().sum(2, keepdim=True))
+        return self.rows.new_tensor(CUTS)[torch.stack(errors).argmin(0)]
 
     @property
     def learned(self) -> list[Tensor]:
@@ -165,7 +180,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Learned:
-    """What became of one weight: its module, a digest of it, its codes, and the error of its block on the data."""
+    """What became of one weight: its module, a digest of it, its codes, and the error of its window on the data."""
 
     module: str
     digest: str
@@ -271,7 +286,8 @@ def reconstruct(
 
     Each window of layers is optimised to give, on the outputs of what is in few bits already, what the original gives
     on its own. With ``crossed`` also on the original's outputs, and with the divergence of CBQ's loss. A layer is done
-    when no later window holds it; where what was learned is worse than round to nearest on the data, that stands.
+    when no later window holds it; where what it learned is worse on the data than round to nearest, at the end of its
+    window, that stands.
     """
     window = min(window, len(layers))
     taken: list[Block] = []
@@ -284,7 +300,8 @@ def reconstruct(
         _optimise(taken, first, texts, wanted, iterations, lr, crossed)
         last = first + window == len(layers)
         for n in range(first, len(layers) if last else first + 1):
-            found += _finish(taken.pop(0), n, texts)
+            found += _finish(taken, n, texts)
+            taken.pop(0)
     return found
 
 
@@ -307,6 +324,19 @@ def _run(blocks: Sequence[Block], first: int, text: Text, x: Tensor, made: Seque
     return x
 
 
+def _rate(step: int, steps: int) -> float:
+    """The share of the rate at a step: upwards for a fifth of them, and then down to a twentieth.
+
+    Adam's first steps are as long as the rate whatever the gradient; all weights of a window taking one at once can
+    cost more than it began with.
+
+    >>> [round(_rate(step, 10), 2) for step in range(10)]
+    [0.33, 0.67, 1.0, 0.88, 0.76, 0.64, 0.53, 0.41, 0.29, 0.17]
+    """
+    rise = max(1, steps // 5)
+    return min((step + 1) / (rise + 1), 0.05 + 0.95 * (steps - step) / (steps - rise)) if steps > rise else 1.0
+
+
 def _optimise(
     blocks: Sequence[Block], first: int, texts: Sequence[Text], wanted: Sequence[Tensor], iterations: int, lr: float,
     crossed: bool,
@@ -315,7 +345,7 @@ def _optimise(
     if not learned or not iterations:
         return
     optimiser = torch.optim.Adam(learned, lr)
-    rate = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, iterations)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, iterations))
     order = torch.Generator().manual_seed(first)
     for _ in range(iterations):
         n = int(torch.randint(len(texts), (), generator=order))
@@ -336,15 +366,22 @@ def _optimise(
 
 
 @torch.no_grad()
-def _finish(block: Block, n: int, texts: Sequence[Text]) -> list[Learned]:
-    """Take the better of what was learned and round to nearest, and move the texts behind the block."""
+def _finish(blocks: Sequence[Block], n: int, texts: Sequence[Text]) -> list[Learned]:
+    """Take the better of what the first block learned and round to nearest, and move the texts behind it.
+
+    Which is better is seen where it was learned: behind the whole window, with what the others have learned so far.
+    """
+    block, rest = blocks[0], blocks[1:]
     choices = {"learned": {name: one.packed() for name, one in block.weights.items()}, "nearest": block.nearest()}
+    behind = [one.stored({name: r.packed() for name, r in one.weights.items()}) for one in rest]
     wanted = [block.run(text.x, text.calls[n], {}) for text in texts]
+    ends = [_run(rest, n + 1, text, x, [{} for _ in rest]) for text, x in zip(texts, wanted, strict=True)]
     outs, errors = {}, {}
     for name, packed in choices.items():
         stored = block.stored(packed)
         outs[name] = [block.run(text.own, text.calls[n], stored) for text in texts]
-        parts = [distance(t.kept(got), t.kept(y)) for t, got, y in zip(texts, outs[name], wanted, strict=True)]
+        got = [_run(rest, n + 1, text, x, behind) for text, x in zip(texts, outs[name], strict=True)]
+        parts = [distance(t.kept(x), t.kept(y)) for t, x, y in zip(texts, got, ends, strict=True)]
         errors[name] = float(torch.stack(parts).mean())
     best = "learned" if errors["learned"] <= errors["nearest"] else "nearest"
     for text, x, own in zip(texts, wanted, outs[best], strict=True):

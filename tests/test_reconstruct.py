@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import effcompile as ec
 from effcompile.kernels import weight_ops
 from effcompile.kernels.weight_ops import Packed, dequantize, round_to_nearest
-from effcompile.passes.reconstruct import ROUNDINGS, Rounding
+from effcompile.passes.reconstruct import ROUNDINGS, FlexRound, LowRank, Rounding, Text, reconstruct
 from models import GQA, MODELS, NanoGPT, _hf
 
 IDS = [torch.randint(1, 128, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(4)]
@@ -57,8 +57,66 @@ def test_it_begins_at_round_to_nearest(kind: type[Rounding], symmetric: bool) ->
     one = kind(weight, 3, 40, symmetric)
     nearest = weight_ops.pack(*round_to_nearest(weight, 3, 40, symmetric), 3)
     wanted, packed = dequantize(nearest, 21, 83, 3), one.packed()
-    torch.testing.assert_close(dequantize(packed, 21, 83, 3), wanted, rtol=2**-10, atol=2**-12)
-    torch.testing.assert_close(one.weight(), wanted, rtol=2**-10, atol=2**-9)
+    if kind is LowRank:  # within ranges that are cut, of which the whole one is one: never further away
+        far, farther = (dequantize(packed, 21, 83, 3) - weight).norm(), (wanted - weight).norm()
+        assert far < 0.99 * farther
+        row = dequantize(packed, 21, 83, 3)[3]
+        torch.testing.assert_close(row, wanted[3], rtol=2**-10, atol=2**-12)  # nothing to cut
+    else:
+        torch.testing.assert_close(dequantize(packed, 21, 83, 3), wanted, rtol=2**-10, atol=2**-12)
+        torch.testing.assert_close(one.weight(), wanted, rtol=2**-10, atol=2**-9)
+
+
+def test_a_range_is_cut_where_one_weight_is_far_out() -> None:
+    weight = torch.linspace(-1, 1, 8).repeat(2, 8)  # on codes, each of them
+    weight[1, 5] = 3.0
+    one = LowRank(weight, 3, 64, False)
+    whole = FlexRound(weight, 3, 64, False)
+    cut = (one.log_step - whole.log_step).exp().flatten().tolist()
+    assert cut[0] == pytest.approx(1)
+    assert 0.5 <= cut[1] < 1
+    # A twentieth more or less, and the whole range, are all further away.
+    lost = {}
+    for share in (1.0, *(cut[1] + n / 20 for n in (-1, 0, 1))):
+        step = whole.log_step.detach().exp() * share
+        codes = (whole.rows / step + whole.zero).round().clamp(0, 7)
+        lost[round(share, 2)] = float((step * (codes - whole.zero) - whole.rows)[1].square().sum())
+    assert min(lost, key=lambda share: lost[share]) == round(cut[1], 2)
+
+
+def test_what_stands_is_chosen_behind_the_window() -> None:
+    """A layer that is worse by itself and better behind the next one is kept as it was learned."""
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8, bias=False)) for _ in range(2)])
+    with torch.no_grad():
+        layers[1][0].weight.zero_()
+        layers[1][0].weight[:, 0] = 1.0  # reads the first channel only
+
+    class Far(Rounding):
+        """Learned codes that keep the first output and ruin the others."""
+
+        def codes(self, step: Tensor) -> Tensor:
+            wide = (self.rows / step + self.zero).round()
+            return torch.cat([wide[:1], torch.zeros_like(wide[1:])])
+
+    texts = [Text(x, x, [((), {})] * 2, None) for x in torch.randn(3, 1, 20, 8).unbind()]
+    seen = []
+
+    def make(weight: Tensor) -> Rounding:
+        seen.append((Far if not seen else FlexRound)(weight, 8, 8, False))
+        return seen[-1]
+
+    found = reconstruct(
+        layers, "layers", texts, make, window=2, iterations=0, lr=1e-3, crossed=False, shown=lambda x: x
+    )
+    assert [one.module for one in found] == ["layers.0.0", "layers.1.0"]
+    assert torch.equal(found[0].packed.codes, seen[0].packed().codes)
+    assert found[0].numbers["error"] <= found[0].numbers["error_nearest"]
+    alone = [Text(t.x[..., :8], t.x[..., :8], t.calls, None) for t in texts]
+    seen.clear()
+    short = reconstruct(
+        layers, "layers", alone, make, window=1, iterations=0, lr=1e-3, crossed=False, shown=lambda x: x
+    )
+    assert not torch.equal(short[0].packed.codes, seen[0].packed().codes)
 
 
 @pytest.mark.parametrize("kind", ROUNDINGS.values(), ids=ROUNDINGS)
@@ -104,7 +162,7 @@ def test_layers_lose_less_and_a_plan_applies_it(
 @pytest.mark.slow
 def test_no_steps_are_round_to_nearest(no_inductor: list[Any]) -> None:
     model = MODELS["llama"]("sdpa")
-    plan = ec.calibrate(model, IDS, [pass_of("cbq", iterations=0)], progress=False)
+    plan = ec.calibrate(model, IDS, [pass_of("flexround", iterations=0)], progress=False)
     plain = copy.deepcopy(model)
     plain.compile(backend="effcompile", options={"quantize_weights": {"bits": 3, "group": 32}})
     torch.testing.assert_close(logits(told(model, plan)), logits(plain), rtol=1e-2, atol=1e-2)
@@ -186,8 +244,8 @@ def test_on_a_real_model_learned_rounding_loses_less(smollm2: tuple[Any, Any]) -
     first, _ = home.TOPICS
     measured = text[:, first : first + 2048].split(1024, 1)
     found = {}
-    # No steps of CBQ are round to nearest.
-    for name, iterations in (("cbq", 0), ("flexround", 20), ("cbq", 20)):
+    # No steps of FlexRound are round to nearest.
+    for name, iterations in (("flexround", 0), ("flexround", 20), ("cbq", 20)):
         chosen = ec.quantize_weights(bits=3, group=64, method=name, iterations=iterations)
         twin = stored(model, ec.calibrate(model, given, [chosen], progress=False))
         losses = [
