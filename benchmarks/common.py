@@ -42,7 +42,7 @@ class Side:
     plan: Any = None
     """A plan to compile with."""
     weights: tuple[tuple[str, Any], ...] = ()
-    """Options of ``quantize_weights``."""
+    """Options of ``quantize_weights``; and ``head_bits``, where the head has bits of its own."""
 
     def model(self) -> Any:
         """A model of this side. All share one set of weights, so that many can be held at a time."""
@@ -60,7 +60,11 @@ class Side:
         if self.weights:
             import effcompile as ec
 
-            ec.quantize_weights(**dict(self.weights))(model)
+            options = dict(self.weights)
+            head = options.pop("head_bits", None)
+            ec.quantize_weights(**options)(model)
+            if head:
+                ec.quantize_weights(**options | {"bits": head, "head": True})(model.lm_head)
         if self.backend:
             options = {} if self.plan is None else {"options": {"plan": self.plan}}
             model.compile(backend=self.backend, dynamic=self.dynamic, **options)

@@ -31,7 +31,7 @@ RANKS = {
     "low rank 0.8, uniform": LowRank("whitened", 0.8, "uniform"),
     "low rank 0.8, residual": LowRank("whitened", 0.8, "sensitivity", residual=0.3),
 }
-WEIGHTS = ("w8g32, head too", "w4g32", "w4g32, head too", "w4g64", "w4g128", "w3g32", "w3g64")
+WEIGHTS = ("w8g32, head too", "w4g32", "w4g32, head in 8 bits", "w4g32, head too", "w4g64", "w4g128", "w3g32", "w3g64")
 """Of :data:`weights.LOSS`."""
 CACHES: dict[str, dict[str, Any]] = {
     "K8V8": {"key_bits": 8, "value_bits": 8},

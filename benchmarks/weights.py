@@ -32,12 +32,14 @@ import effcompile as ec
 
 SPEED: dict[str, dict[str, Any]] = {
     "w4g32": {"bits": 4, "group": 32},
+    "w4g32, head in 8 bits": {"bits": 4, "group": 32, "head_bits": 8},
     "w4g32, head too": {"bits": 4, "group": 32, "head": True},
     "w8g32, head too": {"bits": 8, "group": 32, "head": True},
 }
 LOSS: dict[str, dict[str, Any]] = {
     "w8g32, head too": {"bits": 8, "group": 32, "head": True},
     "w4g32": {"bits": 4, "group": 32},
+    "w4g32, head in 8 bits": {"bits": 4, "group": 32, "head_bits": 8},
     "w4g32, head too": {"bits": 4, "group": 32, "head": True},
     "w4g32 symmetric": {"bits": 4, "group": 32, "symmetric": True},
     "w4g64": {"bits": 4, "group": 64},
@@ -46,7 +48,7 @@ LOSS: dict[str, dict[str, Any]] = {
     "w3g64": {"bits": 3, "group": 64},
     "w3g128": {"bits": 3, "group": 128},
 }
-GOALS = {"w4g32": 4.0, "w4g32, head too": 4.0}
+GOALS = {"w4g32": 4.0, "w4g32, head in 8 bits": 4.0, "w4g32, head too": 4.0}
 LEARNED = ("flexround", "cbq")
 ITERATIONS, RATE, LENGTH, SEQUENCES = 20, 1e-2, 256, 16
 """Of learned rounding: far fewer steps than in the papers, and tokens and number of the texts."""
