@@ -19,6 +19,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``one_in(n, rest)``: of a test's cases, as ordered, all but one in n are of the set that ``rest`` names.
+
+    With n prime to the numbers of values, each value is in some case. Cases marked slow are counted by themselves.
+    """
+    cases: dict[tuple[str, bool], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("one_in") and not item.get_closest_marker("exhaustive"):
+            key = item.nodeid.partition("[")[0], item.get_closest_marker("slow") is not None
+            cases.setdefault(key, []).append(item)
+    for found in cases.values():
+        mark = found[0].get_closest_marker("one_in")
+        assert mark is not None
+        (n,), rest = mark.args, mark.kwargs.get("rest", "slow")
+        for index, item in enumerate(found):
+            if index % n:
+                item.own_markers[:] = [m for m in item.own_markers if m.name != "slow"]
+                item.add_marker(rest)
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """The same seed before each test; no compiled code, no plan of a call and no report left over from the one before.

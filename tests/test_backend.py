@@ -37,6 +37,7 @@ def decisions(model, phase):
     return [d for graph in ec.inspect(model).graphs for d in graph.decisions if graph.label == phase]
 
 
+@pytest.mark.one_in(7, rest="exhaustive")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
@@ -66,6 +67,7 @@ def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
     assert not any("kv_load" in t or "scaled_dot_product" in t or "softmax" in t for t in targets)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padding_is_recovered_and_generates_the_same(attention, no_inductor):
     model = MODELS["llama"](attention)
@@ -82,6 +84,7 @@ def test_padding_is_recovered_and_generates_the_same(attention, no_inductor):
     assert all(d.form.endswith("causal_pad") if attention == "sdpa" else d.reason.code == "fresh-keys" for d in prefill)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_prompts_of_any_length_read_their_own_keys(attention, padded, no_inductor):
@@ -166,6 +169,7 @@ def test_options_alone_give_a_reason_that_names_both(no_inductor):
     assert all(d.reason.code == "no-compressed-cache" and d.rule.startswith("rule") for d in found)
 
 
+@pytest.mark.slow
 def test_a_rule_can_switch_the_fusion_off_and_a_decorator_beats_it(no_inductor):
     model = MODELS["llama"]("sdpa")
     expected = model.generate(IDS, **GREEDY)
@@ -210,6 +214,7 @@ def test_chunked_prefill_and_decode_use_one_cache(no_inductor):
     assert {d.form.split("_k16")[0] for d in ec.inspect(model).decisions} == {"attend_prefill", "attend_decode"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [(4, 4), (8, 4), (16, 8), (3, 2)])
 def test_compiled_equals_the_eager_reference_path_token_by_token(bits, no_inductor):
     """The same store and the same meaning: eager reads it densely, compiled fuses; greedy tokens agree."""
@@ -325,6 +330,7 @@ def test_a_compiled_call_that_failed_half_way_is_not_continued(no_inductor, monk
         assert torch.equal(model(IDS[:, :1], past_key_values=cache).logits, whole)
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_autocast(name, attention, no_inductor):
@@ -364,6 +370,7 @@ def test_flex_attention_decodes_on_the_store(no_inductor):
     assert cache.tokens == 300
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_decode_on_the_kernel(no_inductor):
     """After two batch sizes the batch is a symbol, and a graph keeps slices of everything."""
     model = MODELS["llama"]("sdpa")

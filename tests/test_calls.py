@@ -77,6 +77,7 @@ def test_a_length_marked_dynamic(no_inductor: list[Any]) -> None:
     assert len(no_inductor) == 1
 
 
+@pytest.mark.slow
 def test_a_batch_marked_dynamic(no_inductor: list[Any]) -> None:
     """A cache has buffers of one batch, so torch refuses the demand; the wish, maybe_mark_dynamic, is taken."""
     model, fast = llama(), llama(16)
@@ -104,6 +105,7 @@ def _print(module: nn.Module, args: Any, kwargs: Any) -> None:
     print("layer")
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("hook", [_break, pytest.param(_print, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["model.layers.1", "model.layers.1.self_attn", "model.layers.0.mlp", "lm_head"])
@@ -124,6 +126,7 @@ def test_a_graph_break_in_the_middle(where: str, hook: Callable[..., None], caps
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("part", ["layer", "self_attn"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_each_layer_or_its_attention_compiled_alone(part: str, padded: bool) -> None:
@@ -142,6 +145,7 @@ def test_each_layer_or_its_attention_compiled_alone(part: str, padded: bool) -> 
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", [16, 4])
 def test_one_cache_in_inference_mode_and_under_no_grad(bits: int) -> None:
     model, fast = llama(bits), llama(bits)
@@ -210,6 +214,7 @@ def test_gradients_of_a_decorated_model(compiled: bool, checkpointing: bool) -> 
 # --- several ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_models_at_once() -> None:
     """Another architecture, and the same class with other forms: calls in turn, each equal to itself alone."""
     models = [
@@ -260,6 +265,7 @@ def _in_threads(*work: Callable[[], Any]) -> list[Any]:
     return results
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("warm", [True, False])
 def test_threads_on_two_models(warm: bool) -> None:
     models = [llama(16), ec.compress_kv(key_bits=8, value_bits=8)(MODELS["qwen2"]("sdpa"))]
@@ -274,6 +280,7 @@ def test_threads_on_two_models(warm: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", [16, 4])
 def test_threads_on_one_model_with_two_caches(bits: int) -> None:
     model = llama(bits)

@@ -197,6 +197,7 @@ def test_energy_loses_less_on_other_rows() -> None:
     assert errors[-1] < 0.8 * errors[0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
@@ -270,7 +271,7 @@ def blocks(smollm2: tuple[Any, Any]) -> list[tuple[FeedForward, Tensor, Tensor]]
     return [(block_of(m, "llama"), torch.cat(seen[n][:2]), seen[n][2]) for n, m in modules.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_orders_on_a_real_model(blocks: list[tuple[FeedForward, Tensor, Tensor]]) -> None:
     """Errors of blocks on held-out text; the static mask is that of the neurons of largest norm."""
 

@@ -104,6 +104,7 @@ def test_words_become_options(words: list[str], options: dict[str, Any]) -> None
     assert cli._method_options(words) == options
 
 
+@pytest.mark.slow
 def test_inspect_reports_every_site(folder: str) -> None:
     done = run("inspect", folder, "--tokens", "40", "--key-bits", "8", "--verify", "--diff")
     assert done.exit_code == 0

@@ -63,6 +63,7 @@ MORE = list(dict.fromkeys(program_of(row) for row in pairwise(**FACTORS | MORE_S
 ALL = [*PROGRAMS, *(pytest.param(program, marks=pytest.mark.exhaustive) for program in MORE)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
 def test_attend(program: Program) -> None:
     check_attend(program)

@@ -75,6 +75,7 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype", "compiler"),
@@ -211,6 +212,7 @@ def test_the_error_names_parameters(no_inductor):
         ec.calibrate(model, [PROMPT], [ec.flap()], progress=False)
 
 
+@pytest.mark.slow
 def test_save_pretrained_writes_no_weights(tmp_path, no_inductor):
     model: Any = compiled(checkpoint(tmp_path))
     outputs(model)

@@ -83,6 +83,7 @@ def calls(graph: Any, target: Any) -> list[Any]:
     return list(graph.graph.find_nodes(op="call_function", target=target))
 
 
+@pytest.mark.one_in(5, rest="exhaustive")
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -225,6 +226,7 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, ec.Plan]:
     return model, keeping(plan, [3, 4, 5], [])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 6e-2), pytest.param(torch.float32, 5e-5, marks=pytest.mark.slow)]
@@ -260,6 +262,7 @@ def fitting(model: nn.Module, plan: ec.Plan) -> ec.Plan:
     return ec.Plan({(r.module, r.method): r for r in records}, plan.made)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_report_and_weights(grouped: tuple[nn.Module, ec.Plan], no_inductor: list[Any]) -> None:
     """Heads by layer with their bytes and FLOPs; other weights are refused, before and after compiling."""
@@ -354,6 +357,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.one_in(5, rest="exhaustive")
 @torch.no_grad()
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("unit", ["group", "query"])
@@ -373,6 +377,7 @@ def test_steps(unit: Any, cache: Any, no_inductor: list[Any]) -> None:
         assert done == ["ffn", "ffn", "heads", "heads"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_places_without_heads_are_told(
     grouped: tuple[nn.Module, ec.Plan], no_inductor: list[Any], caplog: pytest.LogCaptureFixture
@@ -392,6 +397,7 @@ def test_places_without_heads_are_told(
     assert ec.inspect(told).graphs[-1].unmatched == ()
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "ours"])
 def test_generate_is_a_whole_recompute(cache: str, monkeypatch: Any, tmp_path: Any) -> None:

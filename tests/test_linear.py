@@ -53,6 +53,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.effcompile.linear, (torch.randn(1, 2, 64), torch.randn(48, 64), torch.randn(48)))
 
 
+@pytest.mark.slow
 def test_only_graphs_with_a_rewritten_site_use_it(monkeypatch):
     torch._dynamo.reset()
     report._graphs.clear()

@@ -62,6 +62,7 @@ def test_pages(form: KVForm) -> None:
     torch.testing.assert_close(found[1], kept.mean(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_method_is_told_to_visit_everything(name: str, llama: Any, no_inductor: list[Any]) -> None:  # noqa: F811
     """At its limit a method keeps all, and at its least something else: columns and moved keys are in the count."""
@@ -84,6 +85,7 @@ def test_every_method_is_told_to_visit_everything(name: str, llama: Any, no_indu
                 assert 0.1 < d.kept < 0.99
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(llama: Any, no_inductor: list[Any]) -> None:  # noqa: F811
     """Of the first call of each graph, on fresh keys and on a store; nothing where attention stays whole."""
     ec.sparse_attention("xattention", min_length=0, block_size=64, threshold=0.3)(llama)

@@ -72,7 +72,7 @@ def test_lives_of_a_cache_with_bounds() -> None:
     _run(BoundedLives, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_lives_of_a_cache_with_bounds() -> None:
     _run(BoundedLives, 600)
 
@@ -153,6 +153,7 @@ def test_the_operator_keeps_torchs_contract() -> None:
     assert bounds[:, :, 3].any()
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     "cache",
     [pytest.param(c, marks=slow) for c in ({"key_bits": 16, "value_bits": 16}, {"key_bits": "fp8", "rope": "pre"})],

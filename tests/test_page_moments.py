@@ -80,7 +80,7 @@ def test_lives_of_a_cache_with_moments() -> None:
     _run(LivesWithMoments, 8)
 
 
-@slow
+@pytest.mark.exhaustive
 def test_many_lives_of_a_cache_with_moments() -> None:
     _run(LivesWithMoments, 1500)
 
@@ -208,6 +208,7 @@ def test_operators_keep_torchs_contract() -> None:
 MOMENTS: dict[str, Any] = {"rank_by": "moments", "min_length": 0, "skip_layers": 1}
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     "cache",
     [
@@ -242,6 +243,7 @@ def test_the_deepest_decides_what_a_layer_keeps() -> None:
     assert [layer.kept for layer in ec.Cache(model, key_bits=4).compressed] == [None, "moments", "moments", "moments"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("bits", "before", "after", "reason"),
     [

@@ -367,6 +367,7 @@ def by_hand() -> Iterator[str]:
     del AttentionInterface._global_mapping["delta_by_hand"], AttentionMaskInterface._global_mapping["delta_by_hand"]
 
 
+@pytest.mark.slow
 def test_delta_is_what_its_description_says(by_hand: str, no_inductor: Any, no_fallback: None) -> None:
     """In a padded batch with grouped heads, over some tokens: an eager model that masks by hand."""
     wanted, dense = llama(by_hand).generate(IDS, **GREEDY), llama().generate(IDS, **GREEDY)
@@ -478,6 +479,7 @@ def test_a_list_serves_stores_of_other_forms(decoding: Any, page: int | None, co
     assert [layer["delta"].reason.code if layer["delta"].reason else "" for layer in found] == codes
 
 
+@pytest.mark.slow
 def test_without_a_cache_or_in_a_prompt(no_inductor: Any) -> None:
     model = ec.quest()(llama(layers=1))
     model.compile(backend="effcompile")

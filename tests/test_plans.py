@@ -54,6 +54,7 @@ def pass_of(name: str, **options: Any) -> Any:
     return getattr(ec, name)(**options)
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("architecture", GATED)
 @pytest.mark.parametrize("method", SETTINGS)
 def test_limit_is_eager(method: str, architecture: str, batches: list[Tensor], no_inductor: list[Any]) -> None:
@@ -66,6 +67,7 @@ def test_limit_is_eager(method: str, architecture: str, batches: list[Tensor], n
     assert all(record.numbers["error"] < 1e-5 for record in plan)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("architecture", GATED)
 @pytest.mark.parametrize("method", SETTINGS)
 def test_form_is_what_the_reference_says(
@@ -124,7 +126,9 @@ class Whole(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m != "wina")) for m in SETTINGS])
+@pytest.mark.one_in(3, rest="exhaustive")
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SETTINGS)
 def test_through_inductor_prompt_and_steps(method: str, batches: list[Tensor]) -> None:
     """One plan, prompts and steps: ``generate`` gives what a second compiled copy gives, and weights are made once."""
     model = MODELS["llama"]("sdpa")
@@ -153,6 +157,7 @@ def test_state_dict_stays(batches: list[Tensor], no_inductor: list[Any]) -> None
     assert all(torch.equal(t, after[name]) for name, t in before.items())
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("method", SETTINGS)
 def test_files(method: str, batches: list[Tensor], tmp_path: Path, no_inductor: list[Any]) -> None:
     model = MODELS["llama"]("sdpa")

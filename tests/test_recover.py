@@ -82,6 +82,7 @@ def test_zeros_are_the_form_that_was(options: dict[str, Any], no_inductor: list[
     assert torch.equal(logits(planned(model, again), texts[0]), logits(planned(model, plan), texts[0]))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("architecture", "options", "dtype"),
     [
@@ -130,6 +131,7 @@ def test_recovered(
     assert apart < 0.2 * moved
 
 
+@pytest.mark.slow
 def test_biases_make_loads_equal() -> None:
     """Without scales, steps of one size: the load comes nearer to the mean in each block, and not without them."""
     model, texts, plan = carved()

@@ -149,6 +149,7 @@ FEWER = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "top_k"), FEWER)
 def test_fewer_experts_are_those_of_a_model_that_takes_fewer(name: str, top_k: int, no_inductor: list[Any]) -> None:
     mixture = MIXTURES[name]
@@ -166,6 +167,7 @@ def test_fewer_experts_are_those_of_a_model_that_takes_fewer(name: str, top_k: i
     assert [n.args[6] for n in made] == [mixture.repeats] * mixture.routers
 
 
+@pytest.mark.slow
 def test_experts_in_a_loop_are_out_of_sight(no_inductor: list[Any]) -> None:
     """transformers' eager experts break the graph behind the router: what its answer is for cannot be seen."""
     model = MIXTURES["qwen3-moe"].make(3)
@@ -207,6 +209,7 @@ class Chosen:
         return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("mixtral", "qwen2-moe")), "deepseek-v3"]
 )

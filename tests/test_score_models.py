@@ -58,6 +58,7 @@ def difference(got: list[Tensor], expected: list[Tensor], seen: Tensor) -> float
     return max(worst)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("name", some(NAMES, "gemma2", "bloom"))
 def test_a_padded_batch(name: str) -> None:
@@ -73,6 +74,7 @@ def test_a_padded_batch(name: str) -> None:
     assert torch.equal(fast.generate(IDS, **more), model.generate(IDS, **more))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("name", some(NAMES, "gpt-oss"))
 def test_four_bits_compiled_is_four_bits_eager(name: str) -> None:
@@ -84,6 +86,7 @@ def test_four_bits_compiled_is_four_bits_eager(name: str) -> None:
     assert rewritten(model)
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("name", some([*NAMES, "llama", "llama-eager"], "bloom", "llama-eager"))
 def test_a_row_of_padding_alone(name: str) -> None:

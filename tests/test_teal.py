@@ -132,6 +132,7 @@ def test_of_orthogonal_columns_no_others_lose_less() -> None:
     assert worse > 20
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("architecture", "options", "dtype"),
     [
@@ -222,6 +223,7 @@ def layers(smollm2: tuple[Any, Any]) -> list[tuple[FeedForward, Tensor, Tensor]]
     return [(block_of(m, "llama"), *rows) for m, rows in zip(modules, seen, strict=True)]
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 def test_norms_help_each_linear_of_each_layer(
@@ -248,6 +250,7 @@ def test_norms_help_each_linear_of_each_layer(
     assert sum(ratios) / 90 < 0.992
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 def test_norms_and_whole_blocks(sparsity: float, layers: list[tuple[FeedForward, Tensor, Tensor]]) -> None:

@@ -43,6 +43,7 @@ def _break(module: nn.Module, args: Any, kwargs: Any) -> None:
     torch._dynamo.graph_break()
 
 
+@pytest.mark.one_in(5, rest="exhaustive")
 @pytest.mark.parametrize("how", ["method", "function"])
 @pytest.mark.parametrize(
     ("pattern", "near"),
