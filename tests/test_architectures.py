@@ -75,6 +75,7 @@ def test_architecture_through_inductor(name: str) -> None:
     assert any(d.action == "rewritten" for g in ec.inspect(model).graphs if g.label == "decode" for d in g.decisions)
 
 
+@pytest.mark.slow
 def test_a_tensor_of_numbers_in_the_models_code() -> None:
     """Through Inductor: to AOTAutograd it is a tensor that came from nowhere."""
     model = ARCHITECTURES["llama"].make()

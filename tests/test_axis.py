@@ -29,6 +29,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("total", [15, 32, 71])
 def test_every_number_lies_where_the_form_says(form: KVForm, total: int) -> None:

@@ -185,6 +185,7 @@ def test_autocast_on_one_cache() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])

@@ -65,6 +65,7 @@ COVER = [program for row in pairwise(**FACTORS) if cpp.refusal(program := progra
 ALL = [*FEW, *(pytest.param(program, marks=pytest.mark.exhaustive) for program in dict.fromkeys(COVER))]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
 def test_attend_and_store(program: Program) -> None:
     check_attend(program)

@@ -39,6 +39,7 @@ class Fence:
         return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 80])
 def test_fresh_keys_of_any_length(size, dtype):

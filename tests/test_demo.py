@@ -83,6 +83,7 @@ def test_a_missing_package_is_said(
     assert "pip install" in capsys.readouterr().err
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("row", "action", "code"),
     [

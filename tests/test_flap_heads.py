@@ -308,6 +308,7 @@ def dict_of(plan: ec.Plan) -> dict[tuple[str, str], Record]:
     return {(r.module, r.method): r for r in plan}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_plans_by_hand(grouped: tuple[nn.Module, ec.Plan], no_inductor: list[Any]) -> None:
     """Heads that are not there are an error; all heads, a rule, and gradients leave the layer."""

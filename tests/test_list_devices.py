@@ -109,6 +109,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_site_is_taken(name: str, no_inductor: list[Any], gpu: None) -> None:
     """A model on the meta device; the compiled model does not wait."""

@@ -103,6 +103,7 @@ def is_input(node: Any) -> bool:
 IDS = torch.arange(14).reshape(2, 7)
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("Gemma2", "Mistral")])
 def test_padded_prefill_is_causal_and_padding(name: str, attention: str) -> None:

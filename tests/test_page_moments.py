@@ -141,6 +141,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(("form", "dtype", "ratio", "size"), KINDS, ids=str)
 @pytest.mark.parametrize("length", [1, 15, 333, 1024])
 def test_pages_of_the_largest_scores(

@@ -96,6 +96,7 @@ METHODS: dict[str, Any] = {
 # Both.
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("form", PACKED, ids=lambda form: form.name)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("length", [1, 31, 200, 501, 1024])

@@ -74,6 +74,7 @@ def test_gates_and_choice_are_the_papers() -> None:
         assert not torch.allclose(got, other, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("options", [{}, {**BETTER, **THRESHOLD}], ids=str)
 def test_zeros_are_the_form_that_was(options: dict[str, Any], no_inductor: list[Any]) -> None:
     model, texts, plan = carved(**options)

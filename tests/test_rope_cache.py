@@ -48,6 +48,7 @@ def fill(model, cache, count, at=0, rows=IDS):
         model(rows[:, at : at + count], attention_mask=mask, position_ids=positions, past_key_values=cache)
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "neox", "cohere", "glm", "yarn"])
 def test_nothing_packed_is_the_model_itself(name):
     """A residual larger than the text: the table is kept and no key is packed."""

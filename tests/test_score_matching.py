@@ -206,6 +206,7 @@ TAKEN = [
 ]
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(("spelling", "parts"), TAKEN, ids=lambda x: getattr(x, "__name__", x))
 def test_taken(spelling: Spelling, parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for found in decide(spelling, monkeypatch):

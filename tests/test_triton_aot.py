@@ -161,6 +161,7 @@ FAST += PARTS[:3]
 MORE = [variant for variant in [*variants(**AXES), *OTHER, *PARTS[3:]] if variant not in FAST]
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(("program", "chip"), FAST, ids=name_of)
 def test_attend(program: Program, chip: str) -> None:
     check(program, chip)
