@@ -353,7 +353,7 @@ def test_a_head_with_adapters_is_a_head(no_inductor: list[Any]) -> None:
     assert codes(told)["lm_head.base_layer"] == "head"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_steps_with_adapters() -> None:
     """Compiled by Inductor, prompt and steps, with adapters kept beside their linears: the same tokens."""
     model, ids = adapted(llama(), QV, TWO), BATCHES[0][:, :9]

@@ -67,7 +67,7 @@ def test_sites_are_those_of_the_eager_model(name, attention, no_inductor):
     assert not any("kv_load" in t or "scaled_dot_product" in t or "softmax" in t for t in targets)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padding_is_recovered_and_generates_the_same(attention, no_inductor):
     model = MODELS["llama"](attention)
@@ -84,7 +84,7 @@ def test_padding_is_recovered_and_generates_the_same(attention, no_inductor):
     assert all(d.form.endswith("causal_pad") if attention == "sdpa" else d.reason.code == "fresh-keys" for d in prefill)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_prompts_of_any_length_read_their_own_keys(attention, padded, no_inductor):

@@ -29,7 +29,7 @@ def causal(call: Call) -> Tensor:
     return blocks.possible(call.queries, call.keys, call.block).expand(call.lists.keep().shape)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(5, rest="exhaustive")
 @pytest.mark.parametrize("room", [0, 1, 2])
 @pytest.mark.parametrize("name", CALLS)
 def test_rows_that_overflow_are_dense(name: str, room: int) -> None:

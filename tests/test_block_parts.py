@@ -85,6 +85,7 @@ def causal(call: Call) -> Tensor:
 FAST = {("gqa, cut blocks", "all"), ("bf16, small blocks", "all")}
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize(
     ("name", "parts"),
@@ -212,6 +213,7 @@ def rewritten(model: nn.Module) -> list[str]:
     return [str(d.form) for d in ec.inspect(model).decisions if d.action == "rewritten"]
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize(("name", "method"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
@@ -258,7 +260,7 @@ def test_a_padded_batch_and_a_sparse_choice() -> None:
     assert float((logits(few, mask) - expected)[mask].abs().max()) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_verify_sees_the_parts() -> None:
     """Compiled for real: what was there and what is there now agree, by the report's own measure."""

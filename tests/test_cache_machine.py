@@ -198,8 +198,7 @@ def test_lives_of_a_cache(machine: type[Lives]) -> None:
     _run(machine, 75)
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("machine", [Lives, LivesOnReferenceBodies], ids=["kernels", "reference"])
 def test_many_lives_of_a_cache(machine: type[Lives]) -> None:
     _run(machine, 2600)

@@ -126,7 +126,7 @@ def test_a_graph_break_in_the_middle(where: str, hook: Callable[..., None], caps
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("part", ["layer", "self_attn"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_each_layer_or_its_attention_compiled_alone(part: str, padded: bool) -> None:
@@ -145,7 +145,7 @@ def test_each_layer_or_its_attention_compiled_alone(part: str, padded: bool) -> 
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("bits", [16, 4])
 def test_one_cache_in_inference_mode_and_under_no_grad(bits: int) -> None:
     model, fast = llama(bits), llama(bits)
@@ -215,7 +215,7 @@ def test_gradients_of_a_decorated_model(compiled: bool, checkpointing: bool) -> 
 # --- several ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_models_at_once() -> None:
     """Another architecture, and the same class with other forms: calls in turn, each equal to itself alone."""
     models = [
@@ -266,7 +266,7 @@ def _in_threads(*work: Callable[[], Any]) -> list[Any]:
     return results
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("warm", [True, False])
 def test_threads_on_two_models(warm: bool) -> None:
     models = [llama(16), ec.compress_kv(key_bits=8, value_bits=8)(MODELS["qwen2"]("sdpa"))]
@@ -281,7 +281,7 @@ def test_threads_on_two_models(warm: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("bits", [16, 4])
 def test_threads_on_one_model_with_two_caches(bits: int) -> None:
     model = llama(bits)

@@ -178,7 +178,7 @@ def test_operators_keep_torchs_contract() -> None:
     torch.library.opcheck(torch.ops.effcompile.select_blocks.default, args, {"key_positions": order})
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     "name", ["vertical_slash", pytest.param("anchor_attention", marks=pytest.mark.slow), "pbs_attn"]
 )

@@ -77,6 +77,7 @@ def assert_same(got: Any, expected: Any) -> None:
 GATED = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "phi3", "opt")))
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("architecture", GATED)
 def test_limit_is_eager(architecture: str, no_inductor: list[Any]) -> None:
     model = MODELS[architecture]("sdpa")
@@ -87,6 +88,7 @@ def test_limit_is_eager(architecture: str, no_inductor: list[Any]) -> None:
     assert {tuple(core.shape) for core in ec.core_neurons(fast).values()} == {(2, width)}
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("architecture", GATED)
 def test_form_is_the_method(architecture: str, padded: bool, no_inductor: list[Any]) -> None:
@@ -217,7 +219,7 @@ def test_chunks_are_the_whole_and_a_batch_is_its_rows(no_inductor: list[Any]) ->
     assert neurons(fast) != first
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_forgotten_when(no_inductor: list[Any]) -> None:
     """Without a choice for this text a step is that of the dense model."""
     model = MODELS["llama"]("sdpa")
@@ -396,7 +398,7 @@ def test_through_inductor() -> None:
     assert forms(fast) == {"coreinfer, 38 neurons chosen", "coreinfer 38 of 96 neurons"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_chosen_neurons_matter_for_what_follows(smollm2: tuple[Any, Any], no_inductor: list[Any]) -> None:
     """Those of the prompt lose less on its continuation than as many drawn by chance, and more prompt agrees more."""
     from effcompile import smollm2 as home

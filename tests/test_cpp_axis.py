@@ -65,7 +65,7 @@ COVER = [program for row in pairwise(**FACTORS) if cpp.refusal(program := progra
 ALL = [*FEW, *(pytest.param(program, marks=pytest.mark.exhaustive) for program in dict.fromkeys(COVER))]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("program", ALL, ids=lambda p: p.name)
 def test_attend_and_store(program: Program) -> None:
     check_attend(program)
@@ -106,6 +106,7 @@ def test_extreme_values_in_fp8(axis: Any) -> None:
         assert torch.equal(bits(a.nan_to_num(1)), bits(b.nan_to_num(1)))
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])

@@ -39,7 +39,7 @@ class Fence:
         return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 80])
 def test_fresh_keys_of_any_length(size, dtype):
@@ -63,7 +63,7 @@ def test_fresh_keys_of_any_length(size, dtype):
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     "bits",
     [(16, 16), (8, 4), (4, 8), (3, 2), (2, 3), (4, "fp8", "token", "channel"), ("fp8", 3, "channel", "channel")],

@@ -83,7 +83,7 @@ def test_a_missing_package_is_said(
     assert "pip install" in capsys.readouterr().err
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("row", "action", "code"),
     [
@@ -118,7 +118,7 @@ def test_exit_codes(
         assert content["graphs"][0]["rewritten"] == (action == "rewritten")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_at_full_length() -> None:
     command = [Path(sys.executable).parent / "effcompile", "demo", "--skip-inductor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)

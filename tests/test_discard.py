@@ -75,7 +75,7 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.one_in(3, rest="exhaustive")
+@pytest.mark.one_in(5, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype", "compiler"),

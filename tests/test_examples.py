@@ -32,7 +32,7 @@ def test_lm_eval_finds_the_pass_keys(capsys: pytest.CaptureFixture[str]) -> None
     assert any(line[:6] == ["60", "of", "60", "sites", "rewritten", "in"] for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_long_prompt_beside_dense(capsys: pytest.CaptureFixture[str]) -> None:
     load("long_prompt").main(1000)
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]

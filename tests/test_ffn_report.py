@@ -34,7 +34,7 @@ def reported(method: str, batch: int, tokens: int) -> tuple[Any, Any, Any]:
     return model, plan, ec.inspect(made)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("method", "batch", "tokens"),
     [("carve_moe", 1, 1), ("carve_moe", 2, 17), ("teal", 1, 1), ("wina", 2, 17), ("flap", 2, 17)],

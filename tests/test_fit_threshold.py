@@ -54,7 +54,7 @@ def test_what_is_tried() -> None:
     assert 0 < shares[0] < 0.9 < shares[-1] < 1
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("method", ["xattention", "flexprefill", "proxyattn"])
 def test_a_plan_by_layer(method: str, no_inductor: list[Any]) -> None:
     model = MODELS["llama"]("sdpa")

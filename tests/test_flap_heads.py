@@ -398,8 +398,7 @@ def test_places_without_heads_are_told(
     assert ec.inspect(told).graphs[-1].unmatched == ()
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("cache", ["dynamic", "ours"])
 def test_generate_is_a_whole_recompute(cache: str, monkeypatch: Any, tmp_path: Any) -> None:
     """Through Inductor: each token is the one that the whole text gives before it."""

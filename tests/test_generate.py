@@ -46,7 +46,7 @@ def loaded(cache):
     ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("way", ["assistant", "compressed assistant", "lookup"])
 def test_assisted_generation_at_sixteen_bits(llama, way, compiled, no_inductor):
@@ -202,7 +202,7 @@ class Letters:
         return "".join(chr(0x100 + int(i)) for i in ids)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("bits", [16, 4])
 def test_text_streamed_from_a_thread(llama, bits, no_inductor):
     """TextIteratorStreamer: generate runs in a thread of its own, and the caller reads what comes."""
@@ -218,7 +218,7 @@ def test_text_streamed_from_a_thread(llama, bits, no_inductor):
         assert text == Letters().decode(expected[0, 300:])
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_prompt_lookup_on_packed_groups(llama, compiled, monkeypatch, no_inductor):
     """Proposals from the prompt come and go over the edges of groups; the length is that of the accepted tokens."""

@@ -115,6 +115,7 @@ def _loaded(model: Any, cache: Any) -> Tensor:
 PACKED = {"key_bits": 8, "value_bits": 4, "residual": 32, "latent": 48}
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "qwen3", "cohere"))]
 )

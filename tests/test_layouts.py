@@ -292,7 +292,7 @@ def test_ids() -> None:
     assert ids_of(()).tolist() == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_takes_layouts_of_any_length(llama: nn.Module) -> None:
     """The operators in a graph of Inductor's with symbolic sizes; the passes are tested without it."""
     fast = ec.blockrank()(MODELS["llama"]("sdpa"))

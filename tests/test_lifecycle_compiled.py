@@ -67,7 +67,7 @@ def test_four_beams_equal_the_model_without(no_inductor):
 
 
 @pytest.mark.parametrize(
-    ("beams", "counts", "new"), [pytest.param(1, (20, 100), 40, marks=pytest.mark.slow), (3, (44,), 12)]
+    ("beams", "counts", "new"), [pytest.param(1, (20, 100), 40, marks=pytest.mark.exhaustive), (3, (44,), 12)]
 )
 def test_a_hybrid_model_generates_as_without(beams, counts, new, no_inductor):
     """From below the window to beyond it, where the sliding layers change their way."""

@@ -106,6 +106,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     ("made", "rank", "method"),
     [*FULL, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in FULL)],

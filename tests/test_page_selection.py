@@ -100,7 +100,7 @@ WEIGHED: dict[str, tuple[Program, int, int]] = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("name", WEIGHED)
 def test_attention_that_weighs_pages(name: str) -> None:
     """Its output is that of decoding, and the mass that of fp64, within twice what the reference body loses."""

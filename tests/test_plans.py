@@ -67,7 +67,7 @@ def test_limit_is_eager(method: str, architecture: str, batches: list[Tensor], n
     assert all(record.numbers["error"] < 1e-5 for record in plan)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("architecture", GATED)
 @pytest.mark.parametrize("method", SETTINGS)
 def test_form_is_what_the_reference_says(

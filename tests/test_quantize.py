@@ -163,7 +163,7 @@ def test_names_round_trip():
         KVForm.parse("k4")
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(5, rest="exhaustive")
 @pytest.mark.parametrize(
     "form",
     [*FORMS[::2], KVForm(16, 16), *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS[1::2])],

@@ -146,6 +146,7 @@ def test_limit_is_eager(architecture: str, no_inductor: list[Any]) -> None:
         assert record.numbers.get("error", 0) < 1e-5
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("architecture", GATED)
 def test_generating_is_the_method_on_the_whole_text(architecture: str, padded: bool, no_inductor: list[Any]) -> None:
@@ -225,7 +226,7 @@ def test_slices_are_the_masked_block(gated: bool, dtype: torch.dtype) -> None:
     assert not torch.allclose(*(method.approximate(block, record, n)(x).double() for n in (0, 2)))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_chunks_turns_and_rows(no_inductor: list[Any]) -> None:
     """A prompt in chunks is the whole; a second turn goes on; each row of a batch is what it is alone."""
     model, plan = model_of(), plan_of()
@@ -265,7 +266,7 @@ def test_another_text(no_inductor: list[Any]) -> None:
     assert ec.routed_text(fast) == {"model.embed_tokens": (0, 0, 0)}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_caches_of_fixed_size(no_inductor: list[Any]) -> None:
     """Where a call begins is a tensor there. A prompt with padding, in chunks; then steps. And our own cache."""
     from transformers import StaticCache
@@ -317,7 +318,7 @@ def test_nothing_else_changes(no_inductor: list[Any], tmp_path: Path) -> None:
     assert list(fast.state_dict()) == list(model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_through_inductor() -> None:
     """Generated code keeps the router's state, in prompts of two lengths and in steps."""
     model, plan = model_of("llama"), plan_of("llama")

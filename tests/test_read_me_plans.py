@@ -209,7 +209,7 @@ def test_text_that_cannot_be_used() -> None:
     refused(nan, text, r"activations of model\.layers\.1\.mlp hold NaN")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_plans_that_do_not_fit(no_inductor: list[Any]) -> None:
     model, plan = model_of(), plan_of()
     router, first = router_in(plan), next(iter(plan))

@@ -233,7 +233,7 @@ def test_what_cannot_be_calibrated(call: Any, error: type[Exception], text: str)
         call(MODELS["llama"]("sdpa"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_a_real_model_learned_rounding_loses_less(smollm2: tuple[Any, Any]) -> None:
     """3 bits in groups of 64: perplexity on other text than was learned on, beside round to nearest."""
     from effcompile import smollm2 as home

@@ -83,7 +83,7 @@ def test_zeros_are_the_form_that_was(options: dict[str, Any], no_inductor: list[
     assert torch.equal(logits(planned(model, again), texts[0]), logits(planned(model, plan), texts[0]))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "options", "dtype"),
     [
@@ -172,7 +172,7 @@ def test_padding_is_neither_learned_nor_counted() -> None:
         assert one.numbers["load_after"] == two.numbers["load_after"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_goes_on_and_leaves_other_methods(no_inductor: list[Any]) -> None:
     """A plan that was recovered goes on from there; a block of another method stands in the model as it is."""
     model, texts, plan = carved()

@@ -149,7 +149,7 @@ FEWER = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(("name", "top_k"), FEWER)
 def test_fewer_experts_are_those_of_a_model_that_takes_fewer(name: str, top_k: int, no_inductor: list[Any]) -> None:
     mixture = MIXTURES[name]
@@ -209,6 +209,7 @@ class Chosen:
         return changed
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("mixtral", "qwen2-moe")), "deepseek-v3"]
@@ -297,7 +298,7 @@ def test_through_inductor() -> None:
         assert [int(count.sum()) for count in ec.expert_counts(fast).values()] == [total] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layers_with_one_router_count_together() -> None:
     """AOTAutograd, which traces the graph for Inductor, takes no tensor under two names."""
     model = MIXTURES["mixtral"].make(3)

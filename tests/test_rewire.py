@@ -27,6 +27,7 @@ def loss_of(model: nn.Module, ids: Tensor = CONTEXT) -> float:
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek-v3", "mixtral")]
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("name", ["masked", *SLOW])
 def test_the_loss_of_the_context_falls_and_nothing_else_changes(name: str, no_inductor: list[Any]) -> None:
     model = adapted(name)

@@ -85,7 +85,7 @@ def test_eight_bits_are_near_the_model(name):
     assert not torch.equal(got["pre"], got["post"])
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "neox", "cohere"])
 def test_compiled_generates_as_eager(name, no_inductor):
     model = model_of(name)

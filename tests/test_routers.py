@@ -38,7 +38,7 @@ SLOW = {"qwen3-moe", "olmoe"}
 """Spelled as in another row."""
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MIXTURES])
 def test_every_router_is_found_and_described(name: str, no_inductor: list[Any]) -> None:
     """One graph, every router in it, each described as its authors wrote it; and nothing is rewritten."""

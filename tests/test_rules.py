@@ -145,7 +145,7 @@ def test_a_rule_for_windows_alone_is_refused_at_once() -> None:
     assert forms(ec.Cache(model, rules={"model.layers.*": {"key_bits": 8}})) == ["k8v4"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_report_shows_each_layers_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """On reference bodies: what is looked at is the report, and not kernels."""
     from effcompile import lowering

@@ -58,7 +58,7 @@ def difference(got: list[Tensor], expected: list[Tensor], seen: Tensor) -> float
     return max(worst)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("name", some(NAMES, "gemma2", "bloom"))
 def test_a_padded_batch(name: str) -> None:
@@ -74,6 +74,7 @@ def test_a_padded_batch(name: str) -> None:
     assert torch.equal(fast.generate(IDS, **more), model.generate(IDS, **more))
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("name", some(NAMES, "gpt-oss"))

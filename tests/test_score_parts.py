@@ -190,7 +190,7 @@ class Scored(Call):
         assert_within_budget(lse, reference_lse, truth_lse, f"lse of {what}", roundings=2)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("program", CASES, ids=lambda p: p.name)
 def test_cpp(program: Program) -> None:
     check_attend(program, call=Scored)

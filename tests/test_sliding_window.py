@@ -30,6 +30,7 @@ def mistral(window: int | None, dtype: torch.dtype = torch.float32) -> MistralFo
     return MistralForCausalLM(config).eval().to(dtype)
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("window", [*(pytest.param(w, marks=pytest.mark.slow) for w in (2, 305, 5000)), 100])
 def test_generate_is_that_of_a_model_with_the_window_in_its_config(window: int) -> None:
     """Padded prompt and decoding on a cache of ours; 305 is passed while decoding, 5000 never."""

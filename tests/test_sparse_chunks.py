@@ -74,7 +74,7 @@ def forms_of(model: Any) -> list[str]:
     return [d.form for d in ec.inspect(model).decisions if d.action == "rewritten"]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_at_the_limit_chunks_are_the_model(
@@ -112,7 +112,7 @@ def test_chunks_of_whole_blocks_choose_as_the_whole_prompt(llama: LlamaForCausal
     assert (in_chunks(llama, **form) - whole).abs().max() > 1e-3  # it is sparse
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     ("options", "form", "size", "code", "text"),
     [

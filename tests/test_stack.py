@@ -143,6 +143,7 @@ def by_hand(model: nn.Module, architecture: str, plan: ec.Plan, above: str) -> n
     return found
 
 
+@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "method", "dtype"),
     [
@@ -306,6 +307,7 @@ def carved_by_hand(block: FeedForward, method: CarveMoE, plan: ec.Plan, module: 
     return run
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "method", "dtype"),
     [

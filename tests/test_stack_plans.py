@@ -196,6 +196,7 @@ def test_recovering(no_inductor: list[Any]) -> None:
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.slow
 @pytest.mark.parametrize("below", [ec.flap(0.3, round_to=1), ec.carve_moe(**CARVED)], ids=lambda m: m.options.name)
 def test_through_inductor_prompt_and_steps(below: Any) -> None:

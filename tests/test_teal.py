@@ -132,7 +132,7 @@ def test_of_orthogonal_columns_no_others_lose_less() -> None:
     assert worse > 20
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "options", "dtype"),
     [
@@ -223,8 +223,7 @@ def layers(smollm2: tuple[Any, Any]) -> list[tuple[FeedForward, Tensor, Tensor]]
     return [(block_of(m, "llama"), *rows) for m, rows in zip(modules, seen, strict=True)]
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 def test_norms_help_each_linear_of_each_layer(
     sparsity: float, layers: list[tuple[FeedForward, Tensor, Tensor]]
@@ -250,8 +249,7 @@ def test_norms_help_each_linear_of_each_layer(
     assert sum(ratios) / 90 < 0.992
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 def test_norms_and_whole_blocks(sparsity: float, layers: list[tuple[FeedForward, Tensor, Tensor]]) -> None:
     """With the thresholds of a plan, as compiled: the same share of inputs is left out, whichever of both chooses.
@@ -282,7 +280,7 @@ def test_norms_and_whole_blocks(sparsity: float, layers: list[tuple[FeedForward,
     assert sum(ratios) / 30 < 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_greedy_loses_less_on_other_text(layers: list[tuple[FeedForward, Tensor, Tensor]]) -> None:
     """Some layers of a real model at one sparsity: a token's mean error on held-out text."""
     for number in (2, 11, 15, 27):

@@ -142,7 +142,7 @@ def test_not_knowing_is_no_error() -> None:
     assert any("'some.thing' names no module of this graph" in note for note in notes)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_changes_after_the_first_compile() -> None:
     """Decorating, other bits, part of a model, other rules, taking off: each at the next call."""
     model: Any = MODELS["llama"]("sdpa")

@@ -170,6 +170,7 @@ class TestAttend:
     def test_more_within_twice_the_loss_of_the_dtype(self, case: dict[str, object]) -> None:
         self.test_within_twice_the_loss_of_the_dtype(case)
 
+    @pytest.mark.one_in(3, rest="exhaustive")
     @pytest.mark.parametrize("case", [c for c in CASES if divides(c["form"], c["sizes"])], ids=name_of)
     def test_within_twice_the_loss_of_the_dtype(self, case: dict[str, object]) -> None:
         form, sizes, dtype = case["form"], case["sizes"], case["dtype"]
@@ -215,6 +216,7 @@ class TestAttend:
         difference = (lse - best_lse).masked_fill(blind, 0).abs().max()
         assert difference <= 2 * (low_lse - best_lse).masked_fill(blind, 0).abs().max() + summing + 1e-6
 
+    @pytest.mark.one_in(3, rest="exhaustive")
     @pytest.mark.parametrize("case", [c for c in PARTS if divides(c["form"], c["sizes"])], ids=name_of)
     def test_score_parts(self, case: dict[str, object]) -> None:
         """The same budget; scores of either sign, well beyond the cap and near 0."""
@@ -366,6 +368,7 @@ class TestStore:
     def test_more_bit_identical(self, case: dict[str, object]) -> None:
         self.test_bit_identical(case)
 
+    @pytest.mark.one_in(3, rest="exhaustive")
     @pytest.mark.parametrize("case", STORE_CASES, ids=name_of)
     def test_bit_identical(self, case: dict[str, object]) -> None:
         form, sizes, dtype, length, batch = (case[k] for k in ("form", "sizes", "dtype", "length", "batch"))

@@ -136,6 +136,7 @@ def test_full_rank_in_16_bits_is_the_model(name: str, keys: bool, dtype: torch.d
     assert error <= 4 * lost, f"{error:.3g}, and eager loses {lost:.3g}"
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=slow) for n in ("qwen2", "qwen3"))])
 def test_compiled_generates_as_eager(name: str, no_inductor: list[Any]) -> None:
     model = ec.compress_kv(**PACKED)(fitted(name))
