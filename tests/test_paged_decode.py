@@ -404,12 +404,9 @@ def decided_on(graph: Any, forms: str | list[str], **options: Any) -> list[dict[
     methods = {k: v if k == "rules" else {"min_length": 0, **v} for k, v in options.items()}
     decisions, _ = backend._rewrite(made, parse(methods), find_attention(made))
     made.graph.lint()
+    name = next(iter(options))
     return [
-        {
-            "compress_kv" if d.rule.startswith("decorator") else next(iter(options)): d
-            for d in decisions
-            if d.site == layer
-        }
+        {"compress_kv" if d.rule.startswith("decorator") else name: d for d in decisions if d.site == layer}
         for layer in range(len(loads))
     ]
 
@@ -488,8 +485,7 @@ def test_without_a_cache_or_in_a_prompt(no_inductor: Any) -> None:
     assert {d.reason.code for d in ec.inspect(model).decisions} == {"no-compressed-cache"}
     cache = ec.Cache(model, capacity=2048)
     for tokens in (9, 3):
-        with torch.no_grad():
-            model(IDS[:1, :tokens], past_key_values=cache)
+        model(IDS[:1, :tokens], past_key_values=cache)
     mine = [d for d in ec.inspect(model).decisions if "quest" in str(d.reason)]
     assert [d.reason.code for d in mine if d.reason] == ["prompt"] * 2
 
