@@ -350,7 +350,7 @@ def test_autocast(name, attention, no_inductor):
     assert compressed.tokens == 102
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_flex_attention_decodes_on_the_store(no_inductor):
     """Its operator stands between the first layer's store and the last one's, and Dynamo loses writes around it."""
     config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -385,7 +385,7 @@ def test_weights_that_change_are_refused(no_inductor: list[Any]) -> None:
         read(fast, IDS[:, :1], cache)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_through_inductor() -> None:
     """Generated code keeps the state, in prompts of two lengths and in steps."""
     model = MODELS["llama"]("sdpa")

@@ -106,8 +106,7 @@ def test_extreme_values_in_fp8(axis: Any) -> None:
         assert torch.equal(bits(a.nan_to_num(1)), bits(b.nan_to_num(1)))
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
 def test_other_instruction_sets(width: int) -> None:

@@ -105,8 +105,7 @@ def test_attend_every_mix(program: Program) -> None:
     check_attend(program, (*LENGTHS, 1111))
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
 def test_other_instruction_sets(width: int) -> None:

@@ -75,8 +75,7 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.one_in(5, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "dtype", "compiler"),
     [

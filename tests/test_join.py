@@ -410,6 +410,7 @@ def test_discarded_parameters(no_inductor: list[Any]) -> None:
     assert len(storages(t for gm in no_inductor for t in gm.parameters())) == 3
 
 
+@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     "dtype",
     [

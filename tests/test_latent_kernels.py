@@ -178,8 +178,7 @@ def test_attend_mixes(mix: dict[str, Any]) -> None:
     check_attend(program(80, mix["bits"], *mix["turn"], dtype=mix["dtype"], residual=1), call=LatentCall)
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("width", [256, 1], ids=["avx2", "no vectors"])
 def test_other_instructions(width: int) -> None:

@@ -50,7 +50,7 @@ def run(folder: Path, key_bits: int, rules: dict[str, object]) -> dict[str, floa
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_caches_across_processes(tmp_path):
     first = run(tmp_path, 4, {})
     assert first["hits"] == 0

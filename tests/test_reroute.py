@@ -282,7 +282,7 @@ def test_copies_and_layers_that_share_code_count_for_themselves(no_inductor: lis
     assert len(ec.expert_counts(layers)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_through_inductor() -> None:
     """Prompts of two lengths: the counts are written by generated code."""
     model = MIXTURES["mixtral"].make(3)

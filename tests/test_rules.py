@@ -166,7 +166,7 @@ def test_the_report_shows_each_layers_form(monkeypatch: pytest.MonkeyPatch) -> N
     json.loads(ec.inspect(model).to_json())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_layers_of_different_forms_give_what_the_reference_bodies_give() -> None:
     """fp8 and the other axes in one model: prefill, chunk and decode, with padding; no kernel is missing."""
     from effcompile.kernels import ops

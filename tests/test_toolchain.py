@@ -19,7 +19,7 @@ def twice(name: str, x: float) -> Any:
     return call(x)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_prepared_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "builds"))
     header = tmp_path / "headers" / "parts.h"
