@@ -23,7 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``one_in(n, rest)``: of a test's cases, as ordered, all but one in n are of the set that ``rest`` names.
 
-    With n prime to the numbers of values, each value is in some case. Cases marked slow are counted by themselves.
+    With n prime to the numbers of values of several parameters, each value is in some case; of a single one some are
+    left out. Cases marked slow are counted by themselves.
     """
     cases: dict[tuple[str, bool], list[pytest.Item]] = {}
     for item in items:

@@ -16,17 +16,21 @@ FAST = ("llama", "gemma2", "gpt2", "bloom", "gpt-oss", "deepseek-v3", "vit", "na
 """Attention of each kind: with groups, soft caps, one fused linear, ALiBi, sinks, latents, both ways, and by hand."""
 SLOW = (
     "llama-eager",
+    "llama-flex",
     "gemma3",
     "phi3",
+    "gpt-j",
     "opt",
     "falcon-alibi",
     "mixtral",
     "llama4",
+    "t5-encoder",
     "whisper",
     "einsum",
+    "torch-mha-weights",
     "flash-operator",
 )
-"""Written in other ways. The attention of those that are left is spelled as in one of these, or in test_backend.py."""
+"""Written in other ways. The attention of those that are left is spelled as in one of these or of the fast ones."""
 UNSEEN = {
     "llama-flex": {"ffn", "layer", "lm-head", "linear"},  # the graph with the layers is not normalised
     "torch-mha": {"linear"},  # its linears run inside one call, where nothing is counted

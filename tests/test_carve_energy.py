@@ -197,7 +197,6 @@ def test_energy_loses_less_on_other_rows() -> None:
     assert errors[-1] < 0.8 * errors[0]
 
 
-@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

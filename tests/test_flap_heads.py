@@ -83,7 +83,7 @@ def calls(graph: Any, target: Any) -> list[Any]:
     return list(graph.graph.find_nodes(op="call_function", target=target))
 
 
-@pytest.mark.one_in(5, rest="exhaustive")
+@pytest.mark.one_in(4, rest="exhaustive")
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ def test_both_are_methods_by_name() -> None:
         ec.graph_kv(block_size=100)
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(("name", "dtype"), [("blockrank", torch.bfloat16), ("graph_kv", torch.float32)])
 def test_compiled_is_eager_under_the_same_mask(name: str, dtype: torch.dtype, no_inductor: list[Any]) -> None:
     """A padded batch of odd chunks, grouped heads, two lengths in one graph; the lists are made once for all layers."""

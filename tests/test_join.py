@@ -48,7 +48,6 @@ def both(
 STEP, FEW, MANY = IDS[:1, :1], IDS[:, :8], IDS
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("name", "inputs"),
     [

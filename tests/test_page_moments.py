@@ -244,7 +244,6 @@ def test_the_deepest_decides_what_a_layer_keeps() -> None:
     assert [layer.kept for layer in ec.Cache(model, key_bits=4).compressed] == [None, "moments", "moments", "moments"]
 
 
-@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     ("bits", "before", "after", "reason"),
     [

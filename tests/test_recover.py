@@ -83,7 +83,6 @@ def test_zeros_are_the_form_that_was(options: dict[str, Any], no_inductor: list[
     assert torch.equal(logits(planned(model, again), texts[0]), logits(planned(model, plan), texts[0]))
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "options", "dtype"),
     [

@@ -349,7 +349,6 @@ def test_rules_that_name_nothing_are_in_the_report(caplog: pytest.LogCaptureFixt
     assert "site 1 layers.1: rewritten sigmoid [global option]" in caplog.text
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("setting", "info", "debug"), [("effcompile", True, False), ("+effcompile", True, True), (None, False, False)]
 )

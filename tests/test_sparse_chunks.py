@@ -112,7 +112,6 @@ def test_chunks_of_whole_blocks_choose_as_the_whole_prompt(llama: LlamaForCausal
     assert (in_chunks(llama, **form) - whole).abs().max() > 1e-3  # it is sparse
 
 
-@pytest.mark.one_in(3, rest="exhaustive")
 @pytest.mark.parametrize(
     ("options", "form", "size", "code", "text"),
     [

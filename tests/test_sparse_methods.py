@@ -171,7 +171,7 @@ def test_a_model_at_the_limit_is_the_model(name: str, llama: LlamaForCausalLM, r
     To Inductor the methods differ by the name of an operator: it compiles the first.
     """
     torch._dynamo.reset()
-    if name != next(iter(FAMILY)):
+    if name != FAMILY[0]:
         request.getfixturevalue("no_inductor")
     ids = torch.randint(0, 60, (2, 300), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

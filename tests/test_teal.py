@@ -132,7 +132,6 @@ def test_of_orthogonal_columns_no_others_lose_less() -> None:
     assert worse > 20
 
 
-@pytest.mark.one_in(2, rest="exhaustive")
 @pytest.mark.parametrize(
     ("architecture", "options", "dtype"),
     [
