@@ -252,6 +252,7 @@ def _rounded(model: nn.Module, batches: Sequence[Any], method: QuantizeWeights, 
             iterations=method.iterations,
             lr=method.lr,
             crossed=cbq,
+            clipped=method.clipped,
             shown=functools.partial(shown, progress=progress),
         )
     except ReconstructionError as error:

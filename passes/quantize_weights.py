@@ -52,6 +52,9 @@ class QuantizeWeights(Pass):
     iterations, lr
         Of those two: steps of Adam for each layer or window, and its rate at the first of them, which falls to a
         twentieth. The numbers are those of FlexRound's code.
+    clip
+        Of those two: begin with the range of each group that loses least of the outputs on the data, in place of the
+        one from the least to the largest weight. None is what the papers do: ``"cbq"`` truncates, ``"flexround"`` not.
     head
         Also the linear that makes the logits. Where its weight is tied to the embedding, that keeps reading the
         original, and only the head reads the packed copy. It is rounded to nearest.
@@ -64,6 +67,7 @@ class QuantizeWeights(Pass):
     head: bool = False
     iterations: int = 5000
     lr: float = 3e-3
+    clip: bool | None = None
 
     name: ClassVar[str] = "quantize_weights"
     paper: ClassVar[str] = "round to nearest; FlexRound (Lee et al., ICML 2023); CBQ (Ding et al., ICLR 2025)"
@@ -80,6 +84,8 @@ class QuantizeWeights(Pass):
             raise ValueError(f"group={self.group!r}; expected a multiple of 8, such as 32, 64 or 128.")
         if self.iterations < 0 or not self.lr > 0:
             raise ValueError(f"iterations={self.iterations!r}, lr={self.lr!r}; expected 0 or more, and a rate above 0.")
+        if self.clip is not None and self.method == "rtn":
+            raise ValueError(f"clip={self.clip!r} needs data, and method='rtn' has none; choose 'flexround' or 'cbq'.")
 
     def match(self, site: LinearSite) -> Rewrite | Reason:
         """The same linear on packed weights, or why it stays as it is."""
@@ -201,11 +207,16 @@ class QuantizeWeights(Pass):
         found |= {n: record.tensor(n, *side) for n in ("scales", "zeros")[: 1 if self.symmetric else 2]}
         return {f"weight {name}": t for name, t in found.items()}
 
-    def make(self, weight: Tensor) -> Rounding | None:
-        """What learns the codes of ``weight``; None if it stays as it is."""
+    @property
+    def clipped(self) -> bool:
+        """Whether ranges are clipped before codes are learned."""
+        return self.method == "cbq" if self.clip is None else self.clip
+
+    def make(self, weight: Tensor, moments: Tensor | None) -> Rounding | None:
+        """What learns the codes of ``weight``; None if it stays as it is. With ``moments`` of its inputs: clipped."""
         if weight.ndim != 2 or weight.dtype not in DTYPES or self.out_of_range(weight):
             return None
-        return ROUNDINGS[self.method](weight, self.bits, self.group, self.symmetric)
+        return ROUNDINGS[self.method](weight, self.bits, self.group, self.symmetric, moments)
 
     def out_of_range(self, weight: Tensor) -> str:
         """Why scales in fp16 are no good for ``weight``, or ''."""

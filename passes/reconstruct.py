@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ from effcompile.runtime.plan import digest
 RANK = 5
 """Of CBQ's rounding."""
 
-CUTS = tuple(1 - n / 20 for n in range(11))
-"""Shares of a group's range that CBQ's weights may be truncated to."""
+ENDS = tuple(n / 40 for n in range(11))
+"""Shares of a group's range that may be cut off at either end of it."""
 
 WINDOW = 2
 """Blocks that CBQ reconstructs together; the next window begins one block later."""
@@ -43,10 +44,11 @@ def through(hard: Tensor, soft: Tensor) -> Tensor:
 class Rounding(abc.ABC):
     """The codes of one weight ``[N, K]`` while they are learned; at first those of round to nearest.
 
-    A weight is ``s * (code - z)``. The steps ``s`` are learned as logarithms, and ``z`` is not.
+    A weight is ``s * (code - z)``. The steps ``s`` are learned as logarithms, and ``z`` is not. With ``moments``, the
+    mean squares ``[K]`` of the inputs, the ranges of groups are clipped first.
     """
 
-    def __init__(self, weight: Tensor, bits: int, group: int, symmetric: bool) -> None:
+    def __init__(self, weight: Tensor, bits: int, group: int, symmetric: bool, moments: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
         self.bits, self.levels = bits, 2**bits - 1
         self.rows = weight_ops.grouped(weight, group)
@@ -56,7 +58,28 @@ class Rounding(abc.ABC):
         step = step.where(step > 0, 1)
         self.zero = torch.full_like(step, 2.0 ** (bits - 1)) if zeros is None else -zeros.float() / step
         self.symmetric = symmetric
+        if moments is not None:
+            step, self.zero = self._clipped(step, moments)
         self.log_step = step.log().requires_grad_()
+
+    def _clipped(self, step: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps and zeros of ranges that lose the least, the first of those that are equal.
+
+        What a group loses is the square of what its weights do, each times the moment of its input: the error of an
+        output, if inputs were uncorrelated. Weights outside a range become its first or last code.
+        """
+        each = F.pad(moments.to(self.rows), (0, self.rows[0].numel() - len(moments)))
+        each = each.view(1, *self.rows.shape[1:])
+        best = torch.full_like(step, torch.inf)
+        steps, zeros = step, self.zero
+        for low, high in [(n, n) for n in ENDS] if self.symmetric else itertools.product(ENDS, ENDS):
+            short = step * (1 - low - high)
+            zero = self.zero if self.symmetric else (self.zero - low * self.levels) / (1 - low - high)
+            codes = (self.rows / short + zero).round_().clamp_(0, self.levels)
+            lost = ((codes - zero) * short).sub_(self.rows).square_().mul_(each).sum(2, keepdim=True)
+            less = lost < best
+            best, steps, zeros = lost.where(less, best), short.where(less, steps), zero.where(less, zeros)
+        return steps, zeros
 
     @abc.abstractmethod
     def codes(self, step: Tensor) -> Tensor:
@@ -105,28 +128,17 @@ class LowRank(Rounding):
 
     The offset ``A1 A2`` is added to what a weight is above the code below it, and the weight goes up from one half. The
     choice is made as it will be in the end, with the gradient of the clipped sum; in the paper it is a sigmoid, which a
-    term of the loss makes hard by and by. The paper truncates weights that are outliers before; here a group's range is
-    cut to the share of :data:`CUTS` that rounds with the least squared error. Without that, an offset of at most one
-    code has too little to choose from.
+    term of the loss makes hard by and by. An offset moves a weight by one code at most, so ranges are clipped before,
+    in the place of the paper's coarse-to-fine truncation of outliers.
     """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.log_step = (self.log_step.detach() + self._cut().log()).requires_grad_()
         inputs = self.rows.shape[1] * self.rows.shape[2]
         self.left = self.rows.new_zeros(self.outputs, RANK).requires_grad_()
         # The same numbers at every call, whatever was drawn before.
         drawn = torch.randn(RANK, inputs, generator=torch.Generator().manual_seed(0))
         self.right = drawn.to(self.rows.device).requires_grad_()
-
-    def _cut(self) -> Tensor:
-        """The share of its range for each group, ``[N, G, 1]``; the first of those that are equal."""
-        errors = []
-        for share in CUTS:
-            step = self.log_step.detach().exp() * share
-            codes = (self.rows / step + self.zero).round().clamp(0, self.levels)
-            errors.append((step * (codes - self.zero) - self.rows).square().sum(2, keepdim=True))
-        return self.rows.new_tensor(CUTS)[torch.stack(errors).argmin(0)]
 
     @property
     def learned(self) -> list[Tensor]:
@@ -140,6 +152,9 @@ class LowRank(Rounding):
         above = wide - below + (self.left @ self.right).view_as(wide)
         return through(below + (above >= 0.5), below + above.clamp(0, 1))
 
+
+Make = Callable[[Tensor, Tensor | None], Rounding | None]
+"""What learns the codes of a weight ``[N, K]``, or None if it stays; with the mean squares ``[K]`` of what it reads."""
 
 ROUNDINGS: dict[str, type[Rounding]] = {"flexround": FlexRound, "cbq": LowRank}
 """By the name of the method."""
@@ -274,18 +289,20 @@ def reconstruct(
     layers: nn.ModuleList,
     path: str,
     texts: Sequence[Text],
-    make: Callable[[Tensor], Rounding | None],
+    make: Make,
     *,
     window: int,
     iterations: int,
     lr: float,
     crossed: bool,
+    clipped: bool,
     shown: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> list[Learned]:
     """Learn the codes of all layers, window by window.
 
     Each window of layers is optimised to give, on the outputs of what is in few bits already, what the original gives
-    on its own. With ``crossed`` also on the original's outputs, and with the divergence of CBQ's loss. A layer is done
+    on its own. With ``crossed`` also on the original's outputs, and with the divergence of CBQ's loss. With ``clipped``
+    ``make`` gets the mean squares of what a linear reads in the original, besides its weight. A layer is done
     when no later window holds it; where what it learned is worse on the data than round to nearest, at the end of its
     window, that stands.
     """
@@ -294,7 +311,8 @@ def reconstruct(
     found: list[Learned] = []
     for first in shown(range(len(layers) - window + 1)):
         for n in range(first + len(taken), first + window):
-            taken.append(_block(f"{path}.{n}", layers[n], make))
+            moments = _moments(taken, first, layers[n], texts) if clipped else {}
+            taken.append(_block(f"{path}.{n}", layers[n], make, moments))
         with torch.no_grad():
             wanted = [_run(taken, first, text, text.x, [{} for _ in taken]) for text in texts]
         _optimise(taken, first, texts, wanted, iterations, lr, crossed)
@@ -305,17 +323,48 @@ def reconstruct(
     return found
 
 
-def _block(path: str, module: nn.Module, make: Callable[[Tensor], Rounding | None]) -> Block:
+def _block(path: str, module: nn.Module, make: Make, moments: Mapping[str, Tensor]) -> Block:
     weights, flipped = {}, set()
     for name, inner in module.named_modules():
         if name and _is_linear(inner):
             key = f"{name}.weight"
             turned = not isinstance(inner, nn.Linear)
             weight = inner.weight.detach()
-            if (rounding := make(weight.t() if turned else weight)) is not None:
+            if (rounding := make(weight.t() if turned else weight, moments.get(name))) is not None:
                 weights[key] = rounding
                 flipped |= {key} if turned else set()
     return Block(path, module, weights, frozenset(flipped))
+
+
+@torch.no_grad()
+def _moments(before: Sequence[Block], first: int, module: nn.Module, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Mean squares of what the linears of a layer read, by their names in it; those that read nothing are left out."""
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    keep: Tensor | None = None
+
+    def reads(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = (*args, *kwargs.values())[0]
+            # Where tokens were gathered, as for an expert, which of them were hidden is not known.
+            x = x.flatten(0, -2) if keep is None or x.shape[:-1] != keep.shape else x[keep]
+            sums[name] = sums.get(name, 0) + x.float().square().sum(0)
+            rows[name] = rows.get(name, 0) + len(x)
+
+        return hook
+
+    linears = [(name, m) for name, m in module.named_modules() if name and _is_linear(m)]
+    hooks = [m.register_forward_pre_hook(reads(name), with_kwargs=True) for name, m in linears]
+    try:
+        for text in texts:
+            keep = text.keep
+            x = _run(before, first, text, text.x, [{} for _ in before])
+            args, kwargs = text.calls[first + len(before)]
+            module(x, *args, **kwargs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: total / rows[name] for name, total in sums.items() if rows[name]}
 
 
 def _run(blocks: Sequence[Block], first: int, text: Text, x: Tensor, made: Sequence[Mapping[str, Tensor]]) -> Tensor:

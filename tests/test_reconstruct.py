@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import effcompile as ec
 from effcompile.kernels import weight_ops
 from effcompile.kernels.weight_ops import Packed, dequantize, round_to_nearest
-from effcompile.passes.reconstruct import ROUNDINGS, FlexRound, LowRank, Rounding, Text, reconstruct
+from effcompile.passes.reconstruct import ENDS, ROUNDINGS, FlexRound, LowRank, Rounding, Text, reconstruct
 from models import GQA, MODELS, NanoGPT, _hf
 
 IDS = [torch.randint(1, 128, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(4)]
@@ -56,32 +56,105 @@ def test_it_begins_at_round_to_nearest(kind: type[Rounding], symmetric: bool) ->
     weight[3] = 0.25
     one = kind(weight, 3, 40, symmetric)
     nearest = weight_ops.pack(*round_to_nearest(weight, 3, 40, symmetric), 3)
-    wanted, packed = dequantize(nearest, 21, 83, 3), one.packed()
-    if kind is LowRank:  # within ranges that are cut, of which the whole one is one: never further away
-        far, farther = (dequantize(packed, 21, 83, 3) - weight).norm(), (wanted - weight).norm()
-        assert far < 0.99 * farther
-        row = dequantize(packed, 21, 83, 3)[3]
-        torch.testing.assert_close(row, wanted[3], rtol=2**-10, atol=2**-12)  # nothing to cut
-    else:
-        torch.testing.assert_close(dequantize(packed, 21, 83, 3), wanted, rtol=2**-10, atol=2**-12)
-        torch.testing.assert_close(one.weight(), wanted, rtol=2**-10, atol=2**-9)
+    wanted = dequantize(nearest, 21, 83, 3)
+    torch.testing.assert_close(dequantize(one.packed(), 21, 83, 3), wanted, rtol=2**-10, atol=2**-12)
+    torch.testing.assert_close(one.weight(), wanted, rtol=2**-10, atol=2**-9)
 
 
-def test_a_range_is_cut_where_one_weight_is_far_out() -> None:
-    weight = torch.linspace(-1, 1, 8).repeat(2, 8)  # on codes, each of them
-    weight[1, 5] = 3.0
-    one = LowRank(weight, 3, 64, False)
-    whole = FlexRound(weight, 3, 64, False)
-    cut = (one.log_step - whole.log_step).exp().flatten().tolist()
-    assert cut[0] == pytest.approx(1)
-    assert 0.5 <= cut[1] < 1
-    # A twentieth more or less, and the whole range, are all further away.
+def ranges(one: Rounding) -> tuple[Tensor, Tensor]:
+    """The first and the last number of each group."""
+    step = one.log_step.detach().exp()
+    return -one.zero * step, (one.levels - one.zero) * step
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", ROUNDINGS.values(), ids=ROUNDINGS)
+def test_ranges_are_clipped_where_outputs_lose_least(kind: type[Rounding], symmetric: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(21, 83)
+    moments = torch.rand(83) ** 4
+    moments[60:70] = 0.0
+    weight[3] = 0.25
+    one, whole = kind(weight, 3, 40, symmetric, moments), kind(weight, 3, 40, symmetric)
+    (low, high), (least, largest) = ranges(one), ranges(whole)
+    assert bool((low >= least - 1e-5).all() and (high <= largest + 1e-5).all())
+    far, farther = (
+        ((dequantize(r.packed(), 21, 83, 3) - weight).square() * moments).sum(1).sqrt() for r in (one, whole)
+    )
+    assert bool((far <= farther * 1.01 + 1e-3).all())
+    assert far.mean() < 0.9 * farther.mean()
+    assert bool((one.log_step[3] == whole.log_step[3]).all())  # nothing to clip
+    torch.testing.assert_close(dequantize(one.packed(), 21, 83, 3), one.weight().detach(), rtol=2**-9, atol=2**-8)
+    # All pairs of ends, of one group, by hand.
+    row, size = weight[5, :40], largest[5, 0] - least[5, 0]
     lost = {}
-    for share in (1.0, *(cut[1] + n / 20 for n in (-1, 0, 1))):
-        step = whole.log_step.detach().exp() * share
-        codes = (whole.rows / step + whole.zero).round().clamp(0, 7)
-        lost[round(share, 2)] = float((step * (codes - whole.zero) - whole.rows)[1].square().sum())
-    assert min(lost, key=lambda share: lost[share]) == round(cut[1], 2)
+    for a in ENDS:
+        for b in [a] if symmetric else ENDS:
+            first, step = least[5, 0] + a * size, size * (1 - a - b) / 7
+            zero = 4.0 if symmetric else -first / step
+            codes = (row / step + zero).round().clamp(0, 7)
+            lost[a, b] = float((((codes - zero) * step - row).square() * moments[:40]).sum())
+    a, b = min(lost, key=lambda ends: lost[ends])
+    assert float(one.log_step[5, 0].detach().exp()) == pytest.approx(float(size) * (1 - a - b) / 7, rel=1e-4)
+
+
+def test_an_input_that_is_never_read_counts_for_nothing() -> None:
+    weight = torch.linspace(-1, 1, 8).repeat(3, 8)  # on codes, each of them
+    weight[1:, 5] = 1.6
+    moments = torch.ones(64)
+    moments[5] = 0.0
+    unread = LowRank(weight, 3, 64, False, moments)
+    nothing = LowRank(weight, 3, 64, False, 0 * moments)
+    moments[5] = 1000.0
+    heavy = LowRank(weight, 3, 64, False, moments)
+    step = 2 / 7
+    far = 2.6 / 7
+    steps = [one.log_step.detach().exp().flatten().tolist() for one in (unread, heavy, nothing)]
+    assert steps[0] == pytest.approx([step, step, step], rel=0.02)
+    assert steps[1] == pytest.approx([step, far, far], rel=0.02)
+    assert steps[2] == pytest.approx([step, far, far], rel=1e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_are_of_what_linears_of_the_original_read(masked: bool) -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)])
+    keep = torch.rand(2, 20) > 0.5 if masked else None
+    texts = [Text(x, x, [((), {})] * 3, keep) for x in torch.randn(3, 2, 20, 8).unbind()]
+    wanted, x = [], torch.stack([t.x for t in texts])
+    kept = (slice(None), slice(None), slice(None)) if keep is None else (slice(None), keep)
+    with torch.no_grad():
+        for layer in layers:
+            inner = layer[1](layer[0](x))
+            wanted += [x[kept].flatten(0, -2).square().mean(0), inner[kept].flatten(0, -2).square().mean(0)]
+            x = layer[2](inner)
+    seen: list[Tensor] = []
+
+    def make(weight: Tensor, moments: Tensor | None) -> Rounding:
+        assert moments is not None
+        seen.append(moments)
+        return LowRank(weight, 3, 8, False, moments)
+
+    reconstruct(
+        layers, "layers", texts, make, window=2, iterations=2, lr=1e-2, crossed=True, clipped=True, shown=lambda x: x
+    )
+    assert len(seen) == 6
+    for found, one in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-6)
+
+
+def test_who_clips(no_inductor: list[Any]) -> None:
+    model = MODELS["llama"]("sdpa")
+    lost = {}
+    for method in ROUNDINGS:
+        for clip in (None, False, True):
+            options = {"iterations": 0} | ({} if clip is None else {"clip": clip})
+            plan = ec.calibrate(model, IDS, [pass_of(method, **options)], progress=False)
+            lost[method, clip] = sum(r.numbers["error"] for r in plan)
+    assert lost["cbq", None] == lost["cbq", True]
+    assert lost["flexround", None] == lost["flexround", False]
+    for method in ROUNDINGS:
+        assert lost[method, True] < 0.95 * lost[method, False]
 
 
 def test_what_stands_is_chosen_behind_the_window() -> None:
@@ -101,12 +174,12 @@ def test_what_stands_is_chosen_behind_the_window() -> None:
     texts = [Text(x, x, [((), {})] * 2, None) for x in torch.randn(3, 1, 20, 8).unbind()]
     seen = []
 
-    def make(weight: Tensor) -> Rounding:
+    def make(weight: Tensor, _: Tensor | None) -> Rounding:
         seen.append((Far if not seen else FlexRound)(weight, 8, 8, False))
         return seen[-1]
 
     found = reconstruct(
-        layers, "layers", texts, make, window=2, iterations=0, lr=1e-3, crossed=False, shown=lambda x: x
+        layers, "layers", texts, make, window=2, iterations=0, lr=1e-3, crossed=False, clipped=False, shown=lambda x: x
     )
     assert [one.module for one in found] == ["layers.0.0", "layers.1.0"]
     assert torch.equal(found[0].packed.codes, seen[0].packed().codes)
@@ -114,7 +187,7 @@ def test_what_stands_is_chosen_behind_the_window() -> None:
     alone = [Text(t.x[..., :8], t.x[..., :8], t.calls, None) for t in texts]
     seen.clear()
     short = reconstruct(
-        layers, "layers", alone, make, window=1, iterations=0, lr=1e-3, crossed=False, shown=lambda x: x
+        layers, "layers", alone, make, window=1, iterations=0, lr=1e-3, crossed=False, clipped=False, shown=lambda x: x
     )
     assert not torch.equal(short[0].packed.codes, seen[0].packed().codes)
 
@@ -226,6 +299,7 @@ def test_without_a_plan_with_other_options_and_for_other_weights(no_inductor: li
         (lambda m: ec.calibrate(NanoGPT(), IDS, [pass_of("cbq")]), ec.CalibrationError, "one after another"),
         (lambda m: ec.calibrate(nn.Linear(8, 8), [torch.ones(1, 8)], [pass_of("cbq")]), ec.CalibrationError, "no list"),
         (lambda m: pass_of("cbq", iterations=-1), ec.OptionError, "expected 0 or more"),
+        (lambda m: pass_of("rtn", clip=False), ec.OptionError, "clip=False needs data"),
     ],
 )
 def test_what_cannot_be_calibrated(call: Any, error: type[Exception], text: str) -> None:
