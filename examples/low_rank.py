@@ -63,13 +63,15 @@ def draw(rows: dict[str, tuple[float, float, float]], path: str) -> None:
     """Perplexity against megabytes, and against milliseconds a token."""
     import matplotlib.pyplot as plt
 
-    figure, sides = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    figure, sides = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for axes, which, label in zip(sides, (1, 2), ("MB that a step reads", "ms a token")):
-        axes.scatter([row[which] for row in rows.values()], [row[0] for row in rows.values()])
         for name, row in rows.items():
-            axes.annotate(name, (row[which], row[0]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axes.set_xlabel(label)
+            axes.scatter(row[which], row[0], label=name)
+        axes.set(xlabel=label, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     sides[0].set_ylabel("perplexity")
+    figure.legend(*sides[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=140)
 
 
