@@ -65,8 +65,9 @@ class Rounding(abc.ABC):
     def _clipped(self, step: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         """Steps and zeros of ranges that lose the least, the first of those that are equal.
 
-        A search as in AWQ (Lin et al., MLSys 2024), for both ends. What a group loses is the square of what its weights do, each times the moment of its input: the error of an
-        output, if inputs were uncorrelated. Weights outside a range become its first or last code.
+        A search as in AWQ (Lin et al., MLSys 2024), for both ends. What a group loses is the square of what its weights
+        do, each times the moment of its input: the error of an output, if inputs were uncorrelated. Weights outside a
+        range become its first or last code.
         """
         each = F.pad(moments.to(self.rows), (0, self.rows[0].numel() - len(moments)))
         each = each.view(1, *self.rows.shape[1:])
